@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# torch and torchvision must come as a pair; CPU wheels of other platforms resolve to the same versions.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+
+.PHONY: demo test test-full test-hosts lint install clean
+
+demo: $(VENV)/.installed
+	$(BIN)/tokenprune demo --output demo-output
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not full and not hosts"
+
+test-full: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not hosts"
+
+test-hosts: $(VENV)/.installed
+	$(BIN)/python -m pytest -m hosts tests/hosts
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist demo-output

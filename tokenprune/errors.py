@@ -1,0 +1,17 @@
+"""The errors that the library raises on purpose: each names what was asked, what is possible and a call that works."""
+
+
+class TokenPruneError(ValueError):
+    """Base class of every error raised on purpose by tokenprune."""
+
+
+class UnsupportedModel(TokenPruneError):
+    """The target has a part that no adapter recognises; patching it would be a guess."""
+
+
+class UnsupportedMethod(TokenPruneError):
+    """The method is unknown, or cannot work on this target."""
+
+
+class BudgetError(TokenPruneError):
+    """The budget is malformed, or this method cannot meet it on this target."""
