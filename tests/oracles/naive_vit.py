@@ -193,17 +193,22 @@ def run(
     exact = copy.deepcopy(model).double().eval()
     margins: list[float] = [math.inf]
     logits, passages = [], []
-    for image in images.double():
-        one, where = _run_image(
-            exact,
-            image,
-            reduce,
-            schedule,
-            after_block=after_block,
-            proportional=proportional,
-            weighted_pool=weighted_pool,
-            margins=margins,
-        )
-        logits.append(one)
-        passages.append(where)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # thousands of tiny operations: more threads only wait for each other
+    try:
+        for image in images.double():
+            one, where = _run_image(
+                exact,
+                image,
+                reduce,
+                schedule,
+                after_block=after_block,
+                proportional=proportional,
+                weighted_pool=weighted_pool,
+                margins=margins,
+            )
+            logits.append(one)
+            passages.append(where)
+    finally:
+        torch.set_num_threads(threads)
     return Outcome(torch.stack(logits), passages, min(margins))

@@ -104,3 +104,13 @@ def test_choices_change_the_outcome(variant):
         for second in names[i + 1 :]:
             difference = (outcomes[first].logits - outcomes[second].logits).abs().max().item()
             assert difference > 1e-3, f"{first} and {second} differ by {difference}"
+
+
+@pytest.mark.parametrize("reduce", [uniform, top_k, zero_tprune])
+def test_a_drop_is_the_same_before_and_after_the_mlp(variant, reduce):
+    """The MLP sees one token at a time, so a drop decided by the block's attention may as well spare it that work."""
+    model, x = tiny_models.build(variant), tiny_models.images()
+    before = naive_vit.run(model, x, reduce, PLACES)
+    after = naive_vit.run(model, x, reduce, PLACES, after_block=True)
+    assert before.passages == after.passages
+    torch.testing.assert_close(before.logits, after.logits)
