@@ -145,6 +145,7 @@ def _block(name: str, block: nn.Module, prefix: int, tokens: int) -> BlockHost:
             facts.read = tokens_first
         facts.scale = inner.scale
         facts.mask_argument = facts.key_bias = "attn_mask"
+        facts.takes_bias = True
         facts.mid_refused = "its attention and MLP run in parallel"
     elif isinstance(block, vision_transformer.ParallelThingsBlock):
         _masked_attention(facts, inner.attns[-1].attn, prefix)
