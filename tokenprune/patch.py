@@ -137,7 +137,9 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget) -> Pat
     if patch.active:
         missing = method.needs - {kind for block in host.blocks for kind in _caught(block.taps)}
         if missing:
-            raise UnsupportedMethod(f"{method.name} needs {', '.join(sorted(missing))}, which this model does not expose")
+            raise UnsupportedMethod(
+                f"{method.name} needs {', '.join(sorted(missing))}, which this model does not expose"
+            )
     check_blocks(host)
     patch.costs = _count_costs(host, adapter, patch)
     if patch.active:
@@ -183,7 +185,8 @@ def _shares(budget: Budget, host: Host) -> dict[int, float] | None:
         index = int(place) if place.lstrip("-").isdigit() else names.get(place)
         if index is None or not -len(names) <= index < len(names):
             raise BudgetError(
-                f"schedule names the place {place!r}; the model has blocks 0 to {len(names) - 1} ({host.blocks[0].name} ...)"
+                f"schedule names the place {place!r}; the model has blocks 0 to {len(names) - 1}"
+                f" ({host.blocks[0].name} ...)"
             )
         shares[index % len(names)] = share
     return shares
@@ -263,5 +266,3 @@ def _remove_hooks(hooks: dict[int, Any], owned: set[int], *extra: dict[int, Any]
         if id(owner if isinstance(owner, Patch) else getattr(owner, "patch", None)) in owned:
             for table in (hooks, *extra):
                 table.pop(key, None)
-
-

@@ -13,7 +13,12 @@ Counts = dict[int, int]
 
 
 def solve(
-    budget: Budget, schedule: Schedule, tokens: int, layout: Layout, costs: CostModel | None, target: float | None = None
+    budget: Budget,
+    schedule: Schedule,
+    tokens: int,
+    layout: Layout,
+    costs: CostModel | None,
+    target: float | None = None,
 ) -> Counts:
     """Tokens leaving each place {block: count} for `tokens` entering the first.
 
