@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -19,36 +17,22 @@ def follow_source(state: TokenState, source: Tensor) -> Tensor:
     return torch.where(state.source < 0, -1, source.gather(1, state.source.clamp(min=0)))
 
 
-def stand_ins(state: TokenState, reduction: Reduction, body: Tensor, metric: Tensor, leaving: Tensor) -> TokenState:
-    """`state` with the stand-in of every original patch, and what to add to its value.
+def stand_ins(state: TokenState, reduction: Reduction, metric: Tensor) -> Tensor:
+    """The leaving position whose value restores each original patch, [B, entering].
 
     A merged patch is represented by its group. A dropped (or fused) one by the kept token with the most similar key
-    (similarity-based recovery, AT-EDM section 3.3), plus the difference between the two when it was dropped: the
-    dropped token keeps its own content and receives the updates of its stand-in.
-
-    body: [B, n, C] values that enter the place; metric: [B, n, D]; leaving: [B, K, C] values that leave it.
+    (similarity-based recovery, AT-EDM section 3.3). metric: [B, n, D] of the tokens that enter the place.
     """
-    count = body.shape[1]
-    kept = Reduction(reduction.kept).source(count)
-    gone = count - reduction.kept.shape[1]
+    count = metric.shape[1]
     if reduction.moved is not None and not reduction.fuses:
-        kept = reduction.source(count)
-        gone -= reduction.moved.shape[1]
-    offset = state.offset
-    if gone > 0:
-        lost = (kept < 0).to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :gone]
-        near = cosine_match(gather_tokens(metric, lost), gather_tokens(metric, reduction.kept))[1]
-        kept = kept.scatter(1, lost, near)
-        step = torch.zeros_like(body).scatter(
-            1,
-            lost.unsqueeze(-1).expand(-1, -1, body.shape[-1]),
-            gather_tokens(body, lost) - gather_tokens(leaving, near),
-        )
-        if state.stand_in is not None:
-            step = gather_tokens(step, state.stand_in)
-        offset = step if offset is None else offset + step
-    stand_in = kept if state.stand_in is None else kept.gather(1, state.stand_in)
-    return replace(state, stand_in=stand_in, offset=offset)
+        near = reduction.source(count)
+    else:
+        near = Reduction(reduction.kept).source(count)
+        gone = count - reduction.kept.shape[1]
+        lost = (near < 0).to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :gone]
+        match = cosine_match(gather_tokens(metric, lost), gather_tokens(metric, reduction.kept))[1]
+        near = near.scatter(1, lost, match)
+    return near if state.stand_in is None else near.gather(1, state.stand_in)
 
 
 def restore_tokens(x: Tensor, state: TokenState, num_prefix_tokens: int) -> Tensor:
@@ -56,6 +40,4 @@ def restore_tokens(x: Tensor, state: TokenState, num_prefix_tokens: int) -> Tens
     if state.stand_in is None:
         return x
     body = gather_tokens(x[:, num_prefix_tokens:], state.stand_in)
-    if state.offset is not None:
-        body = body + state.offset.to(body.dtype)
     return torch.cat([x[:, :num_prefix_tokens], body], 1)

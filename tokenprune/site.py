@@ -173,7 +173,7 @@ class Site:
         if self.patch.method.merges:
             sizes = reduction.merged_sizes(sizes if sizes is not None else origin.new_ones(body.shape[:2]).float())
         if state.dense:
-            state = stand_ins(state, reduction, body, record.metric, leaving)
+            state = replace(state, stand_in=stand_ins(state, reduction, record.metric))
         if state.forward is not None and not _in_backward():
             source = follow_source(state, reduction.source(state.tokens))
             state = replace(state, source=source)

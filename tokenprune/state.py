@@ -29,8 +29,7 @@ class TokenState:
     entering: tokens that entered the first place. tokens: how many are left, n. origin: [B, n] original patch of each
     (None: all, in order). sizes: [B, n] patches in each (None: one each). source: [B, entering] position that holds
     each original patch, -1 where it was dropped (for recordings). stand_in: [B, entering] position whose value
-    restores each original patch, and offset: [B, entering, C] what to add to it (for dense outputs). reduced: the
-    reduced tensor behind a restored one. forward: the recording that follows this forward. dense: blocks whose output
+    restores each original patch (for dense outputs). reduced: the reduced tensor behind a restored one. forward: the recording that follows this forward. dense: blocks whose output
     is restored in this forward.
     """
 
@@ -40,7 +39,6 @@ class TokenState:
     sizes: Tensor | None = None
     source: Tensor | None = None
     stand_in: Tensor | None = None
-    offset: Tensor | None = None
     reduced: Tensor | None = None
     forward: Forward | None = None
     dense: frozenset[int] = frozenset()
