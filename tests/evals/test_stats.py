@@ -45,6 +45,17 @@ def test_equal_answers_do_not_claim_certainty(value):
     assert interval.high - interval.low == pytest.approx(1 - 0.025 ** (1 / 40))
 
 
+def test_groups_are_drawn_whole():
+    values = torch.tensor([1.0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0])
+    groups = torch.tensor([5, 5, 5, 2, 2, 2, 9, 9, 9, 0, 0, 0])
+    whole = bootstrap_mean(values, groups=groups, seed=1)
+    by_group = bootstrap_mean([0.0, 0.0, 1.0, 1.0], seed=1)
+    assert (whole.estimate, whole.low, whole.high) == (by_group.estimate, by_group.low, by_group.high)
+    assert whole.high - whole.low > bootstrap_mean(values, seed=1).high - bootstrap_mean(values, seed=1).low
+    uneven = bootstrap_mean([1.0, 1, 1, 0], groups=torch.tensor([0, 0, 0, 1]))
+    assert uneven.estimate == 0.75
+
+
 def test_empty_sample_is_nan():
     assert str(bootstrap_mean([]).estimate) == "nan"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from tokenprune.evals.flops import multiply_adds
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.smaller_input import resize, smaller_input
 
+T = TypeVar("T")
 Budget = Mapping[str, Any]
 """The budget of one row, as keywords of `tokenprune.patch`: {"flops": 0.6}, or {} for the method's own default."""
 
@@ -41,6 +42,11 @@ class Arm:
     flops_ratio: float | None = None
     tokens: int | None = None
     note: str | None = None
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether `model` carries a patch, and so has a report."""
+        return self.model is not None and self.method not in (UNPATCHED, SMALLER_INPUT)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] as this arm's model takes them."""
@@ -123,8 +129,8 @@ def _smaller_arm(base: nn.Module, images: Tensor, budget: Budget, ratios: Sequen
     return Arm(SMALLER_INPUT, label, found.model, found.size, found.flops, found.flops_ratio, note=note)
 
 
-def runnable(arms: Sequence[Arm]) -> Iterator[tuple[int, Arm, nn.Module]]:
-    """(position, arm, model) of the arms that have a model."""
-    for index, arm in enumerate(arms):
+def runnable(arms: Sequence[Arm], others: Sequence[T]) -> Iterator[tuple[Arm, nn.Module, T]]:
+    """(arm, model, other) of the arms that have a model, `others` going along with `arms`."""
+    for arm, other in zip(arms, others, strict=True):
         if arm.model is not None:
-            yield index, arm, arm.model
+            yield arm, arm.model, other

@@ -20,30 +20,36 @@ _UNLABELLED = -1
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images [C, H, W] with class numbers (-1 for none). `classes` is their number, None where there are no labels."""
+    """Images [C, H, W] with class numbers (-1 for none).
+
+    classes: how many, None where there are no labels. groups: [size], equal for images that are not independent (crops
+    of one photograph). is_test: [size], bool, which images are classified by the others as their nearest neighbours.
+    """
 
     name: str
     items: Dataset[tuple[Tensor, int]]
     size: int
     classes: int | None
+    groups: Tensor | None = None
+    is_test: Tensor | None = None
 
     def batches(
         self, batch_size: int, *, samples: int | None = None, seed: int = 0, workers: int = 0
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(images [B, C, H, W], labels [B] or None), every image once in its order.
-
-        With `samples`, a subset of that size drawn by `seed`: the same one whatever the batch size.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(self.size, generator=generator)[: self.count(samples)].sort().values.tolist()
+        """(images [B, C, H, W], labels [B] or None) of the `chosen` images, once each, in their order."""
+        chosen = self.chosen(samples, seed).tolist()
         # The loader draws a seed for its workers; from a generator of its own, not from the caller's.
+        generator = torch.Generator().manual_seed(seed)
         loader = DataLoader(Subset(self.items, chosen), batch_size, num_workers=workers, generator=generator)
         for images, labels in loader:
             yield images, None if self.classes is None else labels
 
-    def count(self, samples: int | None) -> int:
-        """Images that `batches` gives."""
-        return self.size if samples is None else min(samples, self.size)
+    def chosen(self, samples: int | None, seed: int) -> Tensor:
+        """Indices, ascending: all, or `samples` of them drawn by `seed`."""
+        if samples is None:
+            return torch.arange(self.size)
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+        return order[: max(1, samples)].sort().values
 
 
 def open_data(
@@ -71,7 +77,7 @@ def open_data(
     else:
         data = _from_hugging_face(source, transform, split)
     if num_classes and data.classes is not None and data.classes != num_classes:
-        raise TokenPruneError(f"{data.name} has {data.classes} classes, the model {num_classes}: labels would not match")
+        raise TokenPruneError(f"{data.name} has {data.classes} classes and the model {num_classes}: they cannot match")
     return data
 
 
@@ -128,9 +134,10 @@ def _from_folder(folder: Path, transform: Transform, num_classes: int | None) ->
 
 
 def _imagenet_numbers(names: dict[str, int]) -> dict[str, int]:
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
-    known = {name: number for number, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    info: Any = ImageNetInfo("imagenet-1k")
+    known = {name: number for number, name in enumerate(info.label_names())}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise TokenPruneError(
@@ -165,7 +172,7 @@ def _from_hugging_face(source: Any, transform: Transform, split: str | None) -> 
         raise TokenPruneError(f"the data set has no image column, only {', '.join(features)}")
     classes = features[labels[0]].num_classes if labels else None
     items = _HuggingFace(rows, transform, images[0], labels[0] if labels else None)
-    return ImageData(str(getattr(rows, "info", None) and rows.info.dataset_name or "data set"), items, len(rows), classes)
+    return ImageData(rows.info.dataset_name or "data set", items, len(rows), classes)
 
 
 def _rgb(picture: Any) -> Any:

@@ -19,17 +19,29 @@ class Interval:
 
 
 def bootstrap_mean(
-    values: Tensor | Sequence[float], *, seed: int = 0, resamples: int = 1000, level: float = 0.95
+    values: Tensor | Sequence[float],
+    *,
+    groups: Tensor | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
 ) -> Interval:
     """Mean of `values` [n] with a percentile bootstrap interval.
+
+    groups: [n], equal for values that are not independent (crops of one photograph); whole groups are drawn then.
 
     A sample in which every value is the same 0 or 1 would give an interval of width zero, which claims too much: there
     the exact (Clopper-Pearson) end for n equal answers is taken instead. An empty sample gives NaN thrice.
     """
     data = torch.as_tensor(values, dtype=torch.float64).cpu()
-    interval = _bootstrap(data, lambda draws: draws.mean(dim=1), seed, resamples, level)
-    if data.numel() and interval.low == interval.high and interval.estimate in (0.0, 1.0):
-        reach = 1.0 - ((1.0 - level) / 2.0) ** (1.0 / data.numel())
+    labels = torch.arange(len(data)) if groups is None else groups.cpu()
+    _, member = torch.unique(labels, return_inverse=True)
+    count = int(member.max()) + 1 if len(data) else 0
+    sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, member, torch.ones_like(data))
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, member, data)
+    interval = _bootstrap(count, lambda draw: sums[draw].sum(1) / sizes[draw].sum(1), seed, resamples, level)
+    if count and interval.low == interval.high and interval.estimate in (0.0, 1.0):
+        reach = 1.0 - ((1.0 - level) / 2.0) ** (1.0 / count)
         if interval.estimate == 1.0:
             return Interval(1.0, 1.0 - reach, 1.0)
         return Interval(0.0, 0.0, reach)
@@ -41,19 +53,18 @@ def bootstrap_median(
 ) -> Interval:
     """Median of `values` [n] (mean of the two middle ones for even n) with a percentile bootstrap interval."""
     data = torch.as_tensor(values, dtype=torch.float64).cpu()
-    return _bootstrap(data, lambda draws: draws.quantile(0.5, dim=1), seed, resamples, level)
+    return _bootstrap(len(data), lambda draw: data[draw].quantile(0.5, dim=1), seed, resamples, level)
 
 
-def _bootstrap(
-    data: Tensor, statistic: Callable[[Tensor], Tensor], seed: int, resamples: int, level: float
-) -> Interval:
-    if data.numel() == 0:
+def _bootstrap(count: int, statistic: Callable[[Tensor], Tensor], seed: int, resamples: int, level: float) -> Interval:
+    """The statistic of rows of indices [rows, count] into the sample, once as it is and over the resamples."""
+    if count == 0:
         return Interval(float("nan"), float("nan"), float("nan"))
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.cat([statistic(data[index]) for index in _resample(data.numel(), resamples, generator)])
+    draws = torch.cat([statistic(index) for index in _resample(count, resamples, generator)])
     tail = (1.0 - level) / 2.0
     low, high = draws.quantile(torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
-    return Interval(float(statistic(data[None])), low, high)
+    return Interval(float(statistic(torch.arange(count)[None])), low, high)
 
 
 def _resample(size: int, resamples: int, generator: torch.Generator) -> Iterator[Tensor]:
