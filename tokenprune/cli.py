@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = argparse.ArgumentParser(
         prog="tokenprune",
-        description="Make a pretrained vision transformer cheaper by computing fewer tokens, and measure what it costs.",
+        description="Make a pretrained vision transformer compute fewer tokens, and measure what that gives and costs.",
         epilog="tokenprune COMMAND --help has examples for each command.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")

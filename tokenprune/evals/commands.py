@@ -28,7 +28,9 @@ VIZ_IMAGES = 3
 
 def methods(options: argparse.Namespace) -> int:
     """`tokenprune methods`"""
-    model = None if options.model is None else _load(options).model
+    model = None
+    if options.model is not None:
+        model = load_model(options.model, checkpoint=options.checkpoint, random_weights=options.random_weights).model
     rows: list[Row] = [
         {
             "name": info.name,
@@ -89,9 +91,12 @@ def run_eval(options: argparse.Namespace) -> int:
 def viz(options: argparse.Namespace) -> int:
     """`tokenprune viz`"""
     loaded = _load(options)
-    if options.image is None and loaded.data is None:
+    if options.image:
+        inputs = _pictures(options.image, loaded)
+    elif loaded.data is None:
         raise TokenPruneError(f"{options.model} has no images of its own; name one with --image FILE")
-    inputs = _pictures(options.image, loaded) if options.image else _first(_data(options, loaded, VIZ_IMAGES), VIZ_IMAGES, options.seed)
+    else:
+        inputs = _first(loaded.data(VIZ_IMAGES, options.seed), VIZ_IMAGES, options.seed)
     inputs = inputs.to(options.device, getattr(torch, options.dtype))
     rows = kept_rows(loaded, inputs, options.method, _budgets(options), places=options.places)
     contact_sheet(rows).save(options.output)
@@ -145,11 +150,9 @@ def set_machine(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> LoadedModel:
-    if hasattr(options, "device"):
-        set_machine(options)
+    set_machine(options)
     loaded = load_model(options.model, checkpoint=options.checkpoint, random_weights=options.random_weights)
-    if hasattr(options, "device"):
-        loaded.model.to(options.device, getattr(torch, options.dtype))
+    loaded.model.to(options.device, getattr(torch, options.dtype))
     return loaded
 
 
@@ -162,7 +165,7 @@ def _budgets(options: argparse.Namespace) -> list[Budget]:
 
 def _data(options: argparse.Namespace, loaded: LoadedModel, count: int) -> ImageData:
     """What --data names, or the model's own images: `count` of them where they are drawn."""
-    name = getattr(options, "data", None)
+    name = options.data
     if name is None:
         if loaded.data is None:
             raise TokenPruneError(f"{options.model} has no images of its own; name some with --data")
@@ -202,5 +205,3 @@ def _status(table: Table) -> int:
     """1 where not a single method could be run."""
     ran = [row for row in table.rows if row.get("flops_ratio") is not None and row["method"] != "unpatched"]
     return 0 if ran else 1
-
-

@@ -40,11 +40,6 @@ class LoadedModel:
     data: Callable[[int, int], ImageData] | None = None
     saliency: Dense | None = None
 
-    def place(self, device: torch.device | str, dtype: torch.dtype) -> LoadedModel:
-        """The same with the model moved, in place."""
-        self.model.to(device=device, dtype=dtype)
-        return self
-
 
 def load_model(name: str, *, checkpoint: str | Path | None = None, random_weights: bool = False) -> LoadedModel:
     """The model called `name`:
