@@ -74,6 +74,15 @@ def test_preprocessing_refuses_what_is_not_an_rgb_image_of_bytes(image):
         dinov2.preprocess(image)
 
 
+def test_images_of_bytes_become_standard_scores():
+    images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 5)
+    scores = dinov2.normalize(images)
+    assert scores.shape == (2, 3, 4, 5)
+    assert scores[1, :, 2, 3].tolist() == pytest.approx([-0.485 / 0.229, (128 / 255 - 0.456) / 0.224, 0.594 / 0.225])
+    with pytest.raises(ValueError, match="uint8"):
+        dinov2.normalize(images.float() / 255)
+
+
 def test_another_input_size_sees_the_same_objects(backbone, decoder, inputs):
     smaller = torch.nn.functional.interpolate(inputs, size=(168, 168), mode="bilinear", antialias=True)
     maps = saliency_map(dinov2.dinov2_small(168), decoder, smaller)

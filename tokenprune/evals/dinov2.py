@@ -83,13 +83,15 @@ def preprocess(image: NDArray[np.uint8], image_size: int = IMAGE_SIZE) -> Tensor
     top, left = (image_size - height) // 2, (image_size - width) // 2
     canvas = np.zeros((image_size, image_size, 3), dtype=np.uint8)
     canvas[top : top + height, left : left + width] = resized
-    return normalize(torch.from_numpy(canvas).permute(2, 0, 1)[None].float() / 255)
+    return normalize(torch.from_numpy(canvas).permute(2, 0, 1)[None])
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] to zero mean and unit variance over ImageNet, which DINOv2 was trained on."""
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images - mean) / std
+    """Images of bytes (uint8, [B, 3, H, W]) to float32 with the mean and the variance that DINOv2 was trained on."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"expected images of bytes (uint8), got {images.dtype}")
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.float() / 255 - mean) / std
 
 
 def _wheel_weights() -> dict[str, Tensor]:
