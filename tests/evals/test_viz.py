@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tokenprune
-from tokenprune.evals.viz import contact_sheet, fit_to_grid, kept_overlay, place_panels, plain_panel
+from tokenprune.evals.viz import contact_sheet, fit_to_grid, kept_overlay, place_panels
 
 
 def patch_of(drawn, row, column, size):
@@ -73,10 +73,13 @@ def test_panels_of_chosen_places(monkeypatch):
             pass
 
     monkeypatch.setattr(tokenprune, "record", lambda _model: FakeRecord(), raising=False)
-    panels = place_panels(torch.nn.Identity(), torch.zeros(1, 3, 8, 8), torch.rand(3, 8, 8))
-    assert [caption for caption, _ in panels] == ["blocks.0: 4 -> 3", "blocks.1: 4 -> 2", "blocks.2: 4 -> 1"]
-    chosen = place_panels(torch.nn.Identity(), torch.zeros(1, 3, 8, 8), torch.rand(3, 8, 8), places=2)
-    assert [caption.split(":")[0] for caption, _ in chosen] == ["blocks.0", "blocks.2"]
+    picture = torch.full((3, 8, 8), 0.5)
+    panels = place_panels(torch.nn.Identity(), torch.zeros(1, 3, 8, 8), picture, "title")
+    assert [caption for caption, _ in panels] == ["title", "blocks.0: 4 -> 3", "blocks.1: 4 -> 2", "blocks.2: 4 -> 1"]
+    assert len({panel.shape for _, panel in panels}) == 1
+    assert (panels[0][1] == 128).all()
+    chosen = place_panels(torch.nn.Identity(), torch.zeros(1, 3, 8, 8), picture, "title", places=2)
+    assert [caption.split(":")[0] for caption, _ in chosen] == ["title", "blocks.0", "blocks.2"]
 
 
 def test_sheet_holds_every_panel_at_its_place():
@@ -87,9 +90,3 @@ def test_sheet_holds_every_panel_at_its_place():
     assert pixels.count((255, 0, 0)) == 600
     assert pixels.count((0, 0, 255)) == 400
     assert sheet.getpixel((6 + 1, 6 + 16 + 1)) == (255, 0, 0)
-
-
-def test_plain_panel_keeps_the_picture():
-    caption, panel = plain_panel("input", torch.ones(3, 32, 32))
-    assert caption == "input"
-    assert (panel == 255).all()

@@ -58,10 +58,37 @@ def evaluate(
     images = open_data(
         data, transform or model_transform(model), split=split, num_classes=getattr(model, "num_classes", None)
     )
-    chosen = images.chosen(samples, seed)
     device, dtype = _placement(model)
     example, _ = next(images.batches(2, samples=samples, seed=seed))
     arms = build_arms(model, example.to(device, dtype), methods, budgets, baselines=baselines)
+    return evaluate_arms(
+        arms,
+        images,
+        batch_size=batch_size,
+        samples=samples,
+        workers=workers,
+        seed=seed,
+        saliency=saliency,
+        show_progress=show_progress,
+    )
+
+
+def evaluate_arms(
+    arms: Sequence[Arm],
+    images: ImageData,
+    *,
+    batch_size: int = 32,
+    samples: int | None = None,
+    workers: int = 0,
+    seed: int = 0,
+    saliency: Dense | None = None,
+    show_progress: bool = False,
+) -> Table:
+    """The table of `evaluate` for arms that are built already, the unpatched one first."""
+    base = arms[0].model
+    assert base is not None
+    device, dtype = _placement(base)
+    chosen = images.chosen(samples, seed)
     scores = [_Scores() for _ in arms]
     answers: list[Tensor] = []
     loader = images.batches(batch_size, samples=samples, seed=seed, workers=workers)
@@ -70,9 +97,10 @@ def evaluate(
             if int(labels.min()) < 0:
                 raise TokenPruneError(f"{images.name} has images without a label; take a split whose labels are public")
             answers.append(labels)
-        _score_batch(arms, scores, batch.to(device, dtype), labels, saliency)
+        with torch.inference_mode():
+            _score_batch(arms, scores, batch.to(device, dtype), labels, saliency)
     groups = None if images.groups is None else images.groups[chosen]
-    if answers and not _classifies(model):
+    if answers and not _classifies(base):
         is_test = _split(images, chosen, seed)
         for _, _, score in runnable(arms, scores):
             score.classify_by_neighbours(torch.cat(answers), is_test)
@@ -140,13 +168,16 @@ def _row(arm: Arm, score: _Scores, base: _Scores, groups: Tensor | None, seed: i
             continue
         values = score.column(name)
         members = groups[score.is_test] if name == "knn" and groups is not None else groups
-        columns: dict[str, Tensor] = {name: values}
-        if name in ("top1", "knn") and score is not base:
-            columns[f"{name}_drop"] = base.column(name) - values
-        for column, per_image in columns.items():
-            found = bootstrap_mean(per_image, groups=members, seed=seed)
-            row |= interval_cells(column, found.estimate, found.low, found.high)
+        row |= _interval(name, values, members, seed)
+        if name in ("top1", "knn"):
+            drop = _interval(f"{name}_drop", base.column(name) - values, members, seed)
+            row |= drop if score is not base else dict.fromkeys(drop)
     return {**row, "note": arm.note}
+
+
+def _interval(name: str, values: Tensor, groups: Tensor | None, seed: int) -> Row:
+    found = bootstrap_mean(values, groups=groups, seed=seed)
+    return interval_cells(name, found.estimate, found.low, found.high)
 
 
 def _split(images: ImageData, chosen: Tensor, seed: int) -> Tensor:

@@ -40,9 +40,21 @@ def bench(
     Raises TokenPruneError for a named method that is unknown or does not fit, or fewer than 20 rounds.
     """
     arms = build_arms(model, inputs, methods, budgets, baselines=baselines)
-    sizes = list(batch_sizes) if batch_sizes is not None else [len(inputs)]
+    return bench_arms(arms, inputs, batch_sizes, rounds=rounds, seed=seed, show_progress=show_progress)
+
+
+def bench_arms(
+    arms: Sequence[Arm],
+    inputs: Tensor,
+    batch_sizes: Sequence[int] | None = None,
+    *,
+    rounds: int = 20,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> Table:
+    """The table of `bench` for arms that are built already, the unpatched one first."""
     rows: list[Row] = []
-    for batch in sizes:
+    for batch in batch_sizes if batch_sizes is not None else [len(inputs)]:
         images = inputs[torch.arange(batch, device=inputs.device) % len(inputs)]
         for arm in progress(arms, f"bench, batch {batch}", show=show_progress):
             rows.append(_row(arm, arms[0], images, rounds=rounds, seed=seed))

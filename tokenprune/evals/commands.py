@@ -13,14 +13,14 @@ from torch import Tensor
 import tokenprune
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.accuracy import evaluate
-from tokenprune.evals.arms import Budget, build_arms
+from tokenprune.evals.arms import Arm, Budget, build_arms, runnable
 from tokenprune.evals.bench import bench
 from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.models import LoadedModel, load_model, noise
 from tokenprune.evals.sources import openclipart_data
 from tokenprune.evals.table import Row, Table
 from tokenprune.evals.transforms import denormalize, input_size
-from tokenprune.evals.viz import Panel, contact_sheet, place_panels, plain_panel
+from tokenprune.evals.viz import Panel, contact_sheet, place_panels
 
 OWN_SAMPLES = 1000
 VIZ_IMAGES = 3
@@ -98,31 +98,22 @@ def viz(options: argparse.Namespace) -> int:
     else:
         inputs = _first(loaded.data(VIZ_IMAGES, options.seed), VIZ_IMAGES, options.seed)
     inputs = inputs.to(options.device, getattr(torch, options.dtype))
-    rows = kept_rows(loaded, inputs, options.method, _budgets(options), places=options.places)
-    contact_sheet(rows).save(options.output)
+    arms = build_arms(loaded.model, inputs[:1], options.method, _budgets(options), baselines=False)
+    patched = [arm for arm in arms if arm.is_patched]
+    if not patched:
+        raise TokenPruneError("; ".join(arm.note for arm in arms if arm.note))
+    contact_sheet(kept_rows(loaded, inputs, patched, places=options.places)).save(options.output)
     print(options.output)
     return 0
 
 
-def kept_rows(
-    loaded: LoadedModel, inputs: Tensor, names: Sequence[str] | None, budgets: Sequence[Budget], *, places: int
-) -> list[list[Panel]]:
-    """For each image of `inputs` [B, C, H, W], method and budget a row: the image, then its tokens place by place.
-
-    Raises TokenPruneError where no method can meet any of the budgets.
-    """
-    arms = build_arms(loaded.model, inputs[:1], names, budgets, baselines=False)
-    patched = [(arm, arm.model) for arm in arms if arm.is_patched and arm.model is not None]
-    if not patched:
-        raise TokenPruneError("; ".join(arm.note for arm in arms if arm.note))
+def kept_rows(loaded: LoadedModel, inputs: Tensor, arms: Sequence[Arm], *, places: int) -> list[list[Panel]]:
+    """A row for each image of `inputs` [B, C, H, W] and each patched arm: the image, then its tokens place by place."""
     pictures = denormalize(inputs.cpu(), loaded.mean, loaded.std)
     return [
-        [
-            plain_panel(f"{arm.method}, {arm.budget}", picture),
-            *place_panels(model, image[None], picture, places=places),
-        ]
+        place_panels(model, image[None], picture, f"{arm.method}, {arm.budget}", places=places)
         for image, picture in zip(inputs, pictures, strict=True)
-        for arm, model in patched
+        for arm, model, _ in runnable(arms, arms)
     ]
 
 

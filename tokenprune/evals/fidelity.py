@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -30,8 +29,7 @@ def observe(model: nn.Module, images: Tensor) -> Observation:
 
     handle = None if classifier is None else classifier.register_forward_pre_hook(catch)
     try:
-        with torch.inference_mode():
-            logits = model(images)
+        logits = model(images)
     finally:
         if handle is not None:
             handle.remove()

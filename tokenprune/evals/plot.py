@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from pathlib import Path
 
-from tokenprune.evals.arms import DROP_BASELINES, SMALLER_INPUT, UNPATCHED
+from tokenprune.evals.arms import SMALLER_INPUT, UNPATCHED
 from tokenprune.evals.table import Cell, Row, Table
+
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
+BASELINE_STYLES = {
+    UNPATCHED: ("black", "*"),
+    "random": ("0.55", "x"),
+    "uniform": ("0.55", "+"),
+    SMALLER_INPUT: ("0.55", "s"),
+}
 
 
 def plot_accuracy_against_speed(table: Table, path: str | Path, quality: str = "top1") -> None:
@@ -17,17 +26,16 @@ def plot_accuracy_against_speed(table: Table, path: str | Path, quality: str = "
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.subplots()
     lines: dict[str, list[Row]] = defaultdict(list)
     for row in table.rows:
         if row.get(quality) is not None and row.get("speedup") is not None:
             lines[str(row["method"])].append(row)
-    for index, (method, rows) in enumerate(lines.items()):
-        rows = sorted(rows, key=lambda row: _value(row, "speedup"))
-        baseline = method in (*DROP_BASELINES, SMALLER_INPUT)
-        colour = "black" if method == UNPATCHED else "0.55" if baseline else f"C{index % 10}"
-        marker = "*" if method == UNPATCHED else {"random": "x", "uniform": "+", SMALLER_INPUT: "s"}.get(method, "o")
+    colours = itertools.cycle(COLOURS)
+    for method, found in lines.items():
+        rows = sorted(found, key=lambda row: _value(row, "speedup"))
+        colour, marker = BASELINE_STYLES.get(method) or (next(colours), "o")
         speeds, values = [_value(row, "speedup") for row in rows], [_value(row, quality) for row in rows]
         axes.errorbar(
             speeds,
@@ -53,7 +61,7 @@ def plot_accuracy_against_speed(table: Table, path: str | Path, quality: str = "
     axes.set_xlabel("measured speed-up over the unpatched model (red ring: the machine was not quiet)")
     axes.set_ylabel(quality)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     environment = table.environment
     axes.set_title(
         ", ".join(f"{k} {environment[k]}" for k in ("device", "threads", "dtype") if k in environment), size=8

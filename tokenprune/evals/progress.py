@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 def progress(steps: Iterable[T], what: str, *, total: int | None = None, show: bool = True) -> Iterable[T]:
-    """`steps` with a bar on standard error, or as they are where `show` is False or tqdm is not installed."""
+    """`steps` with a bar on standard error, where that is a terminal, `show` is True and tqdm is installed."""
     if not show or find_spec("tqdm") is None:
         return steps
     from tqdm import tqdm
 
-    return cast("Iterable[T]", tqdm(steps, desc=what, total=total, leave=False, dynamic_ncols=True))
+    return cast("Iterable[T]", tqdm(steps, desc=what, total=total, leave=False, dynamic_ncols=True, disable=None))

@@ -14,10 +14,10 @@ from tokenprune.evals.data import ImageData, open_data
 
 def digits_data(count: int, seed: int) -> ImageData:
     """`count` test pictures of the shipped digits task, drawn anew for each `seed`, as `digits-vit` takes them."""
-    from tokenprune.evals.digits import cluttered_digits
+    from tokenprune.evals.digits import NUM_CLASSES, cluttered_digits
 
     data = open_data(cluttered_digits("test", count, seed))
-    return ImageData("cluttered digits (test)", data.items, data.size, data.classes)
+    return ImageData("cluttered digits (test)", data.items, data.size, NUM_CLASSES)
 
 
 def photographs_data(size: int, mean: Sequence[float], std: Sequence[float]) -> ImageData:

@@ -48,13 +48,19 @@ def kept_overlay(picture: Tensor, source: Tensor, grid: tuple[int, int]) -> Tens
         inside = labels == token
         drawn = torch.where(inside, (1.0 - TINT) * drawn + TINT * colour, drawn)
         drawn = torch.where(inside & _border(labels, line), colour, drawn)
-    return (drawn.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    return _bytes(drawn)
 
 
 def place_panels(
-    model: nn.Module, inputs: Tensor, picture: Tensor, *, places: int | None = None, pixels: int = PANEL_PIXELS
+    model: nn.Module,
+    inputs: Tensor,
+    picture: Tensor,
+    title: str,
+    *,
+    places: int | None = None,
+    pixels: int = PANEL_PIXELS,
 ) -> list[Panel]:
-    """One panel for each place of the patched `model` where tokens went, drawn over `picture`.
+    """The picture under its title, then a panel for each place of the patched `model` where tokens went.
 
     inputs: [1, C, H, W] as the model takes them. picture: the same image for the eye, [3, H, W] in [0, 1]. places: at
     most so many, evenly chosen with the last one among them. pixels: least height of a panel.
@@ -63,7 +69,7 @@ def place_panels(
         model(inputs)
     forward = recording.forwards[-1]
     canvas = fit_to_grid(picture, forward.grid, pixels)
-    panels = []
+    panels = [(title, _bytes(canvas))]
     for index in _evenly(len(forward.places), places):
         place = forward.places[index]
         source = place.source[0].cpu()
@@ -85,12 +91,6 @@ def fit_to_grid(picture: Tensor, grid: tuple[int, int], pixels: int = PANEL_PIXE
     return resized[0].clamp(0, 1)
 
 
-def plain_panel(caption: str, picture: Tensor, pixels: int = PANEL_PIXELS) -> Panel:
-    """The picture [3, H, W] in [0, 1] itself, as a panel beside those of `place_panels`."""
-    shown = fit_to_grid(picture, (1, 1), pixels)
-    return caption, (shown * 255).round().to(torch.uint8).permute(1, 2, 0)
-
-
 def contact_sheet(rows: Sequence[Sequence[Panel]]) -> Image:
     """The panels on white, one row after the other, each under its caption."""
     from PIL import Image, ImageDraw, ImageFont
@@ -109,6 +109,11 @@ def contact_sheet(rows: Sequence[Sequence[Panel]]) -> Image:
             left += panel.shape[1] + _MARGIN
         top += height
     return sheet
+
+
+def _bytes(picture: Tensor) -> Tensor:
+    """[3, H, W] in [0, 1] to uint8 [H, W, 3]."""
+    return (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
 
 
 def _merged_groups(source: Tensor) -> list[tuple[int, Tensor]]:
