@@ -169,8 +169,9 @@ def _find(target: object) -> tuple[nn.Module, Adapter]:
         if model is not None:
             return model, adapter
     raise UnsupportedModel(
-        f"no adapter knows {type(module).__name__} or a module inside it; supported: timm vision transformers (VisionTransformer,"
-        " DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT); others through tokenprune.register_adapter"
+        f"no adapter knows {type(module).__name__} or a module inside it; supported: timm vision transformers"
+        " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT); others through"
+        " tokenprune.register_adapter"
     )
 
 
