@@ -38,11 +38,18 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.90 <= hits / 300 <= 0.98
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_equal_answers_do_not_claim_certainty(value):
-    interval = bootstrap_mean([value] * 40)
-    assert interval.estimate == value
-    assert interval.high - interval.low == pytest.approx(1 - 0.025 ** (1 / 40))
+def test_equal_answers_do_not_claim_certainty():
+    reach = 1 - 0.025 ** (1 / 40)
+    for value, support, low, high in (
+        (1.0, (0, 1), 1 - reach, 1.0),
+        (0.0, (0, 1), 0.0, reach),
+        (0.0, (-1, 1), -reach, reach),
+        (0.3, None, 0.3, 0.3),
+    ):
+        interval = bootstrap_mean([value] * 40, support=support)
+        assert (interval.estimate, interval.low, interval.high) == pytest.approx((value, low, high))
+    mixed = [0.0] * 39 + [1.0]
+    assert bootstrap_mean(mixed, support=(0, 1)) == bootstrap_mean(mixed)
 
 
 def test_groups_are_drawn_whole():

@@ -24,6 +24,7 @@ from tokenprune.evals.transforms import model_transform
 
 Dense = Callable[[nn.Module, Tensor], Tensor]
 NEIGHBOURS = 10
+SUPPORT = {"top1": (0.0, 1.0), "knn": (0.0, 1.0), "agreement": (0.0, 1.0)}
 
 
 def evaluate(
@@ -168,15 +169,18 @@ def _row(arm: Arm, score: _Scores, base: _Scores, groups: Tensor | None, seed: i
             continue
         values = score.column(name)
         members = groups[score.is_test] if name == "knn" and groups is not None else groups
-        row |= _interval(name, values, members, seed)
+        if score is base and name in ("agreement", "cosine", "saliency"):
+            row[name] = 1.0  # the unpatched model against itself
+            continue
+        row |= _interval(name, values, members, SUPPORT.get(name), seed)
         if name in ("top1", "knn"):
-            drop = _interval(f"{name}_drop", base.column(name) - values, members, seed)
+            drop = _interval(f"{name}_drop", base.column(name) - values, members, (-1.0, 1.0), seed)
             row |= drop if score is not base else dict.fromkeys(drop)
     return {**row, "note": arm.note}
 
 
-def _interval(name: str, values: Tensor, groups: Tensor | None, seed: int) -> Row:
-    found = bootstrap_mean(values, groups=groups, seed=seed)
+def _interval(name: str, values: Tensor, groups: Tensor | None, support: tuple[float, float] | None, seed: int) -> Row:
+    found = bootstrap_mean(values, groups=groups, support=support, seed=seed)
     return interval_cells(name, found.estimate, found.low, found.high)
 
 

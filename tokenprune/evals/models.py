@@ -112,12 +112,13 @@ def _from_timm(name: str, checkpoint: str | Path | None, *, pretrained: bool) ->
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise UnsupportedModel(f"no model is called {name!r}: not shipped, not in timm {timm.__version__}{hint}")
     try:
-        return timm.create_model(name, pretrained=pretrained, checkpoint_path=str(checkpoint or ""))
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, checkpoint_path=str(checkpoint or ""))
     except Exception as error:
         # What a failing download or a checkpoint of another model raises differs from library to library.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = "; --checkpoint FILE.safetensors or --random-weights need no network" if pretrained else ""
         raise TokenPruneError(f"{name} could not be loaded: {reason}{advice}") from error
+    return model
 
 
 def _from_function(name: str) -> nn.Module:

@@ -22,6 +22,7 @@ def bootstrap_mean(
     values: Tensor | Sequence[float],
     *,
     groups: Tensor | None = None,
+    support: tuple[float, float] | None = None,
     seed: int = 0,
     resamples: int = 1000,
     level: float = 0.95,
@@ -29,9 +30,11 @@ def bootstrap_mean(
     """Mean of `values` [n] with a percentile bootstrap interval.
 
     groups: [n], equal for values that are not independent (crops of one photograph); whole groups are drawn then.
+    support: the least and the greatest value there can be, such as (0, 1) for right or wrong.
 
-    A sample in which every value is the same 0 or 1 would give an interval of width zero, which claims too much: there
-    the exact (Clopper-Pearson) end for n equal answers is taken instead. An empty sample gives NaN thrice.
+    A sample of n equal values gives an interval of width zero, which claims too much. Where the support is known it is
+    widened by what n equal answers leave possible: an outcome at its end as likely as the Clopper-Pearson bound.
+    An empty sample gives NaN thrice.
     """
     data = torch.as_tensor(values, dtype=torch.float64).cpu()
     labels = torch.arange(len(data)) if groups is None else groups.cpu()
@@ -40,12 +43,10 @@ def bootstrap_mean(
     sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, member, torch.ones_like(data))
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, member, data)
     interval = _bootstrap(count, lambda draw: sums[draw].sum(1) / sizes[draw].sum(1), seed, resamples, level)
-    if count and interval.low == interval.high and interval.estimate in (0.0, 1.0):
-        reach = 1.0 - ((1.0 - level) / 2.0) ** (1.0 / count)
-        if interval.estimate == 1.0:
-            return Interval(1.0, 1.0 - reach, 1.0)
-        return Interval(0.0, 0.0, reach)
-    return interval
+    if support is None or count == 0 or data.amin() < data.amax():
+        return interval
+    reach, mean = 1.0 - ((1.0 - level) / 2.0) ** (1.0 / count), interval.estimate
+    return Interval(mean, mean - reach * (mean - support[0]), mean + reach * (support[1] - mean))
 
 
 def bootstrap_median(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import tokenprune
 from tokenprune.errors import TokenPruneError
 
 Cell = str | int | float | bool | None
@@ -104,7 +105,7 @@ def environment(device: torch.device | str = "cpu", dtype: torch.dtype = torch.f
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": _version("timm"),
-        "tokenprune": _version("tokenprune-torch"),
+        "tokenprune": tokenprune.__version__,
         "unit": "multiply-adds (1 multiply-add = 2 FLOPs)",
     }
 
