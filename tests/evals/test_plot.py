@@ -1,0 +1,33 @@
+import pytest
+
+from tokenprune.evals.plot import plot_accuracy_against_speed
+from tokenprune.evals.table import Table, interval_cells
+
+
+@pytest.fixture
+def table():
+    def row(method, speed, top1, trusted=True):
+        cells = interval_cells("speedup", speed, speed - 0.1, speed + 0.1)
+        return {"method": method, **cells, **interval_cells("top1", top1, top1 - 0.02, top1 + 0.02), "trusted": trusted}
+
+    rows = [row("unpatched", 1.0, 0.9), row("tome", 1.5, 0.88), row("tome", 1.9, 0.8, trusted=False)]
+    return Table([*rows, row("random", 1.6, 0.6), {"method": "refused", "note": "why"}], {"device": "cpu"})
+
+
+def test_svg_names_what_was_measured_and_nothing_else(table, tmp_path):
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_accuracy_against_speed(table, tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert all(f">{name}<" in drawn for name in ("unpatched", "tome", "random", "top1"))
+    assert "refused" not in drawn
+
+
+def test_png_is_written_without_touching_pyplot(table, tmp_path):
+    import sys
+
+    before = "matplotlib.pyplot" in sys.modules
+    plot_accuracy_against_speed(table, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert ("matplotlib.pyplot" in sys.modules) == before

@@ -1,0 +1,189 @@
+import csv
+import io
+import json
+import pickle
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+
+from tokenprune import cli
+from tokenprune.evals import bench
+from tokenprune.evals.table import Table
+from tokenprune.evals.throughput import measure
+
+QUICK = ["--quiet", "--threads", "1"]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch, threads):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small_vit.py").write_text(
+        "import timm\n"
+        "def build():\n"
+        "    return timm.create_model('vit_tiny_patch16_224', img_size=64, depth=3, num_classes=3)\n"
+    )
+    yield
+    sys.modules.pop("small_vit", None)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for index, name in enumerate(["a", "b", "c"]):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (70, 80), (80 * index, 40 * number, 9)).save(
+                tmp_path / "pictures" / name / f"{number}.png"
+            )
+    return tmp_path / "pictures"
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], *([name, "--help"] for name in cli.EXAMPLES)])
+def test_help_and_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == (0 if arguments else 2)
+    if len(arguments) == 2:
+        shown = capsys.readouterr().out
+        assert all(example in shown for example in cli.EXAMPLES[arguments[0]])
+
+
+@pytest.mark.parametrize("name", cli.EXAMPLES)
+def test_every_example_is_a_valid_command(name):
+    for example in cli.EXAMPLES[name]:
+        program, *arguments = example.split()
+        assert program == "tokenprune"
+        assert cli.parser().parse_args(arguments).command == name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench"],
+        ["bench", "--model", "x", "--flops", "much"],
+        ["bench", "--model", "x", "--batch-size", "0"],
+        ["bench", "--model", "x", "--json", "--csv"],
+        ["eval", "--model", "x", "--dtype", "int8"],
+        ["nonsense"],
+        ["train", "another-model", "--output", "x"],
+    ],
+)
+def test_wrong_usage_is_two(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    assert "usage: tokenprune" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--model", "no_such_model"], "no_such_model"),
+        (["bench", "--model", "small_vit:build", "--method", "no_such_method"], "no_such_method"),
+        (["bench", "--model", "small_vit:build", "--method", "top_k", "--rounds", "3"], "at least 20"),
+        (["bench", "--model", "small_vit:build", "--keep", "1.7", "--method", "top_k"], None),
+        (["bench", "--model", "small_vit:build", "--device", "cuda:77"], "cuda:77"),
+        (["eval", "--model", "small_vit:build"], "--data"),
+        (["eval", "--model", "small_vit:build", "--data", "openclipart:nowhere"], "nowhere"),
+        (["viz", "--model", "small_vit:build"], "--image"),
+        (["viz", "--model", "small_vit:build", "--image", "absent.png"], "absent.png"),
+        (["viz", "--model", "small_vit:build", "--image", "w.png", "--flops", "0.0001"], "flops"),
+        (["bench", "--model", "test_vit", "--checkpoint", "w.pth"], "pickle"),
+    ],
+)
+def test_failures_are_one_line_and_exit_one(arguments, message, capsys, tmp_path):
+    (tmp_path / "w.pth").write_bytes(pickle.dumps({}))
+    Image.new("RGB", (64, 64)).save(tmp_path / "w.png")
+    assert run(*arguments) == 1
+    error = capsys.readouterr().err
+    if message is not None:
+        assert error.startswith("tokenprune: error: ")
+        assert error.count("\n") == 1
+        assert message in error
+
+
+def test_methods_lists_what_there_is(capsys):
+    import tokenprune
+
+    assert run("methods", "--json") == 0
+    rows = Table.from_json(capsys.readouterr().out).rows
+    assert [row["name"] for row in rows] == [method.name for method in tokenprune.methods()]
+    assert run("methods", "--model", "small_vit:build", "--markdown") == 0
+    assert "| tome |" in capsys.readouterr().out
+
+
+def test_bench_prints_and_writes(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(bench.__globals__, "measure", partial(measure, sample_seconds=0, attempts=1))
+    command = ["bench", "--model", "small_vit:build", "--method", "top_k", "--keep", "0.5", "--flops", "0.7"]
+    assert run(*command, "--batch-size", "1", "--csv", "--output", tmp_path / "t.json", *QUICK) == 0
+    printed = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    written = json.loads((tmp_path / "t.json").read_text())
+    budgets = ["flops=0.7"] * 4 + ["keep=0.5"] * 4
+    assert [row["budget"] for row in printed] == ["", *budgets]
+    assert [row["budget"] for row in written["rows"]] == ["", *budgets]
+    assert {row["method"] for row in written["rows"]} == {"unpatched", "top_k", "random", "uniform", "smaller input"}
+    assert written["environment"]["inputs"] == "noise"
+    assert written["environment"]["threads"] == 1
+    assert float(printed[1]["flops_ratio"]) == pytest.approx(0.7, abs=0.05)
+
+
+def test_eval_on_a_folder(capsys, pictures):
+    command = ["eval", "--model", "small_vit:build", "--data", pictures, "--method", "top_k", "--keep", "0.5"]
+    assert run(*command, "--json", *QUICK) == 0
+    table = Table.from_json(capsys.readouterr().out)
+    assert table.environment["images"] == 6
+    assert [row["method"] for row in table.rows] == ["unpatched", "top_k", "random", "uniform", "smaller input"]
+    assert all(0 <= row["top1"] <= 1 for row in table.rows)
+    assert run(*command, "--samples", "2", "--batch-size", "1", "--json", *QUICK) == 0
+    assert Table.from_json(capsys.readouterr().out).environment["images"] == 2
+
+
+def test_viz_writes_a_picture(capsys, pictures, tmp_path):
+    arguments = ["--method", "tome", "--keep", "0.5", "--image", pictures / "a" / "0.png"]
+    assert run("viz", "--model", "small_vit:build", *arguments, "--output", tmp_path / "kept.png", *QUICK) == 0
+    with Image.open(tmp_path / "kept.png") as sheet:
+        assert sheet.width > 2 * 192
+        assert len(sheet.getcolors(maxcolors=2**20)) > 3
+
+
+def test_train_passes_its_options_on(monkeypatch, tmp_path):
+    from tokenprune.evals import train_digits
+
+    seen = []
+    monkeypatch.setattr(train_digits, "main", seen.append)
+    assert run("train", "digits-vit", "--output", tmp_path, "--steps", "2") == 0
+    assert seen == [["--output", str(tmp_path), "--threads", "1", "--steps", "2"]]
+
+
+def test_help_imports_no_host_library():
+    code = (
+        "import sys\n"
+        "from tokenprune import cli\n"
+        "try:\n    cli.main(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "wanted = {'timm', 'matplotlib', 'PIL', 'datasets', 'torchvision', 'skimage', 'sklearn', 'tokenprune.evals'}\n"
+        "print(sorted(wanted & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "bench" in done.stdout
+
+
+def test_evals_import_no_host_library():
+    code = "import sys, tokenprune.evals; print(sorted({'timm', 'matplotlib', 'PIL', 'datasets'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

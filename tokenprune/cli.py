@@ -1,0 +1,173 @@
+"""The command line: `tokenprune demo | methods | bench | eval | viz | train`.
+
+Nothing but argparse is imported until a command runs, so that `--help` is quick and needs no extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+EXAMPLES = {
+    "demo": ["tokenprune demo --output demo-output"],
+    "methods": ["tokenprune methods", "tokenprune methods --model digits-vit --markdown"],
+    "bench": [
+        "tokenprune bench --model digits-vit --flops 0.6 --batch-size 1 --batch-size 16",
+        "tokenprune bench --model vit_small_patch16_224 --random-weights --method tome --flops 0.6 --json",
+    ],
+    "eval": [
+        "tokenprune eval --model digits-vit --method tome --method zero_tprune --flops 0.6",
+        "tokenprune eval --model dinov2-small-wheel --flops 0.6 --output dinov2.md",
+        "tokenprune eval --model deit_small_patch16_224 --data imagenet/val --samples 5000 --flops 0.6 --csv",
+    ],
+    "viz": ["tokenprune viz --model digits-vit --method tome --flops 0.6 --output kept.png"],
+    "train": ["tokenprune train digits-vit --output digits-run"],
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 for success, 1 for a failure told in one line on standard error, 2 for wrong usage."""
+    options = parser().parse_args(arguments)
+    from tokenprune.errors import TokenPruneError
+
+    try:
+        return _run(options)
+    except (TokenPruneError, ImportError, OSError) as error:
+        print(f"tokenprune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="tokenprune",
+        description="Make a pretrained vision transformer compute fewer tokens, and measure what that gives and costs.",
+        epilog="tokenprune COMMAND --help has examples for each command.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = _command(commands, "demo", "every method on the shipped ViT: a table and two pictures, computed now")
+    demo.add_argument("--output", default="demo-output", metavar="FOLDER", help="where to write (default: %(default)s)")
+    demo.add_argument("--samples", type=_positive, default=500, help="test pictures (default: %(default)s)")
+    _add_machine(demo)
+
+    methods = _command(commands, "methods", "the methods, or those that fit a model")
+    _add_model(methods, required=False)
+    _add_format(methods)
+
+    bench = _command(commands, "bench", "speed, FLOPs and memory, patched and unpatched interleaved in one process")
+    _add_model(bench)
+    _add_methods(bench)
+    bench.add_argument(
+        "--batch-size", type=_positive, action="append", metavar="N", help="images a forward; repeatable (default: 8)"
+    )
+    bench.add_argument("--rounds", type=_positive, default=20, help="timed rounds, at least 20 (default: %(default)s)")
+    _add_data(bench, "what to time on (default: the model's own images, else noise)")
+    _add_machine(bench)
+    _add_format(bench)
+
+    evaluate = _command(commands, "eval", "accuracy, agreement and feature cosine with the unpatched model")
+    _add_model(evaluate)
+    _add_methods(evaluate)
+    _add_data(evaluate, "what to evaluate on (default: the model's own images)")
+    evaluate.add_argument("--samples", type=_positive, help="images, drawn by --seed (default: all; digits: 1000)")
+    evaluate.add_argument("--batch-size", type=_positive, default=32, help="(default: %(default)s)")
+    evaluate.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
+    _add_machine(evaluate)
+    _add_format(evaluate)
+
+    viz = _command(commands, "viz", "which patches survive, drawn over the image, place by place")
+    _add_model(viz)
+    _add_methods(viz)
+    viz.add_argument("--image", action="append", metavar="FILE", help="repeatable (default: the model's own images)")
+    viz.add_argument("--places", type=_positive, default=6, help="at most so many a row (default: %(default)s)")
+    viz.add_argument("--output", default="kept.png", metavar="FILE", help="(default: %(default)s)")
+    _add_machine(viz)
+
+    train = _command(commands, "train", "train the model that the package ships, by its recipe")
+    train.add_argument("model", choices=["digits-vit"])
+    train.add_argument("--output", required=True, metavar="FOLDER", help="for the checkpoint and its record")
+    train.add_argument("--steps", type=_positive, help="other than the recipe's only to try the command out")
+    train.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: %(default)s)")
+    return top
+
+
+def _run(options: argparse.Namespace) -> int:
+    from tokenprune.evals import commands, demo
+
+    run: dict[str, Callable[[argparse.Namespace], int]] = {
+        "demo": demo.run,
+        "methods": commands.methods,
+        "bench": commands.run_bench,
+        "eval": commands.run_eval,
+        "viz": commands.viz,
+        "train": commands.train,
+    }
+    return run[options.command](options)
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="examples:\n  " + "\n  ".join(EXAMPLES[name]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
+    command.add_argument(
+        "--model",
+        required=required,
+        help="digits-vit, dinov2-small-wheel, a timm name, owner/name on the Hugging Face hub, or module:function",
+    )
+    command.add_argument("--checkpoint", metavar="FILE", help="weights, safetensors only")
+    command.add_argument("--random-weights", action="store_true", help="download none: enough for speed")
+
+
+def _add_methods(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", action="append", metavar="NAME", help="repeatable (default: all that fit)")
+    budgets = command.add_argument_group("budgets, each repeatable (default: --flops 0.6)")
+    budgets.add_argument("--flops", type=float, action="append", metavar="SHARE", help="of the multiply-adds")
+    budgets.add_argument("--keep", type=float, action="append", metavar="SHARE", help="of the patch tokens at the end")
+    budgets.add_argument("--tokens", type=int, action="append", metavar="N", help="patch tokens at the end")
+
+
+def _add_data(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument(
+        "--data",
+        help=f"{what}: a folder of images or of class folders, a Hugging Face data set, or openclipart[:FOLDER]",
+    )
+    command.add_argument("--split", help="of a Hugging Face data set (default: validation, else test)")
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own)")
+    command.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_format(command: argparse.ArgumentParser) -> None:
+    formats = command.add_mutually_exclusive_group()
+    for name in ("json", "csv", "markdown"):
+        formats.add_argument(f"--{name}", action="store_const", const=name, dest="format", help=f"print {name}")
+    command.add_argument("--output", metavar="FILE", help="also write the table there: .json, .csv, .md or .txt")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""What pruning costs: top-1, agreement and feature cosine of patched models beside the unpatched one, in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import tokenprune
+from tokenprune.errors import TokenPruneError
+from tokenprune.evals.arms import Arm, Budget, build_arms, runnable, tokens_left
+from tokenprune.evals.data import ImageData, Transform, open_data
+from tokenprune.evals.fidelity import agreement, correct, observe
+from tokenprune.evals.knn import knn_predict
+from tokenprune.evals.progress import progress
+from tokenprune.evals.saliency import feature_cosine, saliency_correlation
+from tokenprune.evals.stats import bootstrap_mean
+from tokenprune.evals.table import Row, Table, environment, interval_cells
+from tokenprune.evals.transforms import model_transform
+
+Dense = Callable[[nn.Module, Tensor], Tensor]
+NEIGHBOURS = 10
+SUPPORT = {"top1": (0.0, 1.0), "knn": (0.0, 1.0), "agreement": (0.0, 1.0)}
+
+
+def evaluate(
+    model: nn.Module,
+    data: object,
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[Budget] = ({"flops": 0.6},),
+    *,
+    transform: Transform | None = None,
+    split: str | None = None,
+    batch_size: int = 32,
+    samples: int | None = None,
+    workers: int = 0,
+    seed: int = 0,
+    baselines: bool = True,
+    saliency: Dense | None = None,
+    show_progress: bool = False,
+) -> Table:
+    """Runs the unpatched model and every method at every budget over `data` once, each batch through all of them.
+
+    data, transform, split: as in `tokenprune.evals.data.open_data`; `transform=None` takes the one of timm's own
+    configuration of the model. samples: of a subset drawn by `seed`. methods, budgets, baselines: as in `bench`.
+    saliency: (model, images [B, C, H, W]) -> maps [B, ...], compared with the unpatched model's where it is given.
+
+    Columns, each a mean over images with a 95% bootstrap interval: `top1` and `top1_drop` (paired, as a share) where
+    there are labels; `knn` and `knn_drop` in their place for a model without a classifier (10 neighbours); `agreement`
+    of the top-1 class with the unpatched model; `cosine` of the features that enter the classifier; `saliency`
+    correlation. `flops_ratio` is the mean over the batches, `tokens` of the last one.
+
+    Raises TokenPruneError as `bench` and `open_data` do.
+    """
+    images = open_data(
+        data, transform or model_transform(model), split=split, num_classes=getattr(model, "num_classes", None)
+    )
+    device, dtype = _placement(model)
+    example, _ = next(images.batches(2, samples=samples, seed=seed))
+    arms = build_arms(model, example.to(device, dtype), methods, budgets, baselines=baselines)
+    return evaluate_arms(
+        arms,
+        images,
+        batch_size=batch_size,
+        samples=samples,
+        workers=workers,
+        seed=seed,
+        saliency=saliency,
+        show_progress=show_progress,
+    )
+
+
+def evaluate_arms(
+    arms: Sequence[Arm],
+    images: ImageData,
+    *,
+    batch_size: int = 32,
+    samples: int | None = None,
+    workers: int = 0,
+    seed: int = 0,
+    saliency: Dense | None = None,
+    show_progress: bool = False,
+) -> Table:
+    """The table of `evaluate` for arms that are built already, the unpatched one first."""
+    base = arms[0].model
+    assert base is not None
+    device, dtype = _placement(base)
+    chosen = images.chosen(samples, seed)
+    scores = [_Scores() for _ in arms]
+    answers: list[Tensor] = []
+    loader = images.batches(batch_size, samples=samples, seed=seed, workers=workers)
+    for batch, labels in progress(loader, "eval", total=math.ceil(len(chosen) / batch_size), show=show_progress):
+        if labels is not None:
+            if int(labels.min()) < 0:
+                raise TokenPruneError(f"{images.name} has images without a label; take a split whose labels are public")
+            answers.append(labels)
+        with torch.inference_mode():
+            _score_batch(arms, scores, batch.to(device, dtype), labels, saliency)
+    groups = None if images.groups is None else images.groups[chosen]
+    if answers and not _classifies(base):
+        is_test = _split(images, chosen, seed)
+        for _, _, score in runnable(arms, scores):
+            score.classify_by_neighbours(torch.cat(answers), is_test)
+    rows = [_row(arm, score, scores[0], groups, seed) for arm, score in zip(arms, scores, strict=True)]
+    conditions: Row = {"data": images.name, "images": len(chosen)}
+    return Table(rows, conditions | environment(device, dtype))
+
+
+class _Scores:
+    """Per-image values of one arm: tensors [B] by column name."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[Tensor]] = defaultdict(list)
+        self.features: list[Tensor] = []
+        self.tokens: int | None = None
+        self.is_test: Tensor | None = None
+
+    def add(self, name: str, values: Tensor) -> None:
+        self.values[name].append(values.double().cpu())
+
+    def column(self, name: str) -> Tensor:
+        return torch.cat(self.values[name])
+
+    def classify_by_neighbours(self, labels: Tensor, is_test: Tensor) -> None:
+        features = torch.cat(self.features)
+        gallery = features[~is_test]
+        predicted = knn_predict(gallery, labels[~is_test], features[is_test], k=min(NEIGHBOURS, len(gallery)))
+        self.add("knn", predicted == labels[is_test])
+        self.is_test = is_test
+
+
+def _score_batch(
+    arms: Sequence[Arm], scores: Sequence[_Scores], images: Tensor, labels: Tensor | None, saliency: Dense | None
+) -> None:
+    base = arms[0].model
+    assert base is not None
+    reference = observe(base, images)
+    maps = None if saliency is None else saliency(base, images)
+    for arm, model, score in runnable(arms, scores):
+        inputs = arm.prepare(images)
+        seen = reference if model is base else observe(model, inputs)
+        if _classifies(base):
+            score.add("agreement", agreement(seen.logits, reference.logits))
+            if labels is not None:
+                score.add("top1", correct(seen.logits.cpu(), labels))
+        elif labels is not None:
+            score.features.append(seen.features.float().cpu())
+        score.add("cosine", feature_cosine(seen.features, reference.features))
+        if maps is not None and saliency is not None:
+            found = maps if model is base else saliency(model, inputs)
+            found = functional.interpolate(found, maps.shape[-2:], mode="bilinear", align_corners=False)
+            score.add("saliency", saliency_correlation(found, maps))
+        if arm.is_patched:
+            score.tokens = tokens_left(model)
+            ratio = tokenprune.report(model).to_dict()["flops_ratio"]
+            score.add("flops_ratio", torch.full((len(images),), ratio))
+
+
+def _row(arm: Arm, score: _Scores, base: _Scores, groups: Tensor | None, seed: int) -> Row:
+    measured = "flops_ratio" in score.values
+    ratio = float(score.column("flops_ratio").mean()) if measured else arm.flops_ratio
+    row: Row = {"method": arm.method, "budget": arm.budget, "flops_ratio": ratio, "tokens": score.tokens}
+    for name in ("top1", "knn", "agreement", "cosine", "saliency"):
+        if name not in score.values:
+            continue
+        values = score.column(name)
+        members = groups[score.is_test] if name == "knn" and groups is not None else groups
+        if score is base and name in ("agreement", "cosine", "saliency"):
+            row[name] = 1.0  # the unpatched model against itself
+            continue
+        row |= _interval(name, values, members, SUPPORT.get(name), seed)
+        if name in ("top1", "knn"):
+            drop = _interval(f"{name}_drop", base.column(name) - values, members, (-1.0, 1.0), seed)
+            row |= drop if score is not base else dict.fromkeys(drop)
+    return {**row, "note": arm.note}
+
+
+def _interval(name: str, values: Tensor, groups: Tensor | None, support: tuple[float, float] | None, seed: int) -> Row:
+    found = bootstrap_mean(values, groups=groups, support=support, seed=seed)
+    return interval_cells(name, found.estimate, found.low, found.high)
+
+
+def _split(images: ImageData, chosen: Tensor, seed: int) -> Tensor:
+    """Which of the chosen images are classified by the others: the data's own split, or three in ten by `seed`."""
+    if images.is_test is not None:
+        return images.is_test[chosen]
+    return torch.rand(len(chosen), generator=torch.Generator().manual_seed(seed)) < 0.3
+
+
+def _classifies(model: nn.Module) -> bool:
+    """Whether the output is one score a class; timm's models without a classifier have num_classes 0."""
+    return getattr(model, "num_classes", None) != 0
+
+
+def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    parameter = next(model.parameters())
+    return parameter.device, parameter.dtype

@@ -1,0 +1,136 @@
+"""What a comparison compares: the unpatched model, each method at each budget, and the baselines that always belong."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import tokenprune
+from tokenprune.errors import BudgetError, TokenPruneError
+from tokenprune.evals.flops import multiply_adds
+from tokenprune.evals.shared_copy import shared_copy
+from tokenprune.evals.smaller_input import resize, smaller_input
+
+T = TypeVar("T")
+Budget = Mapping[str, Any]
+"""The budget of one row, as keywords of `tokenprune.patch`: {"flops": 0.6}, or {} for the method's own default."""
+
+DROP_BASELINES = ("random", "uniform")
+UNPATCHED = "unpatched"
+SMALLER_INPUT = "smaller input"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a comparison. `model` is None where it could not be built, and `note` then says why.
+
+    size: (height, width) in pixels that images are brought to before the forward, None for as they are. flops:
+    multiply-adds of one image. flops_ratio: those over the unpatched model's. tokens: prunable tokens that leave the
+    last place, of the example images.
+    """
+
+    method: str
+    budget: str
+    model: nn.Module | None
+    size: tuple[int, int] | None = None
+    flops: int | None = None
+    flops_ratio: float | None = None
+    tokens: int | None = None
+    note: str | None = None
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether `model` carries a patch, and so has a report."""
+        return self.model is not None and self.method not in (UNPATCHED, SMALLER_INPUT)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] as this arm's model takes them."""
+        return images if self.size is None else resize(images, self.size)
+
+
+def build_arms(
+    model: nn.Module,
+    images: Tensor,
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[Budget] = ({"flops": 0.6},),
+    *,
+    baselines: bool = True,
+) -> list[Arm]:
+    """The arms of a comparison on `images` [B, C, H, W], the unpatched model first; `model` itself is left as it is.
+
+    All arms share the weights of `model`. `methods=None` takes every method that fits the model. With `baselines`,
+    random, uniform and a smaller input of equal FLOPs are added at each budget. A budget that a method cannot meet
+    becomes an arm with a note; so does a method that was not asked for by name and turns out not to fit.
+
+    Raises TokenPruneError for a method named in `methods` that is unknown or does not fit.
+    """
+    base = tokenprune.unpatch(shared_copy(model)).eval()
+    names = [method.name for method in tokenprune.methods(base)] if methods is None else list(methods)
+    if baselines:
+        names += [name for name in DROP_BASELINES if name not in names]
+    arms = [Arm(UNPATCHED, "", base, flops=multiply_adds(base, images), flops_ratio=1.0)]
+    for budget in budgets:
+        rows = [_method_arm(base, images, name, budget, required=methods is not None) for name in names]
+        arms += rows
+        if baselines:
+            arms.append(_smaller_arm(base, images, budget, [r.flops_ratio for r in rows if r.flops_ratio is not None]))
+    return arms
+
+
+def budget_label(budget: Budget) -> str:
+    """`flops=0.6` for {"flops": 0.6}, `default` for {}."""
+    return ", ".join(f"{name}={value}" for name, value in budget.items()) or "default"
+
+
+def tokens_left(model: nn.Module) -> int | None:
+    """Prunable tokens that left the last place in the last forward of a patched model."""
+    places = tokenprune.report(model).to_dict()["places"]
+    return places[-1]["tokens_out"] if places else None
+
+
+def _method_arm(base: nn.Module, images: Tensor, name: str, budget: Budget, *, required: bool) -> Arm:
+    label = budget_label(budget)
+    model = shared_copy(base)
+    try:
+        tokenprune.patch(model, name, **budget)
+        with torch.inference_mode():
+            model(images)
+        report = tokenprune.report(model).to_dict()
+    except TokenPruneError as error:
+        if required and not isinstance(error, BudgetError):
+            raise
+        return Arm(name, label, None, note=str(error))
+    return Arm(
+        name,
+        label,
+        model,
+        flops=report["flops_after"],
+        flops_ratio=report["flops_ratio"],
+        tokens=tokens_left(model),
+    )
+
+
+def _smaller_arm(base: nn.Module, images: Tensor, budget: Budget, ratios: Sequence[float]) -> Arm:
+    """Matches `flops` itself where that is the budget, and the median of what the methods need where it is not."""
+    label = budget_label(budget)
+    target = budget.get("flops") or (statistics.median(ratios) if ratios else None)
+    if target is None:
+        return Arm(SMALLER_INPUT, label, None, note="no method could be run at this budget: nothing to match")
+    try:
+        found = smaller_input(base, images, target)
+    except TokenPruneError as error:
+        return Arm(SMALLER_INPUT, label, None, note=str(error))
+    note = f"{found.size[0]}x{found.size[1]} pixels"
+    return Arm(SMALLER_INPUT, label, found.model, found.size, found.flops, found.flops_ratio, note=note)
+
+
+def runnable(arms: Sequence[Arm], others: Sequence[T]) -> Iterator[tuple[Arm, nn.Module, T]]:
+    """(arm, model, other) of the arms that have a model, `others` going along with `arms`."""
+    for arm, other in zip(arms, others, strict=True):
+        if arm.model is not None:
+            yield arm, arm.model, other

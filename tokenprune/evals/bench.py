@@ -1,0 +1,113 @@
+"""Speed of a patched model against the same model unpatched, with baselines and conditions in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.evals.arms import Arm, Budget, build_arms
+from tokenprune.evals.progress import progress
+from tokenprune.evals.shared_copy import shared_copy
+from tokenprune.evals.table import Row, Table, environment, interval_cells
+from tokenprune.evals.throughput import Timing, measure
+
+
+def bench(
+    model: nn.Module,
+    inputs: Tensor,
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[Budget] = ({"flops": 0.6},),
+    batch_sizes: Sequence[int] | None = None,
+    rounds: int = 20,
+    seed: int = 0,
+    baselines: bool = True,
+    show_progress: bool = False,
+) -> Table:
+    """Times methods at budgets and batch sizes by `tokenprune.evals.throughput.measure`.
+
+    inputs: images [N, C, H, W] on the model's device, repeated to fill a batch. methods: names, None for every one that
+    fits the model. budgets: keywords of `tokenprune.patch`, for example [{"flops": 0.6}, {"keep": 0.5}].
+    batch_sizes: None for one batch of all inputs. baselines: add random, uniform and a smaller input of equal FLOPs;
+    shrinking the pictures is not timed. seed: of the bootstrap. The weights are shared, `model` is left as it is.
+
+    Columns: `images_per_s` and `unpatched_images_per_s` (medians), `speedup` (median of per-round ratios with a 95%
+    bootstrap interval), `control` (unpatched against unpatched), `trusted` (control within 2% of 1), `gmacs` per image
+    (1 multiply-add = 2 FLOPs), `flops_ratio`, `promised` (1 / flops_ratio), peak memory in MB where CUDA measures it.
+
+    Raises TokenPruneError for a named method that is unknown or does not fit, or fewer than 20 rounds.
+    """
+    arms = build_arms(model, inputs, methods, budgets, baselines=baselines)
+    return bench_arms(arms, inputs, batch_sizes, rounds=rounds, seed=seed, show_progress=show_progress)
+
+
+def bench_arms(
+    arms: Sequence[Arm],
+    inputs: Tensor,
+    batch_sizes: Sequence[int] | None = None,
+    *,
+    rounds: int = 20,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> Table:
+    """The table of `bench` for arms that are built already, the unpatched one first."""
+    rows: list[Row] = []
+    for batch in batch_sizes if batch_sizes is not None else [len(inputs)]:
+        images = inputs[torch.arange(batch, device=inputs.device) % len(inputs)]
+        for arm in progress(arms, f"bench, batch {batch}", show=show_progress):
+            rows.append(_row(arm, arms[0], images, rounds=rounds, seed=seed))
+    return Table(rows, environment(inputs.device, inputs.dtype))
+
+
+def time_arm(arm: Arm, base: Arm, images: Tensor, *, rounds: int = 20, seed: int = 0) -> Timing | None:
+    """`arm` against `base` and `base` again on `images` [B, C, H, W]; None where the arm has no model."""
+    if arm.model is None or base.model is None:
+        return None
+    # The two unpatched arms are two module trees, as the patched one is: a cost of that would show in the control.
+    reference, control, candidate = base.model, shared_copy(base.model), arm.model
+    prepared = arm.prepare(images)
+    with torch.inference_mode():
+        return measure(
+            lambda: reference(images),
+            lambda: candidate(prepared),
+            lambda: control(images),
+            rounds=rounds,
+            seed=seed,
+            device=images.device,
+        )
+
+
+def timing_cells(timing: Timing, batch: int) -> dict[str, Any]:
+    """The cells of a table row that `timing` fills, for batches of `batch` images."""
+    return {
+        "images_per_s": batch / timing.seconds_patched,
+        "unpatched_images_per_s": batch / timing.seconds,
+        **interval_cells("speedup", timing.speedup.estimate, timing.speedup.low, timing.speedup.high),
+        "control": timing.control,
+        "trusted": timing.trusted,
+        "peak_mb": _megabytes(timing.peak_memory_patched),
+        "unpatched_peak_mb": _megabytes(timing.peak_memory),
+    }
+
+
+def _row(arm: Arm, base: Arm, images: Tensor, *, rounds: int, seed: int) -> Row:
+    ratio = arm.flops_ratio
+    row: Row = {
+        "method": arm.method,
+        "budget": arm.budget,
+        "batch": len(images),
+        "gmacs": None if arm.flops is None else arm.flops / 1e9,
+        "flops_ratio": ratio,
+        "tokens": arm.tokens,
+        "promised": None if ratio is None else 1.0 / ratio,
+    }
+    timing = time_arm(arm, base, images, rounds=rounds, seed=seed)
+    if timing is not None:
+        row |= timing_cells(timing, len(images))
+    return {**row, "note": arm.note}
+
+
+def _megabytes(size: int | None) -> float | None:
+    return None if size is None else size / 2**20

@@ -1,0 +1,63 @@
+"""`tokenprune demo`: every method on the shipped ViT, measured now, on this machine, without a network."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from tokenprune.evals.accuracy import evaluate_arms
+from tokenprune.evals.arms import budget_label, build_arms
+from tokenprune.evals.bench import bench_arms
+from tokenprune.evals.commands import kept_rows, set_machine
+from tokenprune.evals.models import DIGITS, load_model
+from tokenprune.evals.plot import plot_accuracy_against_speed
+from tokenprune.evals.table import Row, Table
+from tokenprune.evals.viz import contact_sheet
+
+BUDGETS = ({"flops": 0.8}, {"flops": 0.6})
+PICTURE_BUDGET = {"flops": 0.6}
+BATCH = 16
+PLACES = 5
+
+
+def run(options: argparse.Namespace) -> int:
+    """Writes table.{md,csv,json}, kept-tokens.png and accuracy-against-speed.png into the output folder."""
+    set_machine(options)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded = load_model(DIGITS)
+    loaded.model.to(options.device, getattr(torch, options.dtype))
+    assert loaded.data is not None
+    data = loaded.data(options.samples, options.seed)
+    show = not options.quiet
+    images = next(data.batches(BATCH))[0].to(options.device, getattr(torch, options.dtype))
+    arms = build_arms(loaded.model, images, None, BUDGETS)
+    quality = evaluate_arms(arms, data, seed=options.seed, show_progress=show)
+    speed = bench_arms(arms, images, seed=options.seed, show_progress=show)
+    table = join(quality, speed)
+    table.environment = {"model": DIGITS, "batch": BATCH, **table.environment}
+    for suffix in (".md", ".csv", ".json"):
+        table.save(folder / f"table{suffix}")
+    plot_accuracy_against_speed(table, folder / "accuracy-against-speed.png")
+    shown = [arm for arm in arms if arm.is_patched and arm.budget == budget_label(PICTURE_BUDGET)]
+    contact_sheet(kept_rows(loaded, images[:1], shown, places=PLACES)).save(folder / "kept-tokens.png")
+    print(table.to_text())
+    print(f"written to {folder}: table.md, table.csv, table.json, accuracy-against-speed.png, kept-tokens.png")
+    return 0
+
+
+COLUMNS = ("top1", "top1_drop", "agreement", "flops_ratio", "speedup", "promised", "control", "trusted", "images_per_s")
+
+
+def join(quality: Table, speed: Table) -> Table:
+    """One row a method and budget, out of a table of `evaluate` and one of `bench` at one batch size."""
+    timed = {(row["method"], row["budget"]): row for row in speed.rows}
+    names = [f"{name}{end}" for name in COLUMNS for end in ("", "_low", "_high")]
+    rows: list[Row] = []
+    for row in quality.rows:
+        both = {**timed[row["method"], row["budget"]], **row}
+        kept = {name: both[name] for name in names if name in both}
+        rows.append({"method": row["method"], "budget": row["budget"], **kept, "note": row["note"]})
+    return Table(rows, {**quality.environment, **speed.environment})

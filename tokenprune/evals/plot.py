@@ -1,0 +1,85 @@
+"""Accuracy against speed, as a PNG or SVG."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from pathlib import Path
+
+from tokenprune.evals.arms import SMALLER_INPUT, UNPATCHED
+from tokenprune.evals.table import Cell, Row, Table
+
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
+BASELINE_STYLES = {
+    UNPATCHED: ("black", "*"),
+    "random": ("0.55", "x"),
+    "uniform": ("0.55", "+"),
+    SMALLER_INPUT: ("0.55", "s"),
+}
+
+
+def plot_accuracy_against_speed(table: Table, path: str | Path, quality: str = "top1") -> None:
+    """Draws `quality` over `speedup` for every row of `table` that has both, with their intervals, to `path`.
+
+    The suffix of `path` (.png, .svg) decides the format. Baselines are grey, the unpatched model is a star, the budgets
+    of one method are joined by a line, and a red ring marks a point whose control was off by more than 2%.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[Row]] = defaultdict(list)
+    for row in table.rows:
+        if row.get(quality) is not None and row.get("speedup") is not None:
+            lines[str(row["method"])].append(row)
+    colours = itertools.cycle(COLOURS)
+    for method, found in lines.items():
+        rows = sorted(found, key=lambda row: _value(row, "speedup"))
+        colour, marker = BASELINE_STYLES.get(method) or (next(colours), "o")
+        speeds, values = [_value(row, "speedup") for row in rows], [_value(row, quality) for row in rows]
+        axes.errorbar(
+            speeds,
+            values,
+            xerr=_ends(rows, "speedup"),
+            yerr=_ends(rows, quality),
+            color=colour,
+            marker=marker,
+            markersize=12 if method == UNPATCHED else 6,
+            linewidth=1,
+            elinewidth=0.7,
+            label=method,
+        )
+        doubtful = [row for row in rows if not row.get("trusted")]
+        axes.scatter(
+            [_value(row, "speedup") for row in doubtful],
+            [_value(row, quality) for row in doubtful],
+            s=90,
+            facecolors="none",
+            edgecolors="red",
+            zorder=3,
+        )
+    axes.set_xlabel("measured speed-up over the unpatched model (red ring: the machine was not quiet)")
+    axes.set_ylabel(quality)
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize="small", loc="outside right upper")
+    environment = table.environment
+    axes.set_title(
+        ", ".join(f"{k} {environment[k]}" for k in ("device", "threads", "dtype") if k in environment), size=8
+    )
+    figure.savefig(path, dpi=140)
+
+
+def _value(row: Row, name: str) -> float:
+    return _number(row[name])
+
+
+def _ends(rows: list[Row], name: str) -> list[list[float]]:
+    """Distances to the lower and to the upper end of the interval, 0 where there is none."""
+    below = [_value(row, name) - _number(row.get(f"{name}_low", row[name])) for row in rows]
+    above = [_number(row.get(f"{name}_high", row[name])) - _value(row, name) for row in rows]
+    return [below, above]
+
+
+def _number(cell: Cell) -> float:
+    assert isinstance(cell, (int, float)), f"{cell!r} is no number"
+    return float(cell)

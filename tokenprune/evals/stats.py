@@ -1,0 +1,75 @@
+"""Means and medians with bootstrap intervals, drawn by a generator of their own (the global RNG is never touched)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the ends of its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(
+    values: Tensor | Sequence[float],
+    *,
+    groups: Tensor | None = None,
+    support: tuple[float, float] | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """Mean of `values` [n] with a percentile bootstrap interval.
+
+    groups: [n], equal for values that are not independent (crops of one photograph); whole groups are drawn then.
+    support: the least and the greatest value there can be, such as (0, 1) for right or wrong.
+
+    A sample of n equal values gives an interval of width zero, which claims too much. Where the support is known it is
+    widened by what n equal answers leave possible: an outcome at its end as likely as the Clopper-Pearson bound.
+    An empty sample gives NaN thrice.
+    """
+    data = torch.as_tensor(values, dtype=torch.float64).cpu()
+    labels = torch.arange(len(data)) if groups is None else groups.cpu()
+    _, member = torch.unique(labels, return_inverse=True)
+    count = int(member.max()) + 1 if len(data) else 0
+    sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, member, torch.ones_like(data))
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, member, data)
+    interval = _bootstrap(count, lambda draw: sums[draw].sum(1) / sizes[draw].sum(1), seed, resamples, level)
+    if support is None or count == 0 or data.amin() < data.amax():
+        return interval
+    reach, mean = 1.0 - ((1.0 - level) / 2.0) ** (1.0 / count), interval.estimate
+    return Interval(mean, mean - reach * (mean - support[0]), mean + reach * (support[1] - mean))
+
+
+def bootstrap_median(
+    values: Tensor | Sequence[float], *, seed: int = 0, resamples: int = 1000, level: float = 0.95
+) -> Interval:
+    """Median of `values` [n] (mean of the two middle ones for even n) with a percentile bootstrap interval."""
+    data = torch.as_tensor(values, dtype=torch.float64).cpu()
+    return _bootstrap(len(data), lambda draw: data[draw].quantile(0.5, dim=1), seed, resamples, level)
+
+
+def _bootstrap(count: int, statistic: Callable[[Tensor], Tensor], seed: int, resamples: int, level: float) -> Interval:
+    """The statistic of rows of indices [rows, count] into the sample, once as it is and over the resamples."""
+    if count == 0:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.cat([statistic(index) for index in _resample(count, resamples, generator)])
+    tail = (1.0 - level) / 2.0
+    low, high = draws.quantile(torch.tensor([tail, 1.0 - tail], dtype=torch.float64)).tolist()
+    return Interval(float(statistic(torch.arange(count)[None])), low, high)
+
+
+def _resample(size: int, resamples: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index tensors [rows, size], at most about four million draws at a time."""
+    rows = max(1, 4_000_000 // size)
+    for start in range(0, resamples, rows):
+        yield torch.randint(size, (min(rows, resamples - start), size), generator=generator)
