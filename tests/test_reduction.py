@@ -1,0 +1,70 @@
+import torch
+
+from tokenprune.reduction import Reduction, gather_tokens
+
+
+def test_dropping_keeps_the_named_rows() -> None:
+    x = torch.arange(2 * 4 * 3.0).reshape(2, 4, 3)
+    kept = torch.tensor([[0, 3], [1, 2]])
+    reduction = Reduction(kept)
+    assert torch.equal(reduction(x), torch.stack([x[0, [0, 3]], x[1, [1, 2]]]))
+    assert reduction.source(4).tolist() == [[0, -1, -1, 1], [-1, 0, 1, -1]]
+    assert reduction.follow(torch.tensor([[7, 8, 9, 10], [7, 8, 9, 10]])).tolist() == [[7, 10], [8, 9]]
+
+
+def test_merging_averages_by_size_worked_by_hand() -> None:
+    # Tokens 0 to 3 hold 1, 2, 4 and 8 with sizes 1, 2, 1 and 4; 0 and 1 are merged into 3: (1*1 + 2*2 + 8*4) / 7.
+    x = torch.tensor([[[1.0], [2.0], [4.0], [8.0]]])
+    sizes = torch.tensor([[1.0, 2.0, 1.0, 4.0]])
+    reduction = Reduction(kept=torch.tensor([[2, 3]]), moved=torch.tensor([[0, 1]]), target=torch.tensor([[1, 1]]))
+    torch.testing.assert_close(reduction(x, sizes), torch.tensor([[[4.0], [37 / 7]]]))
+    assert reduction.merged_sizes(sizes).tolist() == [[1.0, 7.0]]
+    assert reduction.source(4).tolist() == [[1, 1, 0, 1]]
+
+
+def test_sizes_beyond_what_bfloat16_counts() -> None:
+    x = torch.ones(1, 600, 2, dtype=torch.bfloat16)
+    reduction = Reduction(
+        kept=torch.zeros(1, 1, dtype=torch.long),
+        moved=torch.arange(1, 600).unsqueeze(0),
+        target=torch.zeros(1, 599, dtype=torch.long),
+    )
+    out = reduction(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, torch.ones(1, 1, 2, dtype=torch.bfloat16))
+    assert reduction.merged_sizes(torch.ones(1, 600)).item() == 600
+
+
+def test_fusing_appends_the_weighted_sum() -> None:
+    x = torch.tensor([[[1.0], [2.0], [3.0]]])
+    reduction = Reduction(torch.tensor([[1]]), torch.tensor([[0, 2]]), weights=torch.tensor([[0.5, 0.25]]))
+    assert reduction(x).tolist() == [[[2.0], [1.25]]]
+    assert reduction.tokens == 2
+    assert reduction.follow(torch.tensor([[4, 5, 6]])).tolist() == [[5, 4]]
+    assert reduction.source(3).tolist() == [[1, 0, 1]]
+    assert reduction.merged_sizes(torch.ones(1, 3)).tolist() == [[1.0, 2.0]]
+
+
+def test_a_dense_matrix_mixes() -> None:
+    x = torch.randn(2, 3, 4)
+    matrix = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]).expand(2, -1, -1)
+    reduction = Reduction(torch.empty(2, 0, dtype=torch.long), matrix=matrix)
+    torch.testing.assert_close(reduction(x), torch.stack([x[:, :2].mean(1), x[:, 2]], 1))
+    assert reduction.tokens == 2
+    assert reduction.source(3).tolist() == [[0, 0, 1]] * 2
+
+
+def test_merging_has_the_right_gradient() -> None:
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    sizes = torch.rand(2, 5, dtype=torch.float64) + 0.5
+    reduction = Reduction(
+        torch.tensor([[0, 2], [1, 3]]), torch.tensor([[1, 4], [0, 2]]), torch.tensor([[1, 1], [0, 1]])
+    )
+    assert torch.autograd.gradcheck(lambda value: reduction(value, sizes), (x,))
+
+
+def test_gathering_a_non_contiguous_slice() -> None:
+    x = torch.randn(3, 7, 4)
+    index = torch.tensor([[0, 5], [2, 1], [3, 3]])
+    expected = torch.stack([row[1:][i] for row, i in zip(x, index, strict=True)])
+    assert torch.equal(gather_tokens(x[:, 1:], index), expected)
