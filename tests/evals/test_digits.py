@@ -9,6 +9,16 @@ import torch
 from tokenprune.evals import digits, train_digits
 from tokenprune.evals.digits_vit import digits_vit
 
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # Waiting threads make so small a model slower wherever the cores are shared.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 CHECKPOINTS = resources.files("tokenprune.evals") / "checkpoints"
 
 
@@ -33,7 +43,7 @@ def test_answers_and_clutter_come_from_the_scans_of_the_split_alone(split, monke
 def test_clutter_shows_scans_too(monkeypatch):
     # Guards the test above: were there no strips, it could not see one of a foreign split.
     expected, _ = digits.cluttered_digit_pictures("test", 1)
-    monkeypatch.setattr(digits, "STRIPS", (0, 5))
+    monkeypatch.setattr(digits, "STRIPS", (0, 4))
     monkeypatch.setattr(digits, "STRIP_WIDTH", 2)
     pictures, _ = digits.cluttered_digit_pictures("test", 1)
     assert not np.array_equal(pictures, expected)
@@ -95,7 +105,7 @@ def test_the_checkpoint_is_small_and_its_record_is_that_of_the_committed_recipe(
 
 def test_training_steps_lower_the_loss():
     torch.manual_seed(0)
-    model = digits_vit(pretrained=False).train()
+    model = train_digits.trainable().train()
     optimizer = torch.optim.AdamW(model.parameters())
     images, labels = digits.cluttered_digits("train", 16)
     losses = [train_digits.train_step(model, optimizer, images, labels, 1e-3) for _ in range(25)]
@@ -106,8 +116,7 @@ def test_the_training_command_writes_a_checkpoint_and_its_record(tmp_path, monke
     monkeypatch.setattr(train_digits, "VALIDATION_IMAGES", 20)
     monkeypatch.setattr(train_digits, "TEST_IMAGES", 20)
     monkeypatch.setattr(train_digits, "BATCH", 8)
-    threads = torch.get_num_threads()
-    train_digits.main(["--output", str(tmp_path), "--steps", "4", "--threads", str(threads)])
+    train_digits.main(["--output", str(tmp_path), "--steps", "4"])
     assert "step 4/4" in capsys.readouterr().out
     assert json.loads((tmp_path / "digits_vit.json").read_text())["recipe"]["STEPS"] == 4
     from safetensors.torch import load_file
@@ -132,4 +141,4 @@ def test_the_learning_rate_warms_up_and_comes_down():
     rates = [train_digits.learning_rate(step, 1000) for step in range(1000)]
     assert max(rates) == pytest.approx(train_digits.PEAK_LR)
     assert rates.index(max(rates)) == 40
-    assert rates[-1] < 1.01 * train_digits.LAST_LR + 1e-7
+    assert rates[-1] < 1.2 * train_digits.LAST_LR

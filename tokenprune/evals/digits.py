@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenprune.errors import TokenPruneError
+
 Split = Literal["train", "val", "test"]
 Floats = NDArray[np.float32]
 
@@ -21,9 +23,10 @@ NUM_CLASSES = 10
 PIXEL_MEAN = 0.4
 PIXEL_STD = 0.25
 
-DIGIT_SIZE = (18, 26)
+DIGIT_SIZE = (20, 26)
+TILT = 0.15
 STRIP_WIDTH = 3
-STRIPS = (3, 5)
+STRIPS = (2, 4)
 LINES = (0, 2)
 _SPLIT_ENDS = {"train": (0, 1097), "val": (1097, 1297), "test": (1297, 1797)}
 
@@ -40,7 +43,7 @@ def _scans() -> tuple[Floats, NDArray[np.int64]]:
 def scan_indices(split: Split) -> NDArray[np.int64]:
     """The rows of scikit-learn's ``load_digits`` that belong to a split: 1097, 200 and 500, without overlap."""
     if split not in _SPLIT_ENDS:
-        raise ValueError(f"split must be one of {', '.join(_SPLIT_ENDS)}, got {split!r}")
+        raise TokenPruneError(f"split must be one of {', '.join(_SPLIT_ENDS)}, got {split!r}")
     start, end = _SPLIT_ENDS[split]
     return np.random.default_rng(1797).permutation(1797)[start:end]
 
@@ -66,7 +69,7 @@ def _enlarge(ink: Floats, height: int, width: int, angle: float) -> Floats:
 
 
 def _paint(canvas: Floats, ink: Floats, top: int, left: int, rng: np.random.Generator) -> None:
-    colour = rng.uniform(0.6, 1.0, 3).astype(np.float32)
+    colour = rng.uniform(0.7, 1.0, 3).astype(np.float32)
     area = canvas[top : top + ink.shape[0], left : left + ink.shape[1]]
     area += ink[:, :, None] * (colour - area)
 
@@ -76,7 +79,7 @@ def _background(rng: np.random.Generator, size: int) -> Floats:
     axis = np.linspace(-0.5, 0.5, size, dtype=np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     ramp = np.float32(np.sin(angle)) * axis[:, None] + np.float32(np.cos(angle)) * axis[None, :] + 0.5
-    first, second = rng.uniform(0.0, 0.45, (2, 3)).astype(np.float32)
+    first, second = rng.uniform(0.0, 0.4, (2, 3)).astype(np.float32)
     grain = rng.standard_normal((size, size), np.float32) * np.float32(0.02)
     background: Floats = first + ramp[:, :, None] * (second - first) + grain[:, :, None]
     return background
@@ -93,9 +96,8 @@ def _line(rng: np.random.Generator, size: int) -> Floats:
     return ink
 
 
-def _canvas(rng: np.random.Generator, split: Split, size: int) -> tuple[NDArray[np.uint8], int]:
+def _canvas(rng: np.random.Generator, allowed: NDArray[np.int64], size: int) -> tuple[NDArray[np.uint8], int]:
     scans, labels = _scans()
-    allowed = scan_indices(split)
     answer, *others = allowed[rng.integers(len(allowed), size=1 + STRIPS[1])]
     canvas = _background(rng, size)
     for _ in range(rng.integers(LINES[0], LINES[1] + 1)):
@@ -107,14 +109,14 @@ def _canvas(rng: np.random.Generator, split: Split, size: int) -> tuple[NDArray[
         start = rng.integers(0, 8 - STRIP_WIDTH + 1)
         strip = scans[other][start : start + STRIP_WIDTH]
         long, short = height, round(height * STRIP_WIDTH / 8)
-        ink = _enlarge(strip, short, long, rng.uniform(-0.2, 0.2))
+        ink = _enlarge(strip, short, long, rng.uniform(-TILT, TILT))
         if rng.random() < 0.5:
             ink = ink.T
         y, x = rng.integers(0, size - ink.shape[0] + 1), rng.integers(0, size - ink.shape[1] + 1)
         beside = y >= top + height or y + ink.shape[0] <= top or x >= left + width or x + ink.shape[1] <= left
         if beside:
             _paint(canvas, ink, y, x, rng)
-    _paint(canvas, _enlarge(scans[answer], height, width, rng.uniform(-0.2, 0.2)), top, left, rng)
+    _paint(canvas, _enlarge(scans[answer], height, width, rng.uniform(-TILT, TILT)), top, left, rng)
     return (canvas.clip(0, 1) * 255).round().astype(np.uint8), int(labels[answer])
 
 
@@ -125,11 +127,11 @@ def cluttered_digit_pictures(
 
     Picture i depends on (split, seed, i, size) alone. Answer and clutter come from the split's own scans only.
     """
+    allowed, place = scan_indices(split), list(_SPLIT_ENDS).index(split)
     pictures = np.empty((count, size, size, 3), np.uint8)
     labels = np.empty(count, np.int64)
-    place = list(_SPLIT_ENDS).index(split)
     for i in range(count):
-        pictures[i], labels[i] = _canvas(np.random.default_rng((place, seed, start + i)), split, size)
+        pictures[i], labels[i] = _canvas(np.random.default_rng((place, seed, start + i)), allowed, size)
     return pictures, labels
 
 
