@@ -118,7 +118,7 @@ def test_the_training_command_writes_a_checkpoint_and_its_record(tmp_path, monke
     monkeypatch.setattr(train_digits, "BATCH", 8)
     train_digits.main(["--output", str(tmp_path), "--steps", "4"])
     assert "step 4/4" in capsys.readouterr().out
-    assert json.loads((tmp_path / "digits_vit.json").read_text())["recipe"]["STEPS"] == 4
+    assert json.loads((tmp_path / "digits_vit.json").read_text())["recipe"]["steps"] == 4
     from safetensors.torch import load_file
 
     model = digits_vit(pretrained=False)

@@ -34,7 +34,16 @@ CLIP_NORM = 1.0
 VALIDATE_EVERY = 500
 VALIDATION_IMAGES = 1000
 TEST_IMAGES = 2000
-RECIPE = {name: value for name, value in globals().items() if name.isupper()}
+RECIPE = {
+    "seed": SEED,
+    "steps": STEPS,
+    "batch": BATCH,
+    "reading": {"share_of_steps": READING_SHARE, "canvas": READING_SIZE},
+    "optimizer": {"name": "AdamW", "betas": BETAS, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM},
+    "learning_rate": {"peak": PEAK_LR, "last": LAST_LR, "warmup_share": WARMUP_SHARE, "descent": "linear"},
+    "loss": "cross-entropy, bfloat16 autocast",
+    "stop": f"after all steps; best of {VALIDATION_IMAGES} validation canvases, every {VALIDATE_EVERY} steps",
+}
 
 DATA = {
     "name": "Optical Recognition of Handwritten Digits, drawn on cluttered canvases by tokenprune.evals.digits",
@@ -149,10 +158,11 @@ def train(output: Path, steps: int = STEPS) -> dict[str, Any]:
     test_pictures, test_labels = cluttered_digit_pictures("test", TEST_IMAGES, SEED)
     record = {
         "architecture": "timm VisionTransformer, see tokenprune.evals.digits_vit",
-        "recipe": {**RECIPE, "STEPS": steps},
+        "recipe": {**RECIPE, "steps": steps},
         "normalisation": {"mean": PIXEL_MEAN, "std": PIXEL_STD},
         "best_step": best_step,
         "validation_accuracy": best,
+        "test_images": TEST_IMAGES,
         "test_accuracy": accuracy(model, normalise(test_pictures), torch.from_numpy(test_labels)),
         "training_seconds": round(time.perf_counter() - start),
         "threads": torch.get_num_threads(),
