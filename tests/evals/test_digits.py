@@ -40,13 +40,14 @@ def test_answers_and_clutter_come_from_the_scans_of_the_split_alone(split, monke
     assert np.array_equal(same_labels, labels)
 
 
-def test_clutter_shows_scans_too(monkeypatch):
-    # Guards the test above: were there no strips, it could not see one of a foreign split.
-    expected, _ = digits.cluttered_digit_pictures("test", 1)
-    monkeypatch.setattr(digits, "STRIPS", (0, 4))
-    monkeypatch.setattr(digits, "STRIP_WIDTH", 2)
-    pictures, _ = digits.cluttered_digit_pictures("test", 1)
-    assert not np.array_equal(pictures, expected)
+def test_clutter_is_strips_of_scans(monkeypatch):
+    # Guards the test above: were no strip drawn, it could not see one of a foreign split.
+    drawn = []
+    enlarge = digits._enlarge
+    monkeypatch.setattr(digits, "_enlarge", lambda ink, *rest: drawn.append(ink.shape) or enlarge(ink, *rest))
+    digits.cluttered_digit_pictures("test", 40)
+    assert drawn.count((8, 8)) == 40
+    assert drawn.count((digits.STRIP_WIDTH, 8)) >= 80
 
 
 def test_pictures_depend_on_split_seed_and_place_alone():
