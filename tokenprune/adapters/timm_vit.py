@@ -132,8 +132,8 @@ def _grid_of(model: nn.Module, image: Any) -> tuple[int, int]:
 def _example(model: nn.Module) -> Tensor:
     reference = next(p for p in model.parameters() if p.is_floating_point())
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    config: Any = model.pretrained_cfg
-    channels = conv.in_channels if conv is not None else int(config["input_size"][0])
+    inner: Any = model
+    channels = conv.in_channels if conv is not None else int(inner.pretrained_cfg["input_size"][0])
     return torch.empty(1, channels, *_image_size(model), device=reference.device, dtype=reference.dtype)
 
 

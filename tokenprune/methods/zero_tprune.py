@@ -26,7 +26,7 @@ class ImportanceAndSimilarity:
     more important one, then the least important by the full PageRank."""
 
     iterations: int | tuple[tuple[int, int], ...] | None
-    similarity: int
+    similarity: int | tuple[float, float]
     variance: tuple[float, float] | None
     class_start: bool
 
@@ -39,6 +39,17 @@ class ImportanceAndSimilarity:
         published = 30 if place < edge else 1 if place >= depth - edge else 5
         return dict(self.iterations or ()).get(place, published)
 
+    def redundant(self, record: AttentionRecord, keep: int) -> int:
+        """Tokens that the similarity stage takes of those to be removed; its candidates are half of the tokens."""
+        removed = record.tokens - keep
+        if isinstance(self.similarity, int):
+            asked = self.similarity
+        else:
+            first, last = self.similarity
+            depth = min(1.0, record.place / (0.75 * record.depth))
+            asked = round((first + (last - first) * depth) * removed)
+        return min(asked, removed, record.tokens // 2)
+
     def importance(self, record: AttentionRecord, iterations: int) -> Tensor:
         """[B, n]: PageRank per head, filtered and fused."""
         scores = weighted_pagerank(record, iterations, class_start=self.class_start)
@@ -47,32 +58,33 @@ class ImportanceAndSimilarity:
 
     def __call__(self, scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
         iterations = self.rounds(record.place, record.depth)
-        importance = self.importance(record, iterations)
-        redundant = min(self.similarity, record.tokens - keep, record.tokens // 2)
-        if redundant > 0:
-            order = importance if iterations == 1 else self.importance(record, 1)
+        redundant = self.redundant(record, keep)
+        order = self.importance(record, 1) if redundant > 0 else None
+        if order is not None and (iterations == 1 or redundant == record.tokens - keep):
+            importance = order  # nothing is left for the importance stage, or it votes the same round
+        else:
+            importance = self.importance(record, iterations)
+        if order is not None:
             gone = similar_to_important(order, record.metric, redundant)
             importance = torch.where(gone, -1.0, importance)
         return keep_top_k(importance, record, keep)
 
 
 @dataclass(frozen=True)
-class ZeroTPruneStages(Stages):
-    """Stages behind blocks 1, 3, 6 and 9 of 12, at the same relative depth in other models."""
+class EarlyBlocks(Stages):
+    """Stages in every block of the first seven twelfths of the depth."""
 
     def places(self, layout: Layout) -> tuple[int, ...]:
-        if self.at is not None:
-            return super().places(layout)
-        return tuple(sorted({round(layout.depth * block / 12) for block in (1, 3, 6, 9)}))
+        return super().places(layout) if self.at is not None else tuple(range(max(1, round(layout.depth * 7 / 12))))
 
 
 @register_method("zero_tprune")
 def zero_tprune(
     *,
-    rate: float = 0.8,
+    rate: float = 0.9,
     places: tuple[int, ...] | None = None,
     iterations: int | Mapping[int, int] | None = None,
-    similarity: int = 10,
+    similarity: int | tuple[float, float] = (1.0, 0.75),
     variance: tuple[float, float] | None = (0.01, 0.7),
     class_start: bool = True,
 ) -> Method:
@@ -82,16 +94,19 @@ def zero_tprune(
     for less.
 
     rate: share kept at each of `places`. iterations: of the PageRank, the same everywhere or {block: count} (the
-    paper's by depth: 30, 5 and 1). similarity: tokens that the similarity stage takes of those removed at a place.
-    variance: bounds of the head filter, None for no filter. class_start: the class token starts with sqrt(N) times
-    the weight of the others. The paper searches its places and rates; what is printed of them is not complete, so the
-    places are a choice here.
+    paper's by depth: 30, 5 and 1). similarity: tokens that the similarity stage takes of those removed at a place, or
+    its share of them at the first block and from three quarters of the depth on. variance: bounds of the head filter,
+    None for no filter. class_start: the class token starts with sqrt(N) times the weight of the others.
+
+    The paper finds places, rates and the similarity stage's part by random search for each model, and prints them in
+    part (10 tokens a stage in DeiT-S, with importance pruning growing with depth). The defaults here were found the
+    same way on a DINOv2 and are the same for every model; `places=(1, 3, 6, 9), similarity=10` is near the print.
     """
     frozen = tuple(sorted(iterations.items())) if isinstance(iterations, Mapping) else iterations
     return Method(
         name="zero_tprune" if class_start else "zero_tprune_uni",
         paper=_PAPER,
-        schedule=ZeroTPruneStages(rate, places),
+        schedule=EarlyBlocks(rate, places),
         select=ImportanceAndSimilarity(frozen, similarity, variance, class_start),
         needs=frozenset({"queries", "keys"}),
     )
@@ -100,10 +115,10 @@ def zero_tprune(
 @register_method("zero_tprune_uni")
 def zero_tprune_uni(
     *,
-    rate: float = 0.8,
+    rate: float = 0.9,
     places: tuple[int, ...] | None = None,
     iterations: int | Mapping[int, int] | None = None,
-    similarity: int = 10,
+    similarity: int | tuple[float, float] = (1.0, 0.75),
     variance: tuple[float, float] | None = (0.01, 0.7),
 ) -> Method:
     """Zero-TPrune with a uniform start of the PageRank (section 4, "Zero-TPrune-uni"); options as there."""
