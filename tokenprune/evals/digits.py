@@ -23,6 +23,7 @@ NUM_CLASSES = 10
 PIXEL_MEAN = 0.24
 PIXEL_STD = 0.16
 
+# Sizes in pixels (a strip's width in pixels of its scan), TILT in radians; pairs are the least and the most.
 DIGIT_SIZE = (20, 26)
 TILT = 0.15
 STRIP_WIDTH = 3
