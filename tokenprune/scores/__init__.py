@@ -1,1 +1,1 @@
-
+"""Scores: pure functions from an AttentionRecord to the importance [B, n] of its prunable tokens."""

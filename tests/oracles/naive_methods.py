@@ -1,0 +1,103 @@
+"""uniform, top_k, evit and tome by loops over the tokens of one image."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from naive_vit import Place, Token
+
+
+def highest(scores: Sequence[float], count: int, margins: list[float]) -> list[int]:
+    """The positions of the `count` highest scores, ascending; of equal scores the lower position wins."""
+    ranked = sorted(range(len(scores)), key=lambda j: (-scores[j], j))
+    if 0 < count < len(scores):
+        last_in, first_out = scores[ranked[count - 1]], scores[ranked[count]]
+        margins.append((last_in - first_out) / max(abs(last_in), 1e-30))
+    return sorted(ranked[:count])
+
+
+def uniform(place: Place) -> list[Token]:
+    n = len(place.tokens)
+    return [place.tokens[math.floor((j + 0.5) * n / place.keep)] for j in range(place.keep)]
+
+
+def attention_score(place: Place) -> list[float]:
+    """For each patch token: what the class token pays it, or without one what all queries pay it, mean over heads."""
+    heads = len(place.attention)
+    scores = []
+    for j in range(len(place.tokens)):
+        column = place.prefix + j
+        score = 0.0
+        for head in place.attention:
+            if place.class_token:
+                score += head[0][column] / heads
+            else:
+                score += sum(row[column] for row in head) / len(head) / heads
+        scores.append(score)
+    return scores
+
+
+def top_k(place: Place) -> list[Token]:
+    return [place.tokens[j] for j in highest(attention_score(place), place.keep, place.margins)]
+
+
+def evit(place: Place) -> list[Token]:
+    scores = attention_score(place)
+    kept = highest(scores, place.keep - 1, place.margins)
+    fused = torch.zeros_like(place.tokens[0].hidden)
+    members: list[int] = []
+    for j, token in enumerate(place.tokens):
+        if j not in kept:
+            fused = fused + scores[j] * token.hidden
+            members.extend(token.members)
+    return [place.tokens[j] for j in kept] + [Token(fused, tuple(sorted(members)), None)]
+
+
+def mean_keys(place: Place) -> list[list[float]]:
+    """The key of each patch token, averaged over the heads."""
+    heads = len(place.keys)
+    channels = len(place.keys[0][0])
+    return [
+        [sum(head[place.prefix + j][c] for head in place.keys) / heads for c in range(channels)]
+        for j in range(len(place.tokens))
+    ]
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
+
+
+def closest(keys: Sequence[Sequence[float]], a: int, candidates: Sequence[int]) -> tuple[int, float, float]:
+    """The candidate most similar to `a` (of equals the first), its cosine, and its lead over the second."""
+    best, best_similarity, second = -1, -math.inf, -math.inf
+    for b in candidates:
+        similarity = cosine(keys[a], keys[b])
+        if similarity > best_similarity:
+            best, best_similarity, second = b, similarity, best_similarity
+        else:
+            second = max(second, similarity)
+    return best, best_similarity, best_similarity - second
+
+
+def tome(place: Place) -> list[Token]:
+    tokens, removed = place.tokens, len(place.tokens) - place.keep
+    keys = mean_keys(place)
+    side_a = [j for j in range(len(tokens)) if (j + place.prefix) % 2 == 0]
+    side_b = [j for j in range(len(tokens)) if (j + place.prefix) % 2 == 1]
+    assert removed <= len(side_a)
+    assert side_b
+
+    partner = {a: closest(keys, a, side_b) for a in side_a}
+    merged = [side_a[i] for i in highest([partner[a][1] for a in side_a], removed, place.margins)]
+    place.margins.extend(partner[a][2] for a in merged)
+
+    destinations = []
+    for b in side_b:
+        group = [b] + [a for a in merged if partner[a][0] == b]
+        hidden = torch.zeros_like(tokens[b].hidden)
+        for j in group:
+            hidden = hidden + tokens[j].size * tokens[j].hidden
+        members = tuple(sorted(member for j in group for member in tokens[j].members))
+        destinations.append(Token(hidden / len(members), members, tokens[b].representative))
+    return [tokens[a] for a in side_a if a not in merged] + destinations

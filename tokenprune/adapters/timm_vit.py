@@ -1,0 +1,246 @@
+"""timm's vision transformers: VisionTransformer (DeiT, hybrids), BEiT, EVA, relative-position, CaiT and NaFlexViT."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import Attention, AttentionRope
+from timm.layers.diff_attention import DiffAttention
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models import beit, cait, eva, naflexvit, vision_transformer, vision_transformer_relpos
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenprune.adapters.swapping import Mixin, mixed
+from tokenprune.adapters.timm_blocks import MID_BLOCKS, ReindexedBeitAttention, ReindexedBias
+from tokenprune.errors import UnsupportedModel
+from tokenprune.host import BlockHost, Host, tokens_first
+from tokenprune.registry import register_adapter
+from tokenprune.state import FLOW
+
+_MODELS = (
+    vision_transformer.VisionTransformer,
+    beit.Beit,
+    eva.Eva,
+    vision_transformer_relpos.VisionTransformerRelPos,
+    cait.Cait,
+    naflexvit.NaFlexVit,
+)
+_RELPOS_BLOCKS = (vision_transformer_relpos.RelPosBlock, vision_transformer_relpos.ResPostRelPosBlock)
+_PARALLEL_BLOCKS = (vision_transformer.ParallelScalingBlock, vision_transformer.DiffParallelScalingBlock)
+_MASKED_ATTENTIONS = (Attention, AttentionRope, eva.EvaAttention, DiffAttention)
+
+
+class DenseOutputs(Mixin):
+    """Entry points whose outputs are read token by token, and so are restored to the full grid."""
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        run = super().forward_features  # type: ignore[misc]
+        if FLOW.in_forward:
+            FLOW.in_forward = False
+            return run(*args, **kwargs)
+        return _dense(frozenset({len(self.blocks) - 1}), run, *args, **kwargs)  # type: ignore[arg-type]
+
+    def forward_intermediates(self, x: Any, indices: Any = None, *args: Any, **kwargs: Any) -> Any:
+        depth = len(self.blocks)  # type: ignore[arg-type]
+        wanted = frozenset(feature_take_indices(depth, indices)[0]) | {depth - 1}
+        return _dense(wanted, super().forward_intermediates, x, indices, *args, **kwargs)  # type: ignore[misc]
+
+
+def _dense(blocks: frozenset[int], run: Any, *args: Any, **kwargs: Any) -> Any:
+    FLOW.in_forward, FLOW.dense = False, blocks
+    try:
+        return run(*args, **kwargs)
+    finally:
+        FLOW.dense = frozenset()
+
+
+@register_adapter
+class TimmVisionTransformer:
+    """See `tokenprune.host.Adapter`."""
+
+    name = "timm_vit"
+
+    def find(self, target: object) -> nn.Module | None:
+        assert isinstance(target, nn.Module)
+        found = [module for module in target.modules() if isinstance(module, _MODELS)]
+        if len(found) > 1:
+            raise UnsupportedModel(
+                f"{type(target).__name__} holds {len(found)} vision transformers; patch each of them by itself"
+            )
+        return found[0] if found else None
+
+    def host(self, model: nn.Module) -> Host:
+        parts: Any = model
+        grid = _grid(model)
+        in_blocks = 0 if isinstance(model, cait.Cait) else int(parts.num_prefix_tokens)
+        return Host(
+            model=model,
+            blocks=[_block(f"blocks.{i}", block, in_blocks, grid[0] * grid[1]) for i, block in enumerate(parts.blocks)],
+            num_prefix_tokens=in_blocks,
+            tokens=grid[0] * grid[1],
+            grid=grid,
+            grid_of=_grid_of,
+            example=partial(_example, model),
+            has_class_token=in_blocks > 0 and _has_class_token(model),
+            needs_grid=_needs_grid,
+            swaps=((model, mixed(DenseOutputs, type(model))),),
+        )
+
+
+def _has_class_token(model: Any) -> bool:
+    embeds = getattr(model, "embeds", model)
+    return getattr(embeds, "cls_token", None) is not None
+
+
+def _needs_grid(model: Any, merges: bool) -> bool:
+    """Whether what follows the blocks in a forward reads patch tokens as the full grid."""
+    if getattr(model, "attn_pool", None) is not None:
+        return merges or getattr(model.attn_pool, "pos_embed", None) is not None
+    if model.global_pool == "token" and not isinstance(model, cait.Cait):
+        return False
+    return merges or not model.global_pool
+
+
+def _image_size(model: Any) -> tuple[int, int]:
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is None:
+        size = model.pretrained_cfg["input_size"][-2:]
+    return int(size[0]), int(size[1])
+
+
+def _grid(model: Any) -> tuple[int, int]:
+    embed = getattr(model, "patch_embed", None)
+    if embed is not None and getattr(embed, "grid_size", None) is not None:
+        return int(embed.grid_size[0]), int(embed.grid_size[1])
+    return _grid_at(model, _image_size(model))
+
+
+def _grid_at(model: Any, size: tuple[int, int]) -> tuple[int, int]:
+    embed = getattr(model, "patch_embed", None) or model.embeds
+    rows, columns = embed.dynamic_feat_size(size)
+    return int(rows), int(columns)
+
+
+def _grid_of(model: nn.Module, image: Any) -> tuple[int, int]:
+    return _grid_at(model, (image.shape[-2], image.shape[-1]))
+
+
+def _example(model: nn.Module) -> Tensor:
+    reference = next(p for p in model.parameters() if p.is_floating_point())
+    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = conv.in_channels if conv is not None else model.pretrained_cfg["input_size"][0]  # type: ignore[index]
+    return torch.empty(1, channels, *_image_size(model), device=reference.device, dtype=reference.dtype)  # type: ignore[misc]
+
+
+def _block(name: str, block: nn.Module, prefix: int, tokens: int) -> BlockHost:
+    facts = BlockHost(name, block)
+    inner: Any = block
+    if isinstance(block, _PARALLEL_BLOCKS):
+        facts.taps = (("queries", inner.q_norm), ("keys", inner.k_norm))
+        if isinstance(block, vision_transformer.ParallelScalingBlock):
+            facts.read = tokens_first
+        facts.scale = inner.scale
+        facts.mask_argument = facts.key_bias = "attn_mask"
+        facts.mid_refused = "its attention and MLP run in parallel"
+    elif isinstance(block, vision_transformer.ParallelThingsBlock):
+        _masked_attention(facts, inner.attns[-1].attn, prefix)
+        facts.mid_refused = "its attentions and MLPs run in parallel"
+    elif isinstance(block, beit.Block):
+        _beit_attention(facts, inner.attn)
+        facts.check_tokens = tokens
+    elif isinstance(block, cait.LayerScaleBlock):
+        _talking_heads(facts, inner.attn)
+    elif isinstance(block, _RELPOS_BLOCKS):
+        _relpos_attention(facts, inner.attn)
+        facts.check_tokens = tokens
+    elif hasattr(block, "attn"):
+        _masked_attention(facts, inner.attn, prefix)
+        if isinstance(block, eva.EvaBlock | eva.EvaBlockPostNorm):
+            facts.rope_argument = "rope"
+    else:
+        raise _unknown(block)
+    facts.mid = MID_BLOCKS.get(type(block))
+    if facts.mid is None and not facts.mid_refused:
+        facts.mid_refused = f"{type(block).__name__} is not a block whose parts are known"
+    return facts
+
+
+def _unknown(module: nn.Module) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{type(module).__module__}.{type(module).__qualname__} is not known, and guessing what it indexes by token"
+        " would be silently wrong; register an adapter for it with tokenprune.register_adapter"
+    )
+
+
+def _masked_attention(facts: BlockHost, attention: Any, prefix: int) -> None:
+    if not isinstance(attention, _MASKED_ATTENTIONS):
+        raise _unknown(attention)
+    facts.taps = (("queries", attention.q_norm), ("keys", attention.k_norm))
+    facts.scale = float(attention.scale)
+    facts.mask_argument = facts.key_bias = "attn_mask"
+    facts.takes_bias = True
+    facts.rotate = partial(_rotate, prefix=prefix, half=bool(getattr(attention, "rotate_half", False)))
+
+
+def _rotate(x: Tensor, table: Tensor, prefix: int, half: bool) -> Tensor:
+    return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], table, half=half)], 2)
+
+
+def _beit_attention(facts: BlockHost, attention: Any) -> None:
+    if not isinstance(attention, beit.Attention):
+        raise _unknown(attention)
+    facts.taps = (("inputs", attention),)
+    facts.read = partial(_project, attention)
+    facts.scale = float(attention.scale)
+    facts.bias_arguments = ("shared_rel_pos_bias",)
+    facts.takes_bias = True
+    if attention.relative_position_bias_table is not None:
+        facts.swaps = ((attention, ReindexedBeitAttention),)
+    else:
+        facts.key_bias = "shared_rel_pos_bias"
+
+
+def _project(
+    attention: Any, queries: Tensor | None, keys: Tensor | None, inputs: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Queries and keys once more from the attention's input: BEiT's exposes neither."""
+    assert inputs is not None
+    rows = 2 * attention.qkv.weight.shape[0] // 3
+    bias = None if attention.q_bias is None else torch.cat((attention.q_bias, attention.k_bias))
+    both = F.linear(inputs, attention.qkv.weight[:rows], bias)
+    both = both.reshape(*inputs.shape[:2], 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    return both[0], both[1]
+
+
+def _talking_heads(facts: BlockHost, attention: Any) -> None:
+    if not isinstance(attention, cait.TalkingHeadAttn):
+        raise _unknown(attention)
+    facts.taps = (("queries", attention.qkv), ("keys", attention.qkv))
+    facts.read = partial(_split, attention.num_heads)
+    facts.scale = float(attention.scale)
+
+
+def _split(
+    heads: int, queries: Tensor | None, keys: Tensor | None, inputs: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Queries and keys out of the fused projection, before CaiT mixes the heads."""
+    assert keys is not None
+    parts = keys.reshape(*keys.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+    return parts[0], parts[1]
+
+
+def _relpos_attention(facts: BlockHost, attention: Any) -> None:
+    if not isinstance(attention, vision_transformer_relpos.RelPosAttention):
+        raise _unknown(attention)
+    facts.taps = (("queries", attention.q_norm), ("keys", attention.k_norm))
+    facts.scale = float(attention.scale)
+    facts.bias_arguments = ("shared_rel_pos",)
+    facts.takes_bias = True
+    if attention.rel_pos is not None:
+        facts.swaps = ((attention.rel_pos, mixed(ReindexedBias, type(attention.rel_pos))),)
+    else:
+        facts.key_bias = "shared_rel_pos"

@@ -1,0 +1,78 @@
+"""AttentionRecord: what a method may look at when it scores the tokens of one block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from tokenprune.errors import UnsupportedMethod
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """One block's view of its tokens, N = num_prefix_tokens + n of them, of which the last n are prunable.
+
+    queries, keys: [B, H, N, D] after their norms and before rotary embedding (None where the host exposes none; with
+    grouped queries keys have fewer heads). hidden: [B, N, C] at the place. sizes: [B, n] original patches per token
+    (None: one each). origin: [B, n] original patch of each token. bias: additive attention bias [B or 1, H, N, N]
+    of the host, or None. scale: multiplies q.k. place: index of the place, of `depth`.
+    """
+
+    hidden: Tensor
+    origin: Tensor
+    num_prefix_tokens: int
+    place: int
+    depth: int
+    grid: tuple[int, int]
+    has_class_token: bool = True
+    scale: float = 1.0
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    sizes: Tensor | None = None
+    bias: Tensor | None = None
+    rotate: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Prunable tokens entering the place, n."""
+        return self.origin.shape[1]
+
+    @property
+    def q(self) -> Tensor:
+        """Queries [B, H, N, D] before rotary embedding.
+
+        Raises:
+            UnsupportedMethod: the host exposes no queries here.
+        """
+        if self.queries is None:
+            raise UnsupportedMethod("this method scores by attention, and the block exposes no queries; try 'uniform'")
+        return self.queries
+
+    @property
+    def k(self) -> Tensor:
+        """Keys [B, H, N, D] before rotary embedding, heads repeated where queries are grouped.
+
+        Raises:
+            UnsupportedMethod: the host exposes no keys here.
+        """
+        if self.keys is None:
+            raise UnsupportedMethod("this method compares keys, and the block exposes none; try 'uniform'")
+        if self.queries is not None and self.queries.shape[1] != self.keys.shape[1]:
+            return self.keys.repeat_interleave(self.queries.shape[1] // self.keys.shape[1], dim=1)
+        return self.keys
+
+    @cached_property
+    def metric(self) -> Tensor:
+        """Mean over heads of the keys of the prunable tokens, [B, n, D]: what similarity is measured on."""
+        if self.keys is None:
+            return self.hidden[:, self.num_prefix_tokens :]
+        return self.keys[:, :, self.num_prefix_tokens :].mean(1)
+
+    def rotated(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, H, N, D] as the attention uses them, rotary embedding applied where the host has it."""
+        if self.rotate is None:
+            return self.q, self.k
+        return self.rotate(self.q), self.rotate(self.k)

@@ -1,0 +1,138 @@
+"""What a forward costs as a function of the token counts, counted on the model's own modules.
+
+Counts come from torch's flop counter on the meta device, where it counts attention (fused attention on a CPU it takes
+as free), with every operator of ours by its formula. Per block they are exact polynomials of degree two in the number
+of tokens, so three counts give the whole function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from tokenprune.site import Site
+    from tokenprune.state import TokenState
+
+Points = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The polynomial of degree at most two through `points` (tokens, multiply-adds)."""
+
+    points: Points
+
+    def __call__(self, tokens: float) -> float:
+        total = 0.0
+        for i, (x, y) in enumerate(self.points):
+            term = float(y)
+            for j, (other, _) in enumerate(self.points):
+                if j != i:
+                    term *= (tokens - other) / (x - other)
+            total += term
+        return total
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """Multiply-adds of one block: before the reduction point, of scoring and reducing there, and behind it."""
+
+    before: Curve
+    score: Curve
+    behind: Curve
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Multiply-adds of one image's forward. tokens: prunable tokens at the size that was counted."""
+
+    tokens: int
+    stem: float
+    blocks: tuple[BlockCost, ...]
+    head: Curve
+    head_sees_all: bool
+
+    def total(self, tokens: int, leaving: Mapping[int, int] | None = None) -> float:
+        """Multiply-adds with `tokens` entering the first block and leaving[block] leaving each place; unpatched
+        without `leaving`."""
+        cost = self.stem * tokens / self.tokens
+        left = tokens
+        for index, block in enumerate(self.blocks):
+            cost += block.before(left)
+            keep = left if leaving is None else leaving.get(index, left)
+            if keep < left:
+                cost += block.score(left)
+                left = keep
+            cost += block.behind(left)
+        return cost + self.head(tokens if self.head_sees_all else left)
+
+
+@dataclass
+class Probe:
+    """Counts one forward of a ghost with `tokens` of its tokens: every place scores, and nothing is removed."""
+
+    tokens: int
+    keep: Callable[[int], int]
+    counter: FlopCounterMode | None = None
+    marks: list[tuple[int, str, int]] = field(default_factory=list)
+
+    def mark(self, site: Site, point: str) -> None:
+        """Note the multiply-adds so far."""
+        assert self.counter is not None
+        self.marks.append((site.index, point, self.counter.get_total_flops() // 2))
+
+    def leaving(self, state: TokenState) -> int:
+        """How many tokens to select at a place: fewer than enter, so that every stage of a selection runs."""
+        return self.keep(state.tokens)
+
+
+def count_flops(model: nn.Module, example: Callable[[], Any], probe: Probe | None = None) -> int:
+    """Multiply-adds of model(example()); both must be on the meta device."""
+    counter = FlopCounterMode(display=False)
+    if probe is not None:
+        probe.counter = counter
+    with torch.no_grad():
+        inputs = example()
+        with counter:
+            model(inputs)
+    return counter.get_total_flops() // 2
+
+
+def probe_sizes(tokens: int) -> tuple[int, ...]:
+    """Up to three different token counts at which to count, the full one first."""
+    return tuple(dict.fromkeys((tokens, max(1, (2 * tokens) // 3), max(1, tokens // 3))))
+
+
+def cost_model(
+    tokens: int, depth: int, runs: Sequence[tuple[Probe, int]], *, head_sees_all: bool
+) -> CostModel:
+    """The cost model out of counted runs (probe, total) at different token counts."""
+    before: list[list[tuple[int, int]]] = [[] for _ in range(depth)]
+    score: list[list[tuple[int, int]]] = [[] for _ in range(depth)]
+    behind: list[list[tuple[int, int]]] = [[] for _ in range(depth)]
+    head: list[tuple[int, int]] = []
+    for probe, total in runs:
+        at = {(index, point): flops for index, point, flops in probe.marks}
+        for index in range(depth):
+            start, end = at[index, "enter"], at[index, "leave"]
+            scored, reduced = at.get((index, "score"), end), at.get((index, "reduced"), end)
+            before[index].append((probe.tokens, scored - start))
+            score[index].append((probe.tokens, reduced - scored))
+            behind[index].append((probe.tokens, end - reduced))
+        head.append((probe.tokens, total - at[depth - 1, "leave"]))
+    blocks = tuple(
+        BlockCost(Curve(tuple(b)), Curve(tuple(s)), Curve(tuple(a))) for b, s, a in zip(before, score, behind, strict=True)
+    )
+    stem = runs[0][0].marks[0][2]
+    return CostModel(tokens, stem, blocks, Curve(tuple(head)), head_sees_all)
+
+
+def pad_tokens(x: Tensor, length: int) -> Tensor:
+    """x [B, N, C] with zero tokens appended up to `length`."""
+    return torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], x.shape[2])], 1)

@@ -1,0 +1,128 @@
+"""Host: what an adapter says about a model, and all that the core knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+# A tap says what to catch ("queries", "keys": the output of a module; "inputs": the input of one) and where.
+Taps = tuple[tuple[str, nn.Module], ...]
+
+
+def heads_first(queries: Tensor | None, keys: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Queries and keys caught as [B, H, N, D]."""
+    return queries, keys
+
+
+def tokens_first(queries: Tensor | None, keys: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Queries and keys caught as [B, N, H, D]."""
+    return (
+        queries.transpose(1, 2) if queries is not None else None,
+        keys.transpose(1, 2) if keys is not None else None,
+    )
+
+
+@dataclass
+class BlockHost:
+    """One block that tokens pass through.
+
+    name: of the place in reports. module: the block. taps: where queries and keys come by. read: turns what the taps
+    caught (queries, keys, inputs) into queries and keys [B, H, N, D]. scale: multiplies q.k. key_bias: name of the
+    block's argument that takes an additive bias of the attention logits, None where there is none (an attention that
+    computes its own bias gets it through one of the swaps: `takes_bias` says whether either way exists).
+    mask_argument: name of the caller's attention mask, under which nothing is reduced. bias_arguments: names of
+    arguments of shape [B or 1, H, N, N] to be re-indexed. rope_argument: the rotary table's. rotate: (x [B, H, N, D],
+    table) -> rotated. mid: the block's class with a reduction point between attention and MLP, or None and
+    why not; check_tokens: prunable tokens that the block can be tried on by itself.
+    swaps: (module, class) to be exchanged while the patch is on.
+    """
+
+    name: str
+    module: nn.Module
+    taps: Taps = ()
+    read: Callable[[Tensor | None, Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]] = heads_first
+    scale: float = 1.0
+    key_bias: str | None = None
+    takes_bias: bool = False
+    mask_argument: str | None = None
+    bias_arguments: tuple[str, ...] = ()
+    rope_argument: str | None = None
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
+    mid: type[nn.Module] | None = None
+    mid_refused: str = ""
+    check_tokens: int = 4
+    swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
+
+
+@dataclass
+class Host:
+    """One model: blocks in order, the tokens of the model's usual input, and what its outputs need.
+
+    num_prefix_tokens: tokens in front that are never dropped. tokens: prunable tokens at the usual input. grid: (rows,
+    columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, input) ->
+    grid of another input. needs_grid: (model, whether tokens are merged) -> whether what follows the blocks in a
+    forward reads the patch tokens as the full grid (None: never). swaps: as in BlockHost.
+    """
+
+    model: nn.Module
+    blocks: Sequence[BlockHost]
+    num_prefix_tokens: int
+    tokens: int
+    grid: tuple[int, int]
+    example: Callable[[], Any]
+    grid_of: Callable[[nn.Module, Any], tuple[int, int]] | None = None
+    needs_grid: Callable[[nn.Module, bool], bool] | None = None
+    has_class_token: bool = True
+    swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+class Adapter(Protocol):
+    """The only code that knows a library."""
+
+    name: str
+
+    def find(self, target: object) -> nn.Module | None:
+        """The model of this adapter's family that is `target` or inside it, or None."""
+
+    def host(self, model: nn.Module) -> Host:
+        """The facts.
+
+        Raises:
+            UnsupportedModel: a part is not recognised.
+        """
+
+
+def gather_rope(table: Tensor, origin: Tensor) -> Tensor:
+    """Rotary rows of the tokens that are left, for each image.
+
+    table: [N, D], [H, N, D] or [B, 1 or H, N, D] over the full grid; origin: [B, n]. Returns [B, 1 or H, n, D].
+    """
+    if table.ndim == 2:
+        return table[origin].unsqueeze(1)
+    if table.ndim == 3:
+        return table[:, origin].transpose(0, 1)
+    index = origin[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1])
+    return table.expand(origin.shape[0], -1, -1, -1).gather(2, index)
+
+
+def gather_bias(bias: Tensor, origin: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Rows and columns of an attention bias for the tokens that are left.
+
+    bias: [B or 1, H or 1, N, N] (N, or 1 for rows, over prefix and full grid); origin: [B, n]. Returns
+    [B, H, P + n, P + n].
+    """
+    prefix = torch.arange(num_prefix_tokens, device=origin.device).expand(origin.shape[0], -1)
+    index = torch.cat([prefix, origin + num_prefix_tokens], 1)
+    batch, length = index.shape
+    bias = bias.expand(batch, -1, -1, -1)
+    if bias.shape[-2] > 1:
+        bias = bias.gather(2, index[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[-1]))
+    return bias.gather(3, index[:, None, None, :].expand(-1, bias.shape[1], bias.shape[2], -1))
+
+

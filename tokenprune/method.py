@@ -1,0 +1,43 @@
+"""Method: the recipe of a paper, out of a score, a selection, a reduction and a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from tokenprune.attention_record import AttentionRecord
+from tokenprune.reduction import Reduction
+from tokenprune.schedule import Schedule
+
+Score = Callable[[AttentionRecord], Tensor]
+Select = Callable[[Tensor | None, AttentionRecord, int], Reduction]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A small immutable recipe; it knows tensors and no library.
+
+    score: AttentionRecord -> importance [B, n] of the prunable tokens (None: the selection needs none).
+    select: (scores, record, K) -> the Reduction to K tokens. schedule: in which blocks, how much at each.
+    position: "mid" reduces between attention and MLP, "post" after the block. merges: whether leaving tokens stand for
+    several patches (sizes are tracked). proportional: whether log(size) is added to the attention logits of a key.
+    needs: what must be captured ("queries", "keys").
+    """
+
+    name: str
+    paper: str
+    schedule: Schedule
+    select: Select
+    score: Score | None = None
+    position: Literal["mid", "post"] = "mid"
+    merges: bool = False
+    proportional: bool = False
+    needs: frozenset[str] = frozenset()
+
+    def reduce(self, record: AttentionRecord, keep: int) -> Reduction:
+        """The Reduction of the record's n prunable tokens to `keep`."""
+        scores = self.score(record) if self.score is not None else None
+        return self.select(scores, record, keep)

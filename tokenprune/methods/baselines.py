@@ -1,0 +1,27 @@
+"""The baselines that every method must beat: `random` and `uniform`."""
+
+from functools import partial
+
+from tokenprune.method import Method
+from tokenprune.registry import register_method
+from tokenprune.schedule import Stages
+from tokenprune.scores.fixed import hashed_scores
+from tokenprune.selection.top_k import keep_evenly, keep_top_k
+
+
+@register_method("random")
+def random(*, rate: float = 0.7, places: tuple[int, ...] | None = None, seed: int = 0) -> Method:
+    """Drop tokens at random, the same ones for every image. seed: which; rate: share kept at each of `places`."""
+    return Method(
+        name="random",
+        paper="baseline",
+        schedule=Stages(rate, places),
+        score=partial(hashed_scores, seed=seed),
+        select=keep_top_k,
+    )
+
+
+@register_method("uniform")
+def uniform(*, rate: float = 0.7, places: tuple[int, ...] | None = None) -> Method:
+    """Keep evenly spaced tokens. rate: share kept at each of `places`."""
+    return Method(name="uniform", paper="baseline", schedule=Stages(rate, places), select=keep_evenly)

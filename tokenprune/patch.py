@@ -1,0 +1,265 @@
+"""Patch: one method on one model, from the facts of the host to the hooks on its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tokenprune.budget import Budget
+from tokenprune.costs import CostModel, Curve, Probe, cost_model, count_flops, probe_sizes
+from tokenprune.errors import BudgetError, UnsupportedMethod
+from tokenprune.ghost import ghost
+from tokenprune.host import Adapter, Host
+from tokenprune.method import Method
+from tokenprune.recording import Forward, Recording
+from tokenprune.self_check import check_blocks
+from tokenprune.site import Site
+from tokenprune.solver import Counts, follow_shares, solve
+from tokenprune.state import FLOW, TokenState
+
+
+class Patch:
+    """What a patch knows for as long as it is on: plain data and the sites, no module.
+
+    active: whether anything is reduced (not at a budget of 1.0).
+    """
+
+    def __init__(self, host: Host, adapter: str, method: Method, budget: Budget) -> None:
+        self.adapter = adapter
+        self.method = method
+        self.budget = budget
+        self.num_prefix_tokens = host.num_prefix_tokens
+        self.has_class_token = host.has_class_token
+        self.grid = host.grid
+        self.tokens = host.tokens
+        self.depth = len(host.blocks)
+        self.active = not budget.is_full
+        self.shares = _shares(budget, host)
+        self.needs_grid = host.needs_grid
+        self.grid_of = host.grid_of
+        self.names = tuple(block.name for block in host.blocks)
+        self.skipped: dict[str, str] = {}
+        self.notes = list(host.notes)
+        self.costs: CostModel | None = None
+        self.solved: dict[int, Counts] = {}
+        self.seen: dict[str, tuple[int, int]] = {}
+        self.entered = host.tokens
+        self.probe: Probe | None = None
+        self.recordings: list[Recording] = []
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Indices of the blocks at which tokens are reduced."""
+        if self.shares is not None:
+            return tuple(sorted(self.shares))
+        return self.method.schedule.places(self.depth)
+
+    def counts(self, entering: int) -> Counts:
+        """Tokens leaving each place for `entering` tokens, solved once for each number.
+
+        Raises:
+            BudgetError: the budget cannot be met at this size.
+        """
+        if entering not in self.solved:
+            self.solved[entering] = self._solve(entering)
+        return self.solved[entering]
+
+    def _solve(self, entering: int, target: float | None = None) -> Counts:
+        if self.shares is not None:
+            return follow_shares(self.shares, self.method.schedule, entering)
+        return solve(self.budget, self.method.schedule, entering, self.depth, self.costs, target)
+
+    def leaving(self, index: int, state: TokenState) -> int | None:
+        """How many tokens leave place `index`, None where it is to be passed over.
+
+        An explicit schedule runs its places even where it keeps every token.
+        """
+        if self.probe is not None:
+            return self.probe.leaving(state)
+        keep = self.counts(state.entering)[index]
+        if keep > state.tokens or (keep == state.tokens and self.shares is None):
+            return None
+        return keep
+
+    def note(self, name: str, entered: int, left: int) -> None:
+        """Remember, for the report, the token numbers of the last forward."""
+        self.seen[name] = (entered, left)
+
+    def restores_after(self, model: nn.Module) -> bool:
+        """Whether the full grid is restored behind the last block, because what follows it reads it."""
+        return self.active and self.needs_grid is not None and self.needs_grid(model, self.method.merges)
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """Hook: a forward of the whole model starts."""
+        FLOW.in_forward = True
+        FLOW.dense = frozenset({self.depth - 1}) if self.restores_after(model) else frozenset()
+        FLOW.grid = self.grid_of(model, args[0]) if self.recordings and self.grid_of is not None and args else None
+
+    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook: it has ended, by a result or an exception."""
+        FLOW.in_forward, FLOW.dense, FLOW.grid = False, frozenset(), None
+
+    def new_forward(self) -> Forward | None:
+        """The recording of a forward that starts now, where one is wanted."""
+        if not self.recordings:
+            return None
+        forward = Forward(FLOW.grid or self.grid)
+        for recording in self.recordings:
+            recording.forwards.append(forward)
+        return forward
+
+    def mark(self, site: Site, point: str) -> None:
+        """A point of a counted forward."""
+        if self.probe is not None:
+            self.probe.mark(site, point)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "recordings": []}
+
+
+def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget) -> Patch:
+    """The patch of `host`, its budget solved at the model's usual input; nothing is attached yet.
+
+    Raises:
+        UnsupportedMethod: the method needs what the model does not have.
+        BudgetError: the budget cannot be met.
+    """
+    patch = Patch(host, adapter.name, method, budget)
+    if method.proportional and not all(block.takes_bias for block in host.blocks):
+        raise UnsupportedMethod(
+            f"{method.name} adds log(size) to the attention logits, and {type(host.blocks[0].module).__name__} takes no"
+            f" bias; patch(model, {method.name!r}, proportional=False, ...) works"
+        )
+    if patch.active:
+        missing = method.needs - {kind for block in host.blocks for kind in _caught(block.taps)}
+        if missing:
+            raise UnsupportedMethod(f"{method.name} needs {', '.join(sorted(missing))}, which this model does not expose")
+    check_blocks(host)
+    patch.costs = _count_costs(host, adapter, patch)
+    if patch.active:
+        counts = patch.counts(host.tokens)
+        if budget.kind == "flops":
+            patch.solved[host.tokens] = _corrected(host, adapter, patch, counts)
+    return patch
+
+
+def attach(host: Host, patch: Patch) -> list[Site]:
+    """Put the patch on the host's model."""
+    reducing = set(patch.places) if patch.active else set()
+    sites = []
+    for index, block in enumerate(host.blocks):
+        mid = block.mid is not None and (patch.method.position == "mid" or not patch.active)
+        site = Site(patch, index, block, reduces=index in reducing, mid=mid)
+        if block.mid_refused and patch.method.position == "mid" and index in reducing:
+            patch.skipped[block.name] = f"reduced behind the block: {block.mid_refused}"
+        site.attach(block)
+        if mid and block.mid is not None:
+            block.module.__class__ = block.mid
+        for module, swapped in block.swaps:
+            module.__class__ = swapped
+        sites.append(site)
+    for module, swapped in host.swaps:
+        module.__class__ = swapped
+    host.model.register_forward_pre_hook(patch.begin, prepend=True)
+    host.model.register_forward_hook(patch.end, always_call=True)
+    return sites
+
+
+def _caught(taps: tuple[tuple[str, nn.Module], ...]) -> set[str]:
+    kinds = {kind for kind, _ in taps}
+    return kinds | ({"queries", "keys"} if "inputs" in kinds else set())
+
+
+def _shares(budget: Budget, host: Host) -> dict[int, float] | None:
+    if budget.kind != "schedule":
+        return None
+    names = {block.name: index for index, block in enumerate(host.blocks)}
+    shares: dict[int, float] = {}
+    for place, share in budget.shares:
+        index = int(place) if place.lstrip("-").isdigit() else names.get(place)
+        if index is None or not -len(names) <= index < len(names):
+            raise BudgetError(
+                f"schedule names the place {place!r}; the model has blocks 0 to {len(names) - 1} ({host.blocks[0].name} ...)"
+            )
+        shares[index % len(names)] = share
+    return shares
+
+
+def _ghosted(host: Host, adapter: Adapter, patch: Patch, probe: Probe | None) -> tuple[Host, Patch]:
+    """The host's ghost with a patch of its own attached, that counts or really reduces."""
+    copy = adapter.host(ghost(host.model, on_meta=True))
+    for block, checked in zip(copy.blocks, host.blocks, strict=True):
+        if checked.mid is None:
+            block.mid = None
+    shadow = Patch(copy, patch.adapter, patch.method, patch.budget)
+    shadow.costs, shadow.solved, shadow.probe = patch.costs, dict(patch.solved), probe
+    shadow.active = patch.active
+    attach(copy, shadow)
+    return copy, shadow
+
+
+def _count_costs(host: Host, adapter: Adapter, patch: Patch) -> CostModel:
+    if not patch.active:  # nothing to solve, one count serves the report
+        bare = adapter.host(ghost(host.model, on_meta=True))
+        total = count_flops(bare.model, bare.example)
+        return CostModel(host.tokens, total, (), Curve(((host.tokens, 0),)), head_sees_all=True)
+    runs = []
+    schedule = patch.method.schedule
+    for tokens in probe_sizes(host.tokens):
+        probe = Probe(tokens, lambda n: max(schedule.fewest(n), min(n, n - n // 8)))
+        copy, _ = _ghosted(host, adapter, patch, probe)
+        runs.append((probe, count_flops(copy.model, copy.example, probe)))
+    return cost_model(host.tokens, len(host.blocks), runs, head_sees_all=patch.restores_after(host.model))
+
+
+def _corrected(host: Host, adapter: Adapter, patch: Patch, counts: Counts) -> Counts:
+    """Counts whose really counted cost is nearest to the budget: the aim is moved by the error that was counted."""
+    assert patch.costs is not None
+    base = patch.costs.total(host.tokens)
+    aim = target = patch.budget.value * base
+    best, smallest = counts, float("inf")
+    for _ in range(3):
+        patch.solved[host.tokens] = counts
+        copy, _ = _ghosted(host, adapter, patch, None)
+        error = count_flops(copy.model, copy.example) - target
+        if abs(error) < smallest:
+            best, smallest = counts, abs(error)
+        if abs(error) <= abs(patch.costs.total(host.tokens, counts) - target) + 1e-4 * base:
+            break
+        aim -= error
+        counts = patch._solve(host.tokens, aim)
+    return best
+
+
+def active_patch(module: nn.Module) -> Mapping[str, Patch]:
+    """Patches on `module` and inside it, by the name of the first block they hook."""
+    found: dict[str, Patch] = {}
+    for name, child in module.named_modules():
+        for hook in child._forward_pre_hooks.values():
+            site = getattr(hook, "__self__", None)
+            if isinstance(site, Site) and all(site.patch is not known for known in found.values()):
+                found[name] = site.patch
+    return found
+
+
+def detach(module: nn.Module, patches: Mapping[str, Patch]) -> None:
+    """Remove every hook and class of `patches` from `module` and inside it."""
+    owned = {id(patch) for patch in patches.values()}
+    for child in module.modules():
+        _remove_hooks(child._forward_pre_hooks, owned, child._forward_pre_hooks_with_kwargs)
+        _remove_hooks(child._forward_hooks, owned, child._forward_hooks_with_kwargs, child._forward_hooks_always_called)
+        original = getattr(type(child), "_tokenprune_original", None)
+        if original is not None:
+            child.__class__ = original
+
+
+def _remove_hooks(hooks: dict[int, Any], owned: set[int], *extra: dict[int, Any]) -> None:
+    for key, hook in list(hooks.items()):
+        owner = getattr(hook, "__self__", None)
+        if id(owner if isinstance(owner, Patch) else getattr(owner, "patch", None)) in owned:
+            for table in (hooks, *extra):
+                table.pop(key, None)
+
+

@@ -1,0 +1,37 @@
+"""Recording: which original token went where, for each forward inside `tokenprune.record`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class PlaceRecord:
+    """What one place did in one forward.
+
+    name: of the place. kept: [B, K] original patch of each leaving token (of a group: the token merged into; of a
+    fused token: its heaviest member). source: [B, N0] for each original patch the position among the K leaving tokens
+    that represents it, -1 where it was dropped. sizes: [B, K] original patches in each, or None (one each).
+    """
+
+    name: str
+    kept: Tensor
+    source: Tensor
+    sizes: Tensor | None
+
+
+@dataclass
+class Forward:
+    """One forward: grid is (rows, columns) of original patches."""
+
+    grid: tuple[int, int]
+    places: list[PlaceRecord] = field(default_factory=list)
+
+
+@dataclass
+class Recording:
+    """The forwards of one `record` block, in order."""
+
+    forwards: list[Forward] = field(default_factory=list)

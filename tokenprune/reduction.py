@@ -1,0 +1,105 @@
+"""Reduction: the one object through which every per-token tensor is re-indexed, merged and brought back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, K] of x [B, N, ...], as [B, K, ...]."""
+    batch, count = index.shape
+    offset = torch.arange(batch, device=index.device).unsqueeze(1) * x.shape[1]
+    rows = x.reshape(-1, *x.shape[2:]).index_select(0, (index + offset).reshape(-1))
+    return rows.reshape(batch, count, *x.shape[2:])
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Which of n tokens leave a place, and what becomes of the others.
+
+    Three forms: an *index* (only `kept`: the others are dropped), *groups* (`moved` tokens are added, weighted, to the
+    leaving token `target`) and a *dense* matrix [B, K, n] for soft clusterings.
+
+    kept: [B, K'] positions that leave, in the order in which they leave. moved: [B, M] positions that are merged.
+    target: [B, M] position among the K leaving tokens that takes each moved one. weights: [B, M] share with which a
+    moved token enters a fused token appended at the end (EViT); None where merging is an average weighted by size.
+    """
+
+    kept: Tensor
+    moved: Tensor | None = None
+    target: Tensor | None = None
+    weights: Tensor | None = None
+    matrix: Tensor | None = None
+
+    @property
+    def fuses(self) -> bool:
+        """Whether one more token, the weighted sum of the moved ones, is appended."""
+        return self.weights is not None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that leave, K."""
+        if self.matrix is not None:
+            return self.matrix.shape[1]
+        return self.kept.shape[1] + int(self.fuses)
+
+    def merged_sizes(self, sizes: Tensor) -> Tensor:
+        """Original patches in each leaving token, from those entering: [B, n] -> [B, K], in the dtype of `sizes`."""
+        if self.matrix is not None:
+            return torch.bmm(self.matrix.to(sizes.dtype), sizes.unsqueeze(-1)).squeeze(-1)
+        out = gather_tokens(sizes, self.kept)
+        if self.moved is None:
+            return out
+        gone = gather_tokens(sizes, self.moved)
+        if self.fuses:
+            return torch.cat([out, gone.sum(1, keepdim=True)], 1)
+        assert self.target is not None
+        return out.scatter_add(1, self.target, gone)
+
+    def __call__(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Reduce x [B, n, C] to [B, K, C]; merged groups are averages weighted by `sizes` [B, n] (None: all one)."""
+        if self.matrix is not None:
+            return torch.bmm(self.matrix.to(x.dtype), x)
+        out = gather_tokens(x, self.kept)
+        if self.moved is None or self.moved.shape[1] == 0:
+            return out
+        gone = gather_tokens(x, self.moved)
+        if self.weights is not None:
+            return torch.cat([out, torch.bmm(self.weights.to(x.dtype).unsqueeze(1), gone)], 1)
+        assert self.target is not None
+        if sizes is None:
+            sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
+        out = out * gather_tokens(sizes, self.kept).unsqueeze(-1)
+        gone = gone * gather_tokens(sizes, self.moved).unsqueeze(-1)
+        out = out.scatter_add(1, self.target.unsqueeze(-1).expand_as(gone), gone.to(out.dtype))
+        return (out / self.merged_sizes(sizes).unsqueeze(-1)).to(x.dtype)
+
+    def follow(self, table: Tensor) -> Tensor:
+        """Re-index a per-token table that cannot be averaged (positions, origins): [B, n] -> [B, K].
+
+        A merged token keeps the entry of the token it was merged into, a fused one that of its heaviest member, a
+        dense one that of its largest weight.
+        """
+        if self.matrix is not None:
+            return table.gather(1, self.matrix.argmax(-1))
+        out = table.gather(1, self.kept)
+        if self.weights is None or self.moved is None:
+            return out
+        heaviest = self.moved.gather(1, self.weights.argmax(1, keepdim=True))
+        return torch.cat([out, table.gather(1, heaviest)], 1)
+
+    def source(self, entering: int) -> Tensor:
+        """For each of the `entering` tokens, the leaving position that represents it, or -1: [B, entering]."""
+        if self.matrix is not None:
+            return self.matrix.argmax(1)
+        batch, count = self.kept.shape
+        source = torch.full((batch, entering), -1, dtype=torch.long, device=self.kept.device)
+        places = torch.arange(count, device=self.kept.device).expand(batch, -1)
+        source = source.scatter(1, self.kept, places)
+        if self.moved is None:
+            return source
+        target = self.target if self.target is not None else torch.full_like(self.moved, count)
+        return source.scatter(1, self.moved, target)

@@ -1,0 +1,119 @@
+"""Registries of methods and adapters: by decorator here, by entry point from other packages."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from tokenprune.errors import UnsupportedMethod
+from tokenprune.host import Adapter
+from tokenprune.method import Method
+
+Factory = TypeVar("Factory", bound=Callable[..., Method])
+AdapterType = TypeVar("AdapterType", bound=type)
+
+_METHODS: dict[str, Callable[..., Method]] = {}
+_ADAPTERS: dict[str, Adapter] = {}
+_BUILTIN_METHODS = ("baselines", "top_k", "evit", "tome", "zero_tprune")
+# Adapter modules by the package whose presence in the process makes them worth importing.
+_BUILTIN_ADAPTERS = {"timm": "tokenprune.adapters.timm_vit"}
+_loaded: set[str] = set()
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A method as `methods()` lists it. needs: what it captures; options: name -> default of its own options."""
+
+    name: str
+    paper: str
+    needs: tuple[str, ...]
+    families: tuple[str, ...]
+    options: dict[str, Any]
+    summary: str
+
+
+def register_method(name: str) -> Callable[[Factory], Factory]:
+    """Register a factory whose keyword arguments are the options of the method called `name`.
+
+    Raises:
+        UnsupportedMethod: the name is taken.
+    """
+
+    def decorate(factory: Factory) -> Factory:
+        known = _METHODS.get(name)
+        if known is not None and known.__module__ != factory.__module__:
+            raise UnsupportedMethod(f"a method named {name!r} is registered already, by {known.__module__}")
+        _METHODS[name] = factory
+        return factory
+
+    return decorate
+
+
+def register_adapter(adapter: AdapterType) -> AdapterType:
+    """Register an adapter class (see `tokenprune.host.Adapter`); those registered last are asked first."""
+    _ADAPTERS.pop(adapter.__name__, None)
+    _ADAPTERS[adapter.__name__] = adapter()
+    return adapter
+
+
+def make_method(name: str, options: dict[str, Any]) -> Method:
+    """The recipe of a registered method.
+
+    Raises:
+        UnsupportedMethod: unknown name or option.
+    """
+    _load_methods()
+    if not isinstance(name, str) or name not in _METHODS:
+        raise UnsupportedMethod(f"unknown method {name!r}; known: {', '.join(sorted(_METHODS))}")
+    allowed = inspect.signature(_METHODS[name]).parameters
+    wrong = sorted(set(options) - set(allowed))
+    if wrong:
+        raise UnsupportedMethod(f"{name} has no option {wrong[0]!r}; its options: {', '.join(allowed) or 'none'}")
+    return _METHODS[name](**options)
+
+
+def method_names() -> list[str]:
+    """Names of all registered methods."""
+    _load_methods()
+    return sorted(_METHODS)
+
+
+def method_info(name: str, families: tuple[str, ...]) -> MethodInfo:
+    """What `methods()` says about one method."""
+    factory = _METHODS[name]
+    method = factory()
+    options = {key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()}
+    needs = sorted(method.needs) + (["bias on the keys"] if method.proportional else [])
+    summary = (inspect.getdoc(factory) or "").split("\n\n")[0].replace("\n", " ")
+    return MethodInfo(name, method.paper, tuple(needs), families, options, summary)
+
+
+def adapters() -> list[Adapter]:
+    """Registered adapters, those registered last first; a built-in one only once its library has been imported."""
+    import sys
+
+    for package, module in _BUILTIN_ADAPTERS.items():
+        if package in sys.modules and module not in _loaded:
+            _loaded.add(module)
+            importlib.import_module(module)
+    _load_entry_points("tokenprune.adapters")
+    return list(reversed(_ADAPTERS.values()))
+
+
+def _load_methods() -> None:
+    if "methods" not in _loaded:
+        _loaded.add("methods")
+        for module in _BUILTIN_METHODS:
+            importlib.import_module(f"tokenprune.methods.{module}")
+    _load_entry_points("tokenprune.methods")
+
+
+def _load_entry_points(group: str) -> None:
+    if group not in _loaded:
+        _loaded.add(group)
+        for point in entry_points(group=group):
+            point.load()

@@ -1,0 +1,23 @@
+"""Scores that look at no content: the baselines that a method must beat."""
+
+import torch
+from torch import Tensor
+
+from tokenprune.attention_record import AttentionRecord
+
+# Odd constants of an integer mixer (finaliser of MurmurHash3, 32 bits held in 64).
+_MIX = (0x85EBCA6B, 0xC2B2AE35)
+_MASK = 0xFFFFFFFF
+
+
+def hashed_scores(record: AttentionRecord, seed: int) -> Tensor:
+    """A pseudo-random score of each token from (seed, place, original patch), [B, n], in [0, 1).
+
+    Stateless, so that the global generator is untouched, an image's tokens do not depend on its batch mates, and it
+    compiles and exports.
+    """
+    h = record.origin * 0x9E3779B1 + (seed * 1000003 + record.place * 7919 + 12345)
+    for constant in _MIX:
+        h = h & _MASK
+        h = ((h ^ (h >> 16)) * constant) & _MASK
+    return (h ^ (h >> 13)).to(torch.float64) / 2**32

@@ -1,0 +1,41 @@
+"""Weighted PageRank on the attention graph (Zero-TPrune, Wang et al., CVPR 2024, section 3.2)."""
+
+import torch
+from torch import Tensor
+
+from tokenprune.attention_record import AttentionRecord
+from tokenprune.kernels.attention_mass import attention_mass
+
+
+def weighted_pagerank(record: AttentionRecord, iterations: int, *, class_start: bool = True) -> Tensor:
+    """Importance of every token per head, [B, H, N]: s <- A_hᵀ s, `iterations` times (Algorithm 1).
+
+    The start is uniform but for the class token, which has sqrt(N) times the others' where `class_start`; it sums to
+    one and so does the result.
+    """
+    q, k = record.rotated()
+    start = torch.ones(q.shape[:3], device=q.device)
+    if class_start and record.has_class_token:
+        start[..., 0] = q.shape[2] ** 0.5
+    start = start / start.sum(-1, keepdim=True)
+    return attention_mass(q, k, start, iterations=iterations, scale=record.scale, bias=record.bias)
+
+
+def passing_heads(scores: Tensor, variance: tuple[float, float] | None) -> Tensor:
+    """Variance-based head filter (section 3.2, VHF): which heads count, [B, H, 1] of 0 and 1.
+
+    scores: [B, H, n] of the prunable tokens. A head passes where the variance over the tokens of its scores, rescaled
+    to mean one, lies in `variance`; raw scores sum to one, their variance is near 1e-5 and no head would ever pass the
+    paper's thresholds of 0.01 and 0.7. If no head of an image passes, all count. None: all count.
+    """
+    if variance is None:
+        return torch.ones_like(scores[..., :1])
+    spread = (scores / scores.mean(-1, keepdim=True)).var(-1, keepdim=True, unbiased=False)
+    passed = (spread >= variance[0]) & (spread <= variance[1])
+    return (passed | ~passed.any(1, keepdim=True)).to(scores.dtype)
+
+
+def fuse_heads(scores: Tensor, heads: Tensor) -> Tensor:
+    """Head fusion that emphasises informative regions (section 3.2, EIR): the root mean square over the heads that
+    count. scores: [B, H, n], heads: [B, H, 1]. Returns [B, n]."""
+    return ((heads * scores.square()).sum(1) / heads.sum(1)).sqrt()

@@ -1,0 +1,50 @@
+"""Selections by similar pairs."""
+
+import torch
+from torch import Tensor
+
+from tokenprune.attention_record import AttentionRecord
+from tokenprune.kernels.matching import cosine_match
+from tokenprune.reduction import Reduction
+from tokenprune.selection.top_k import ranked
+
+
+def merge_similar_pairs(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
+    """Bipartite soft matching on keys (ToMe, Bolya et al., ICLR 2023, section 3 and appendix D).
+
+    Tokens at even and odd places of the sequence form the sets A and B; each a in A has its most similar b in B, and
+    the n - `keep` most similar pairs are merged into b. The tokens that leave: the rest of A, then B. Prefix tokens
+    take part in no set, which for one class token is the original's split.
+    """
+    metric, n = record.metric, record.tokens
+    first = record.num_prefix_tokens % 2
+    a = torch.arange(first, n, 2, device=metric.device)
+    b = torch.arange(1 - first, n, 2, device=metric.device)
+    similarity, match = cosine_match(metric[:, a], metric[:, b])
+    order = ranked(similarity)
+    merged, rest = order[:, : n - keep], order[:, n - keep :].sort(dim=1).values
+    batch = metric.shape[0]
+    return Reduction(
+        kept=torch.cat([a[rest], b.expand(batch, -1)], 1),
+        moved=a[merged],
+        target=match.gather(1, merged) + rest.shape[1],
+    )
+
+
+def similar_to_important(importance: Tensor, metric: Tensor, remove: int) -> Tensor:
+    """Which `remove` tokens are redundant: True in [B, n] (Zero-TPrune's similarity stage, section 3.3).
+
+    Sequential-U partition: the less important half of the tokens are candidates, each is compared with the more
+    important half by the cosine of keys `metric` [B, n, D], and the candidates most similar to a partner go.
+    importance: [B, n].
+    """
+    order = ranked(importance)
+    half = order.shape[1] // 2
+    strong, weak = order[:, : order.shape[1] - half], order[:, order.shape[1] - half :].sort(dim=1).values
+    rows = metric.shape[-1]
+    similarity, _ = cosine_match(
+        metric.gather(1, weak.unsqueeze(-1).expand(-1, -1, rows)),
+        metric.gather(1, strong.unsqueeze(-1).expand(-1, -1, rows)),
+    )
+    gone = weak.gather(1, ranked(similarity)[:, :remove])
+    return torch.zeros_like(importance, dtype=torch.bool).scatter(1, gone, True)

@@ -1,0 +1,254 @@
+"""Site: the hooks on one block, the only code that runs inside a user's forward.
+
+A site is a plain object whose bound methods are native hooks, so that a patched model pickles, deep-copies, compiles
+and leaves nothing behind. It knows no library (its facts come from the adapter) and no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.attention_record import AttentionRecord
+from tokenprune.errors import UnsupportedModel
+from tokenprune.costs import pad_tokens
+from tokenprune.host import BlockHost, gather_bias, gather_rope
+from tokenprune.recording import PlaceRecord
+from tokenprune.restore import follow_source, restore_tokens, stand_ins
+from tokenprune.state import FLOW, TokenState, recall, remember
+
+if TYPE_CHECKING:
+    from tokenprune.patch import Patch
+
+
+class Site:
+    """Hooks of block `index` of a patched model; `reduces` says whether tokens are reduced here."""
+
+    def __init__(self, patch: Patch, index: int, facts: BlockHost, *, reduces: bool, mid: bool) -> None:
+        self.patch = patch
+        self.index = index
+        self.name = facts.name
+        self.reduces = reduces
+        self.mid = mid
+        self.read = facts.read
+        self.scale = facts.scale
+        self.key_bias = facts.key_bias
+        self.bias_arguments = facts.bias_arguments
+        self.rope_argument = facts.rope_argument
+        self.rotate = facts.rotate
+        self.mask_argument = facts.mask_argument
+
+    def attach(self, facts: BlockHost) -> None:
+        """Put the hooks on the block: innermost, so that the user's own hooks see the reduced tokens."""
+        block = facts.module
+        block.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True)
+        if self.reduces:
+            for kind, module in facts.taps:
+                if kind == "inputs":
+                    module.register_forward_pre_hook(self.catch_inputs)
+                else:
+                    module.register_forward_hook(getattr(self, f"catch_{kind}"))
+            if not self.mid:
+                block.register_forward_hook(self.reduce_output, prepend=True)
+        block.register_forward_hook(self.leave)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the block: find the tokens that are left and re-index what else is indexed by token."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        FLOW.site, FLOW.state = self, None
+        FLOW.queries = FLOW.keys = FLOW.inputs = FLOW.bias = FLOW.rope = None
+        if not self.patch.active:
+            return None
+        if not isinstance(x, Tensor):
+            raise UnsupportedModel(
+                "a symbolic trace of a patched model cannot choose tokens; trace the unpatched model, or use"
+                " torch.compile or torch.export"
+            )
+        if kwargs.get("is_causal") or (self.mask_argument and kwargs.get(self.mask_argument) is not None):
+            raise UnsupportedModel(
+                "tokens cannot be reduced under the caller's attention mask or causal attention; call the model"
+                " without them, or unpatch it first"
+            )
+        state = self._incoming(x)
+        FLOW.state = state
+        self.patch.mark(self, "enter")
+        if state.reduced is not None:
+            args, kwargs = _with_hidden(state.reduced, args, kwargs)
+        elif self.patch.probe is not None and self.index == 0:
+            left = self.patch.probe.tokens
+            origin = torch.arange(left, device=x.device).expand(x.shape[0], -1)
+            FLOW.state = state = replace(state, tokens=left, origin=origin)
+            args, kwargs = _with_hidden(x[:, : self.patch.num_prefix_tokens + left], args, kwargs)
+        return args, self._reindexed(kwargs, state, x.dtype)
+
+    def _incoming(self, x: Tensor) -> TokenState:
+        state = recall(x) if self.index or _in_backward() else None
+        if state is None and self.index and FLOW.left is not None:
+            site, left, shape = FLOW.left
+            # A hook of the user's replaced the tensor between two blocks.
+            if site.patch is self.patch and site.index == self.index - 1 and shape == x.shape[:2]:
+                state = left
+        if state is None:
+            tokens = x.shape[1] - self.patch.num_prefix_tokens
+            forward = None
+            if self.index == 0:
+                self.patch.entered = tokens
+                forward = self.patch.new_forward()
+            state = TokenState(tokens, tokens, forward=forward, dense=FLOW.dense)
+            if torch.is_grad_enabled() or x.requires_grad:
+                remember(x, state)  # found again when checkpointing re-runs the first block
+        return state
+
+    def _reindexed(self, kwargs: dict[str, Any], state: TokenState, dtype: torch.dtype) -> dict[str, Any]:
+        kwargs = dict(kwargs)
+        if self.rope_argument is not None and kwargs.get(self.rope_argument) is not None:
+            if state.origin is not None:
+                kwargs[self.rope_argument] = gather_rope(kwargs[self.rope_argument], state.origin)
+            FLOW.rope = kwargs[self.rope_argument]
+        for name in self.bias_arguments:
+            if kwargs.get(name) is not None:
+                if state.origin is not None:
+                    kwargs[name] = gather_bias(kwargs[name], state.origin, self.patch.num_prefix_tokens)
+                FLOW.bias = kwargs[name]
+        if self.patch.method.proportional and state.sizes is not None and self.key_bias is not None:
+            bias = self.size_bias(state.sizes, dtype)
+            kwargs[self.key_bias] = FLOW.bias = bias if FLOW.bias is None else FLOW.bias + bias
+        return kwargs
+
+    def size_bias(self, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Proportional attention: log(size) of every key, prefix tokens of size one, [B, 1, 1, P + n]."""
+        prefix = sizes.new_zeros(sizes.shape[0], self.patch.num_prefix_tokens)
+        return torch.cat([prefix, sizes.log()], 1)[:, None, None, :].to(dtype)
+
+    def own_bias(self, bias: Tensor) -> Tensor:
+        """The bias [1, H, N, N] that an attention computes for itself, for the tokens that are left."""
+        state = FLOW.state
+        if state is None:
+            return bias
+        if state.origin is not None:
+            bias = gather_bias(bias, state.origin, self.patch.num_prefix_tokens)
+        if self.patch.method.proportional and state.sizes is not None and self.key_bias is None:
+            bias = bias + self.size_bias(state.sizes, bias.dtype)
+        FLOW.bias = bias if FLOW.bias is None else FLOW.bias + bias
+        return bias
+
+    def catch_queries(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the queries of this block until it ends."""
+        FLOW.queries = output
+
+    def catch_keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the keys of this block until it ends."""
+        FLOW.keys = output
+
+    def catch_inputs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep the attention's input, where queries and keys are recomputed from it."""
+        FLOW.inputs = args[0]
+
+    def reduce_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Behind the block, where it cannot be done between attention and MLP."""
+        return self.reduce(output)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Score, select and reduce the tokens of x [B, P + n, C], and note what went where."""
+        state = FLOW.state
+        if not self.reduces or state is None:
+            return x
+        keep = self.patch.leaving(self.index, state)
+        if keep is None:
+            return x
+        self.patch.mark(self, "score")
+        with torch.no_grad():
+            record = self._record(x, state)
+            reduction = self.patch.method.reduce(record, keep)
+        prefix = self.patch.num_prefix_tokens
+        body = x[:, prefix:]
+        leaving = reduction(body, state.sizes)
+        origin = reduction.follow(record.origin)
+        sizes = state.sizes
+        if self.patch.method.merges:
+            sizes = reduction.merged_sizes(sizes if sizes is not None else origin.new_ones(body.shape[:2]).float())
+        if state.dense:
+            state = stand_ins(state, reduction, body, record.metric, leaving)
+        if state.forward is not None and not _in_backward():
+            source = follow_source(state, reduction.source(state.tokens))
+            state = replace(state, source=source)
+            state.forward.places.append(PlaceRecord(self.name, origin, source, sizes))  # type: ignore[union-attr]
+        if self.patch.probe is not None:  # counted, not removed
+            self.patch.mark(self, "reduced")
+            return x
+        self.patch.note(self.name, state.tokens, keep)
+        FLOW.state = replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
+        return torch.cat([x[:, :prefix], leaving], 1) if prefix else leaving
+
+    def _record(self, x: Tensor, state: TokenState) -> AttentionRecord:
+        queries, keys = self.read(FLOW.queries, FLOW.keys, FLOW.inputs)
+        rotate: Callable[[Tensor], Tensor] | None = None
+        if FLOW.rope is not None and self.rotate is not None:
+            rotate = partial(self.rotate, table=FLOW.rope)
+        return AttentionRecord(
+            hidden=x.detach(),
+            origin=state.origins(x),
+            num_prefix_tokens=self.patch.num_prefix_tokens,
+            place=self.index,
+            depth=self.patch.depth,
+            grid=self.patch.grid,
+            has_class_token=self.patch.has_class_token,
+            scale=self.scale,
+            queries=queries.detach() if queries is not None else None,
+            keys=keys.detach() if keys is not None else None,
+            sizes=state.sizes,
+            bias=FLOW.bias.detach() if FLOW.bias is not None else None,
+            rotate=rotate,
+        )
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """After the block: hand the state to the next one, and restore the full grid where it is read here."""
+        state = FLOW.state
+        FLOW.site = FLOW.state = None
+        FLOW.queries = FLOW.keys = FLOW.inputs = FLOW.bias = FLOW.rope = None
+        if state is None or not isinstance(output, Tensor):
+            return None
+        self.patch.mark(self, "leave")
+        last = self.index == self.patch.depth - 1
+        FLOW.left = None if last else (self, state, (output.shape[0], output.shape[1]))
+        if last and self.patch.probe is not None and state.dense:
+            return pad_tokens(output, self.patch.num_prefix_tokens + state.entering)
+        if state.reduced is not None:
+            state = replace(state, reduced=None)
+        if state.stand_in is not None and self.index in state.dense:
+            full = restore_tokens(output, state, self.patch.num_prefix_tokens)
+            if not last:
+                remember(full, replace(state, reduced=output))
+            return full
+        if not last:
+            remember(output, state)
+        return None
+
+
+def _with_hidden(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): x}
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def reduce_here(x: Tensor) -> Tensor:
+    """The reduction point inside a block: reduces x [B, N, C] at the site whose block runs now in this thread."""
+    site = FLOW.site
+    return x if site is None else site.reduce(x)
+
+
+def own_bias_here(bias: Tensor) -> Tensor:
+    """The bias that an attention computed for itself, re-indexed for the block that runs now in this thread."""
+    site = FLOW.site
+    return bias if site is None else site.own_bias(bias)
+
+

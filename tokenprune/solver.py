@@ -1,0 +1,156 @@
+"""From a budget to the number of tokens that leave each place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tokenprune.budget import Budget
+from tokenprune.costs import CostModel
+from tokenprune.errors import BudgetError
+from tokenprune.schedule import Schedule, kept_count
+
+Counts = dict[int, int]
+
+
+def solve(
+    budget: Budget, schedule: Schedule, tokens: int, depth: int, costs: CostModel | None, target: float | None = None
+) -> Counts:
+    """Tokens leaving each place {block: count} for `tokens` entering the first.
+
+    costs: needed for a flops budget only. target: multiply-adds to aim at in its place (a corrected aim).
+
+    Raises:
+        BudgetError: the method cannot meet the budget on this model; the message names what it can reach.
+    """
+    places = schedule.places(depth)
+    if budget.kind == "default":
+        return dict(zip(places, schedule.default(tokens, depth), strict=True))
+    if budget.kind == "flops":
+        assert costs is not None
+        return _by_cost(budget, schedule, places, tokens, depth, costs, target)
+    return _by_last(budget, schedule, places, tokens, depth)
+
+
+def follow_shares(shares: dict[int, float], schedule: Schedule, tokens: int) -> Counts:
+    """Counts of an explicit schedule {block: share of the entering tokens that leave}.
+
+    Raises:
+        BudgetError: fewer tokens asked for at a place than the method can leave there.
+    """
+    counts: Counts = {}
+    for block, share in sorted(shares.items()):
+        keep = kept_count(share, tokens)
+        if keep < schedule.fewest(tokens):
+            raise BudgetError(
+                f"schedule asks for {keep} of {tokens} tokens behind block {block}; the method leaves at least"
+                f" {schedule.fewest(tokens)} there, a share of {schedule.fewest(tokens) / tokens:.2f}"
+            )
+        counts[block] = tokens = keep
+    return counts
+
+
+def _by_last(budget: Budget, schedule: Schedule, places: tuple[int, ...], tokens: int, depth: int) -> Counts:
+    keep = int(budget.value) if budget.kind == "tokens" else kept_count(budget.value, tokens)
+    if keep > tokens:
+        raise BudgetError(f"tokens={keep} asked, but only {tokens} prunable tokens enter; use at most {tokens}")
+    if budget.kind == "keep" and keep == tokens:
+        raise BudgetError(
+            f"{budget} of {tokens} tokens drops none; use keep={(tokens - 1) / tokens:.3f} or less, or keep=1.0"
+        )
+    fewest = schedule.counts(1.0, tokens, depth)[-1]
+    if keep < fewest:
+        raise BudgetError(
+            f"{budget} asks for {keep} of {tokens} tokens; at blocks {_listed(places)} the method leaves at least"
+            f" {fewest}: use tokens={fewest} or more"
+        )
+    counts = _weakest(lambda c: c[-1] <= keep, schedule, tokens, depth)
+    return dict(zip(places, (max(count, keep) for count in counts), strict=True))
+
+
+def _by_cost(
+    budget: Budget,
+    schedule: Schedule,
+    places: tuple[int, ...],
+    tokens: int,
+    depth: int,
+    costs: CostModel,
+    target: float | None,
+) -> Counts:
+    base = costs.total(tokens)
+
+    def cost(counts: tuple[int, ...]) -> float:
+        return costs.total(tokens, dict(zip(places, counts, strict=True)))
+
+    floor = cost(schedule.counts(1.0, tokens, depth)) / base
+    if floor > budget.value + 0.005:
+        raise BudgetError(
+            f"{budget} cannot be met: with nearly every token removed at blocks {_listed(places)} the forward still"
+            f" costs {floor:.2f} of the unpatched one; use flops={min(1.0, floor + 0.01):.2f} or more, or earlier"
+            " places"
+        )
+    aim = budget.value * base if target is None else target
+    counts = _strongest(lambda c: cost(c) >= aim, schedule, tokens, depth)
+    counts = _refined(counts, cost, aim, schedule, tokens)
+    if all(count == tokens for count in counts):
+        raise BudgetError(f"{budget} of {tokens} tokens removes none at blocks {_listed(places)}; use a smaller budget")
+    return dict(zip(places, counts, strict=True))
+
+
+def _strongest(
+    allowed: Callable[[tuple[int, ...]], bool], schedule: Schedule, tokens: int, depth: int
+) -> tuple[int, ...]:
+    """Counts of the greatest strength that is still allowed."""
+    low, high = 0.0, 1.0
+    if allowed(schedule.counts(high, tokens, depth)):
+        return schedule.counts(high, tokens, depth)
+    for _ in range(40):
+        middle = (low + high) / 2
+        if allowed(schedule.counts(middle, tokens, depth)):
+            low = middle
+        else:
+            high = middle
+    return schedule.counts(low, tokens, depth)
+
+
+def _weakest(
+    allowed: Callable[[tuple[int, ...]], bool], schedule: Schedule, tokens: int, depth: int
+) -> tuple[int, ...]:
+    """Counts of the smallest strength that is allowed."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if allowed(schedule.counts(middle, tokens, depth)):
+            high = middle
+        else:
+            low = middle
+    return schedule.counts(high, tokens, depth)
+
+
+def _refined(
+    counts: tuple[int, ...], cost: Callable[[tuple[int, ...]], float], aim: float, schedule: Schedule, tokens: int
+) -> tuple[int, ...]:
+    """`counts` moved by single tokens at single places, as long as that brings the cost nearer to the aim."""
+    error = abs(cost(counts) - aim)
+    for _ in range(4 * len(counts) + 16):
+        moved = [m for m in _moves(counts) if _valid(m, schedule, tokens)]
+        best = min(moved, key=lambda m: abs(cost(m) - aim), default=counts)
+        if abs(cost(best) - aim) >= error:
+            break
+        counts, error = best, abs(cost(best) - aim)
+    return counts
+
+
+def _moves(counts: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [(*counts[:i], counts[i] + step, *counts[i + 1 :]) for i in range(len(counts)) for step in (-1, 1)]
+
+
+def _valid(counts: tuple[int, ...], schedule: Schedule, tokens: int) -> bool:
+    for count in counts:
+        if not schedule.fewest(tokens) <= count <= tokens:
+            return False
+        tokens = count
+    return True
+
+
+def _listed(places: tuple[int, ...]) -> str:
+    return f"{places[0]} to {places[-1]}" if len(places) > 4 else ", ".join(map(str, places))

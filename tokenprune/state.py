@@ -1,0 +1,88 @@
+"""The state of one forward: which tokens are left, found again when a block is re-run in backward.
+
+Nothing here lives in a module. What a block hands to the next is keyed by the storage of the hidden tensor, so that
+gradient checkpointing finds it again (a re-entrant re-run sees a detached tensor on the same storage, maybe in another
+thread), two forwards never mix, and it dies with the tensor. While torch.compile traces, storages have no identity and
+the state rides on the traced tensor instead.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from tokenprune.recording import Forward
+    from tokenprune.site import Site
+
+
+@dataclass(frozen=True, eq=False)
+class TokenState:
+    """The prunable tokens between two blocks.
+
+    entering: tokens that entered the first place. tokens: how many are left, n. origin: [B, n] original patch of each
+    (None: all, in order). sizes: [B, n] patches in each (None: one each). source: [B, entering] position that
+    holds each original patch, -1 where it was dropped (for recordings). stand_in: [B, entering] position whose value
+    restores each original patch, and offset: [B, entering, C] what to add to it (for dense outputs). reduced: the reduced tensor behind a restored one. forward: the recording that follows this forward.
+    dense: blocks whose output is restored in this forward.
+    """
+
+    entering: int
+    tokens: int
+    origin: Tensor | None = None
+    sizes: Tensor | None = None
+    source: Tensor | None = None
+    stand_in: Tensor | None = None
+    offset: Tensor | None = None
+    reduced: Tensor | None = None
+    forward: Forward | None = None
+    dense: frozenset[int] = frozenset()
+
+    def origins(self, x: Tensor) -> Tensor:
+        """[B, n] original patch of each token of x [B, N, C]."""
+        if self.origin is not None:
+            return self.origin
+        return torch.arange(self.tokens, device=x.device).expand(x.shape[0], -1)
+
+
+class Flow(threading.local):
+    """What the block that runs now in this thread has captured, emptied when the block ends; and how the forward was
+    entered, emptied when the entry point returns."""
+
+    site: Site | None = None
+    state: TokenState | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    inputs: Tensor | None = None
+    bias: Tensor | None = None
+    rope: Tensor | None = None
+    left: tuple[Site, TokenState, tuple[int, int]] | None = None
+    in_forward: bool = False
+    dense: frozenset[int] = frozenset()
+    grid: tuple[int, int] | None = None
+
+
+FLOW = Flow()
+_STATES: MutableMapping[Any, TokenState] = WeakIdKeyDictionary()
+_ATTRIBUTE = "_tokenprune_state"
+
+
+def remember(x: Tensor, state: TokenState) -> None:
+    """Tie `state` to the hidden tensor x."""
+    if torch.compiler.is_compiling():
+        setattr(x, _ATTRIBUTE, state)
+    else:
+        _STATES[x.untyped_storage()] = state
+
+
+def recall(x: Tensor) -> TokenState | None:
+    """The state tied to the hidden tensor x, or None."""
+    if torch.compiler.is_compiling():
+        return getattr(x, _ATTRIBUTE, None)
+    return _STATES.get(x.untyped_storage())
