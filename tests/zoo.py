@@ -1,9 +1,8 @@
-"""Every model that timm's plain-ViT modules list, small enough to test all of them, and at real size on the meta device."""
+"""Every model of timm's plain-ViT modules: small enough to test them all, and at real size on the meta device."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -45,7 +44,14 @@ def create(name: str) -> nn.Module:
     name's own. Deterministic for a name; the global RNG is left as it was.
     """
     module = module_of(name)
-    kwargs: dict[str, Any] = dict(depth=DEPTH, embed_dim=WIDTH, num_heads=HEADS, img_size=IMAGE, patch_size=PATCH)
+    kwargs: dict[str, Any] = {
+        "depth": DEPTH,
+        "embed_dim": WIDTH,
+        "num_heads": HEADS,
+        "img_size": IMAGE,
+        "patch_size": PATCH,
+        "pretrained_cfg_overlay": {"input_size": (3, *IMAGE)},
+    }
     with torch.random.fork_rng(devices=[]):
         if module == "vision_transformer_hybrid":  # the real stems would outweigh four narrow blocks
             stem = ConvStem(depth=2, channels=16, stride=(2, 2), kernel_size=3, padding=1)
@@ -69,14 +75,11 @@ def meta(name: str) -> nn.Module:
 
 def inputs(model: nn.Module, batch: int = 2) -> Tensor:
     """[B, 3, H, W] images of the model's own input size on its device, the same ones on each call."""
-    if hasattr(model, "patch_embed"):
-        size = model.patch_embed.img_size
-    else:  # NaFlexVit has no size of its own
-        size = IMAGE if model.embeds.patch_size[0] == PATCH else model.pretrained_cfg["input_size"][-2:]
+    size = model.pretrained_cfg["input_size"]
     device = next(model.parameters()).device
     if device.type == "meta":
-        return torch.empty(batch, 3, *size, device=device)
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+        return torch.empty(batch, *size, device=device)
+    return torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -117,13 +120,13 @@ def query_and_key_rows(module: nn.Module) -> list[Tensor]:
     return fused + [child.weight for n, child in module.named_children() if n in ("q_proj", "k_proj", "q", "k")]
 
 
-def flops(call: Callable[[], object]) -> int:
-    """What torch's counter sees in one call (2 per multiply-add).
+def count(model: nn.Module, x: Tensor) -> FlopCounterMode:
+    """torch's flop counter (2 per multiply-add) after one forward.
 
     Fused attention on a CPU counts as nothing, hence the math backend; with gradients off the counter trips over
     timm's attention pooling, hence on.
     """
     counter = FlopCounterMode(display=False)
     with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
-        call()
-    return counter.get_total_flops()
+        model(x)
+    return counter

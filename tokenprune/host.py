@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-
 # A tap says what to catch ("queries", "keys": the output of a module; "inputs": the input of one) and where.
 Taps = tuple[tuple[str, nn.Module], ...]
 

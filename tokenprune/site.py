@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.attention_record import AttentionRecord
-from tokenprune.errors import UnsupportedModel
 from tokenprune.costs import pad_tokens
+from tokenprune.errors import UnsupportedModel
 from tokenprune.host import BlockHost, gather_bias, gather_rope
 from tokenprune.recording import PlaceRecord
 from tokenprune.restore import follow_source, restore_tokens, stand_ins

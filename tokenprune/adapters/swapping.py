@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
@@ -35,7 +35,7 @@ class Mixin(nn.Module):
         return (_blank, (self._tokenprune_mixin, self._tokenprune_original), *reduced[2:])
 
 
-@lru_cache(maxsize=None)
+@cache
 def mixed(mixin: type[Mixin], original: type[nn.Module]) -> type[nn.Module]:
     """The class `original` with `mixin` in front."""
     return type(
