@@ -121,15 +121,16 @@ def test_shrunk(name: str) -> None:
     model = zoo.create(name)
     x = zoo.inputs(model)
     reference, before = run(model, x), list(state(model))
-    unpatched = cost(model, x)
+    one = x[:1]  # relative position tables are computed once in a forward, whatever its batch
+    unpatched = cost(model, one)
 
-    outcome = attempt(name, model, x)
+    outcome = attempt(name, model, one)
     if outcome == "passed":
         reduced = run(model, x)
         assert reduced.shape == reference.shape
         assert torch.isfinite(reduced).all()
         assert not torch.equal(reduced, reference)
-        counted = ratio(model, x, unpatched)
+        counted = ratio(model, one, unpatched)
         assert abs(counted - BUDGET) * unpatched.total <= unpatched.token
     if outcome != "refused":
         tokenprune.patch(model, keep=1.0)

@@ -79,7 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
     @functools.wraps(original)
     def create_model(model_name: str, *args: Any, **kwargs: Any) -> nn.Module:
         model = original(model_name, *args, **kwargs)
-        if timm.is_model_in_modules(model_name.split(".")[0], MODULES):
+        if timm.models.is_model_in_modules(model_name.split(".")[0], MODULES):
             try:
                 tokenprune.patch(model, keep=keep)
                 counts["patched"] += 1
