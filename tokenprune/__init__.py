@@ -1,5 +1,7 @@
-"""tokenprune: compute fewer tokens in a pretrained vision transformer, one line to switch on, one line to switch off."""
+"""Compute fewer tokens in a pretrained vision transformer: one line to switch on, one line to switch off."""
 
+# The subpackage first: loaded later, it would take the place of the verb of the same name.
+import tokenprune.methods  # noqa: F401  # isort: skip
 from tokenprune.api import methods, patch, patched, record, report, unpatch
 from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.registry import register_adapter, register_method

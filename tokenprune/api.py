@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from tokenprune import registry
-from tokenprune.budget import parse_budget
-from tokenprune.defaults import default_method
+from tokenprune.budget import Budget, parse_budget
+from tokenprune.defaults import default_methods
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
-from tokenprune.host import Adapter
+from tokenprune.host import Adapter, Host
 from tokenprune.patch import Patch, active_patch, attach, detach, prepare
 from tokenprune.recording import Recording
 from tokenprune.registry import MethodInfo
@@ -51,18 +51,18 @@ def patch(
         BudgetError: the budget is malformed or cannot be met; the message names what can be.
     """
     budget = parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule)
-    if method is not None:
-        recipe = registry.make_method(method, options)
+    named = registry.make_method(method, options) if method is not None else None
+    if named is None and options:
+        raise UnsupportedMethod(f"options {sorted(options)} need a method to belong to; name one")
     model, adapter = _find(target)
-    if method is None:
-        if options:
-            raise UnsupportedMethod(f"options {sorted(options)} need a method to belong to; name one")
-        recipe = registry.make_method(default_method(adapter.name, budget), {})
     earlier = active_patch(model)
     detach(model, earlier)
     try:
         host = adapter.host(model)
-        prepared = prepare(host, adapter, recipe, budget)
+        if named is not None:
+            prepared = prepare(host, adapter, named, budget)
+        else:
+            prepared = _prepare_default(host, adapter, budget)
     except BaseException:
         _reattach(model, adapter, earlier)
         raise
@@ -169,9 +169,21 @@ def _find(target: object) -> tuple[nn.Module, Adapter]:
         if model is not None:
             return model, adapter
     raise UnsupportedModel(
-        f"no adapter knows {type(module).__name__} or a module inside it; supported: timm vision transformers (VisionTransformer,"
-        " DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT); others through tokenprune.register_adapter"
+        f"no adapter knows {type(module).__name__} or a module inside it; supported: timm vision transformers"
+        " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT); others through"
+        " tokenprune.register_adapter"
     )
+
+
+def _prepare_default(host: Host, adapter: Adapter, budget: Budget) -> Patch:
+    """The best method of the shipped table that this model can run."""
+    ranked = default_methods(adapter.name, budget)
+    for name in ranked[:-1]:
+        try:
+            return prepare(host, adapter, registry.make_method(name, {}), budget)
+        except UnsupportedMethod:
+            continue
+    return prepare(host, adapter, registry.make_method(ranked[-1], {}), budget)
 
 
 def _reattach(model: nn.Module, adapter: Adapter, patches: Mapping[str, Patch]) -> None:

@@ -109,9 +109,7 @@ def probe_sizes(tokens: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys((tokens, max(1, (2 * tokens) // 3), max(1, tokens // 3))))
 
 
-def cost_model(
-    tokens: int, depth: int, runs: Sequence[tuple[Probe, int]], *, head_sees_all: bool
-) -> CostModel:
+def cost_model(tokens: int, depth: int, runs: Sequence[tuple[Probe, int]], *, head_sees_all: bool) -> CostModel:
     """The cost model out of counted runs (probe, total) at different token counts."""
     before: list[list[tuple[int, int]]] = [[] for _ in range(depth)]
     score: list[list[tuple[int, int]]] = [[] for _ in range(depth)]
@@ -127,7 +125,8 @@ def cost_model(
             behind[index].append((probe.tokens, end - reduced))
         head.append((probe.tokens, total - at[depth - 1, "leave"]))
     blocks = tuple(
-        BlockCost(Curve(tuple(b)), Curve(tuple(s)), Curve(tuple(a))) for b, s, a in zip(before, score, behind, strict=True)
+        BlockCost(Curve(tuple(b)), Curve(tuple(s)), Curve(tuple(a)))
+        for b, s, a in zip(before, score, behind, strict=True)
     )
     stem = runs[0][0].marks[0][2]
     return CostModel(tokens, stem, blocks, Curve(tuple(head)), head_sees_all)

@@ -5,6 +5,6 @@ from __future__ import annotations
 from tokenprune.budget import Budget
 
 
-def default_method(family: str, budget: Budget) -> str:
-    """The method that the evals show to be best for a family and budget."""
-    return "tome"
+def default_methods(family: str, budget: Budget) -> tuple[str, ...]:
+    """Methods for a family and budget, the best of the evals first; a model that cannot run one gets the next."""
+    return ("tome", "zero_tprune", "top_k")

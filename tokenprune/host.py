@@ -118,10 +118,7 @@ def gather_bias(bias: Tensor, origin: Tensor, num_prefix_tokens: int) -> Tensor:
     """
     prefix = torch.arange(num_prefix_tokens, device=origin.device).expand(origin.shape[0], -1)
     index = torch.cat([prefix, origin + num_prefix_tokens], 1)
-    batch, length = index.shape
-    bias = bias.expand(batch, -1, -1, -1)
+    bias = bias.expand(index.shape[0], -1, -1, -1)
     if bias.shape[-2] > 1:
         bias = bias.gather(2, index[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[-1]))
     return bias.gather(3, index[:, None, None, :].expand(-1, bias.shape[1], bias.shape[2], -1))
-
-

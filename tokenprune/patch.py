@@ -14,6 +14,7 @@ from tokenprune.ghost import ghost
 from tokenprune.host import Adapter, Host
 from tokenprune.method import Method
 from tokenprune.recording import Forward, Recording
+from tokenprune.schedule import Layout
 from tokenprune.self_check import check_blocks
 from tokenprune.site import Site
 from tokenprune.solver import Counts, follow_shares, solve
@@ -35,6 +36,7 @@ class Patch:
         self.grid = host.grid
         self.tokens = host.tokens
         self.depth = len(host.blocks)
+        self.layout = Layout(self.depth, host.num_prefix_tokens)
         self.active = not budget.is_full
         self.shares = _shares(budget, host)
         self.needs_grid = host.needs_grid
@@ -54,7 +56,7 @@ class Patch:
         """Indices of the blocks at which tokens are reduced."""
         if self.shares is not None:
             return tuple(sorted(self.shares))
-        return self.method.schedule.places(self.depth)
+        return self.method.schedule.places(self.layout)
 
     def counts(self, entering: int) -> Counts:
         """Tokens leaving each place for `entering` tokens, solved once for each number.
@@ -68,8 +70,8 @@ class Patch:
 
     def _solve(self, entering: int, target: float | None = None) -> Counts:
         if self.shares is not None:
-            return follow_shares(self.shares, self.method.schedule, entering)
-        return solve(self.budget, self.method.schedule, entering, self.depth, self.costs, target)
+            return follow_shares(self.shares, self.method.schedule, entering, self.layout)
+        return solve(self.budget, self.method.schedule, entering, self.layout, self.costs, target)
 
     def leaving(self, index: int, state: TokenState) -> int | None:
         """How many tokens leave place `index`, None where it is to be passed over.
@@ -135,7 +137,9 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget) -> Pat
     if patch.active:
         missing = method.needs - {kind for block in host.blocks for kind in _caught(block.taps)}
         if missing:
-            raise UnsupportedMethod(f"{method.name} needs {', '.join(sorted(missing))}, which this model does not expose")
+            raise UnsupportedMethod(
+                f"{method.name} needs {', '.join(sorted(missing))}, which this model does not expose"
+            )
     check_blocks(host)
     patch.costs = _count_costs(host, adapter, patch)
     if patch.active:
@@ -181,7 +185,8 @@ def _shares(budget: Budget, host: Host) -> dict[int, float] | None:
         index = int(place) if place.lstrip("-").isdigit() else names.get(place)
         if index is None or not -len(names) <= index < len(names):
             raise BudgetError(
-                f"schedule names the place {place!r}; the model has blocks 0 to {len(names) - 1} ({host.blocks[0].name} ...)"
+                f"schedule names the place {place!r}; the model has blocks 0 to {len(names) - 1}"
+                f" ({host.blocks[0].name} ...)"
             )
         shares[index % len(names)] = share
     return shares
@@ -208,7 +213,7 @@ def _count_costs(host: Host, adapter: Adapter, patch: Patch) -> CostModel:
     runs = []
     schedule = patch.method.schedule
     for tokens in probe_sizes(host.tokens):
-        probe = Probe(tokens, lambda n: max(schedule.fewest(n), min(n, n - n // 8)))
+        probe = Probe(tokens, lambda n: max(schedule.fewest(n, patch.layout), n - n // 8))
         copy, _ = _ghosted(host, adapter, patch, probe)
         runs.append((probe, count_flops(copy.model, copy.example, probe)))
     return cost_model(host.tokens, len(host.blocks), runs, head_sees_all=patch.restores_after(host.model))
@@ -261,5 +266,3 @@ def _remove_hooks(hooks: dict[int, Any], owned: set[int], *extra: dict[int, Any]
         if id(owner if isinstance(owner, Patch) else getattr(owner, "patch", None)) in owned:
             for table in (hooks, *extra):
                 table.pop(key, None)
-
-

@@ -17,19 +17,27 @@ def kept_count(share: float, tokens: int) -> int:
     return max(1, math.ceil(share * tokens - _EPS))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a schedule knows of a model."""
+
+    depth: int
+    num_prefix_tokens: int = 1
+
+
 class Schedule(Protocol):
     """Token counts of a method as one family, from keeping all (strength 0) to the most it can remove (1)."""
 
-    def places(self, depth: int) -> tuple[int, ...]:
-        """Block indices, ascending, of the places where the method reduces in a model of `depth` blocks."""
+    def places(self, layout: Layout) -> tuple[int, ...]:
+        """Block indices, ascending, of the places where the method reduces in a model of that depth."""
 
-    def counts(self, strength: float, tokens: int, depth: int) -> tuple[int, ...]:
+    def counts(self, strength: float, tokens: int, layout: Layout) -> tuple[int, ...]:
         """Prunable tokens leaving each place, non-increasing, for `tokens` entering the first."""
 
-    def default(self, tokens: int, depth: int) -> tuple[int, ...]:
+    def default(self, tokens: int, layout: Layout) -> tuple[int, ...]:
         """The published setting."""
 
-    def fewest(self, entering: int) -> int:
+    def fewest(self, entering: int, layout: Layout) -> int:
         """The fewest tokens that can leave a place which `entering` tokens enter."""
 
 
@@ -48,24 +56,24 @@ class Stages:
         if not 0.0 < self.rate <= 1.0:
             raise BudgetError(f"rate is the share kept at each place, in (0, 1], got {self.rate!r}")
 
-    def places(self, depth: int) -> tuple[int, ...]:
+    def places(self, layout: Layout) -> tuple[int, ...]:
         if self.at is not None:
-            return checked_places(self.at, depth)
-        return tuple(sorted({min(depth - 1, (depth * quarter) // 4) for quarter in (1, 2, 3)}))
+            return checked_places(self.at, layout.depth)
+        return tuple(sorted({min(layout.depth - 1, (layout.depth * quarter) // 4) for quarter in (1, 2, 3)}))
 
-    def counts(self, strength: float, tokens: int, depth: int) -> tuple[int, ...]:
-        return self._at_rate(1.0 - strength, tokens, depth)
+    def counts(self, strength: float, tokens: int, layout: Layout) -> tuple[int, ...]:
+        return self._at_rate(1.0 - strength, tokens, layout)
 
-    def default(self, tokens: int, depth: int) -> tuple[int, ...]:
-        return self._at_rate(self.rate, tokens, depth)
+    def default(self, tokens: int, layout: Layout) -> tuple[int, ...]:
+        return self._at_rate(self.rate, tokens, layout)
 
-    def fewest(self, entering: int) -> int:
+    def fewest(self, entering: int, layout: Layout) -> int:
         return min(self.smallest, entering)
 
-    def _at_rate(self, rate: float, tokens: int, depth: int) -> tuple[int, ...]:
+    def _at_rate(self, rate: float, tokens: int, layout: Layout) -> tuple[int, ...]:
         counts = []
-        for _ in self.places(depth):
-            tokens = max(self.fewest(tokens), math.ceil(rate * tokens - _EPS))
+        for _ in self.places(layout):
+            tokens = max(self.fewest(tokens, layout), math.ceil(rate * tokens - _EPS))
             counts.append(tokens)
         return tuple(counts)
 
@@ -85,30 +93,31 @@ class EveryBlock:
         if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0):
             raise BudgetError(f"r is a whole number of tokens per block, got {self.r!r}; for example r=8")
 
-    def places(self, depth: int) -> tuple[int, ...]:
-        return tuple(range(depth)) if self.at is None else checked_places(self.at, depth)
+    def places(self, layout: Layout) -> tuple[int, ...]:
+        return tuple(range(layout.depth)) if self.at is None else checked_places(self.at, layout.depth)
 
-    def counts(self, strength: float, tokens: int, depth: int) -> tuple[int, ...]:
+    def counts(self, strength: float, tokens: int, layout: Layout) -> tuple[int, ...]:
         removed, counts, left = strength * tokens / 2, [], tokens
-        for i in range(len(self.places(depth))):
-            left = min(left, max(self.fewest(left), tokens - round(removed * (i + 1))))
+        for i in range(len(self.places(layout))):
+            left = min(left, max(self.fewest(left, layout), tokens - round(removed * (i + 1))))
             counts.append(left)
         return tuple(counts)
 
-    def default(self, tokens: int, depth: int) -> tuple[int, ...]:
+    def default(self, tokens: int, layout: Layout) -> tuple[int, ...]:
         r, counts, left = self.published if self.r is None else self.r, [], tokens
-        for block in self.places(depth):
-            if left - r < self.fewest(left):
+        for block in self.places(layout):
+            if left - r < self.fewest(left, layout):
                 raise BudgetError(
                     f"r={r} cannot be removed in block {block}: {left} tokens enter it and at most half can be merged;"
-                    f" use r={max(1, tokens // (2 * depth))} or a budget such as flops=0.6"
+                    f" use r={max(1, tokens // (2 * layout.depth))} or a budget such as flops=0.6"
                 )
             left -= r
             counts.append(left)
         return tuple(counts)
 
-    def fewest(self, entering: int) -> int:
-        return max(1, math.ceil(entering / 2))
+    def fewest(self, entering: int, layout: Layout) -> int:
+        # Every second token of the sequence is a candidate; the one behind an odd prefix is not.
+        return max(1, (entering + layout.num_prefix_tokens % 2) // 2)
 
 
 def checked_places(at: tuple[int, ...], depth: int) -> tuple[int, ...]:

@@ -189,7 +189,7 @@ class Site:
         queries, keys = self.read(FLOW.queries, FLOW.keys, FLOW.inputs)
         rotate: Callable[[Tensor], Tensor] | None = None
         if FLOW.rope is not None and self.rotate is not None:
-            rotate = partial(self.rotate, table=FLOW.rope)
+            rotate = partial(_rotated, self.rotate, FLOW.rope)
         return AttentionRecord(
             hidden=x.detach(),
             origin=state.origins(x),
@@ -230,6 +230,10 @@ class Site:
         return None
 
 
+def _rotated(rotate: Callable[[Tensor, Tensor], Tensor], table: Tensor, x: Tensor) -> Tensor:
+    return rotate(x, table)
+
+
 def _with_hidden(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
         return (x, *args[1:]), kwargs
@@ -250,5 +254,3 @@ def own_bias_here(bias: Tensor) -> Tensor:
     """The bias that an attention computed for itself, re-indexed for the block that runs now in this thread."""
     site = FLOW.site
     return bias if site is None else site.own_bias(bias)
-
-

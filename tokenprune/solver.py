@@ -7,13 +7,18 @@ from collections.abc import Callable
 from tokenprune.budget import Budget
 from tokenprune.costs import CostModel
 from tokenprune.errors import BudgetError
-from tokenprune.schedule import Schedule, kept_count
+from tokenprune.schedule import Layout, Schedule, kept_count
 
 Counts = dict[int, int]
 
 
 def solve(
-    budget: Budget, schedule: Schedule, tokens: int, depth: int, costs: CostModel | None, target: float | None = None
+    budget: Budget,
+    schedule: Schedule,
+    tokens: int,
+    layout: Layout,
+    costs: CostModel | None,
+    target: float | None = None,
 ) -> Counts:
     """Tokens leaving each place {block: count} for `tokens` entering the first.
 
@@ -22,16 +27,16 @@ def solve(
     Raises:
         BudgetError: the method cannot meet the budget on this model; the message names what it can reach.
     """
-    places = schedule.places(depth)
+    places = schedule.places(layout)
     if budget.kind == "default":
-        return dict(zip(places, schedule.default(tokens, depth), strict=True))
+        return dict(zip(places, schedule.default(tokens, layout), strict=True))
     if budget.kind == "flops":
         assert costs is not None
-        return _by_cost(budget, schedule, places, tokens, depth, costs, target)
-    return _by_last(budget, schedule, places, tokens, depth)
+        return _by_cost(budget, schedule, places, tokens, layout, costs, target)
+    return _by_last(budget, schedule, places, tokens, layout)
 
 
-def follow_shares(shares: dict[int, float], schedule: Schedule, tokens: int) -> Counts:
+def follow_shares(shares: dict[int, float], schedule: Schedule, tokens: int, layout: Layout) -> Counts:
     """Counts of an explicit schedule {block: share of the entering tokens that leave}.
 
     Raises:
@@ -40,16 +45,16 @@ def follow_shares(shares: dict[int, float], schedule: Schedule, tokens: int) -> 
     counts: Counts = {}
     for block, share in sorted(shares.items()):
         keep = kept_count(share, tokens)
-        if keep < schedule.fewest(tokens):
+        if keep < schedule.fewest(tokens, layout):
             raise BudgetError(
                 f"schedule asks for {keep} of {tokens} tokens behind block {block}; the method leaves at least"
-                f" {schedule.fewest(tokens)} there, a share of {schedule.fewest(tokens) / tokens:.2f}"
+                f" {schedule.fewest(tokens, layout)} there, a share of {schedule.fewest(tokens, layout) / tokens:.2f}"
             )
         counts[block] = tokens = keep
     return counts
 
 
-def _by_last(budget: Budget, schedule: Schedule, places: tuple[int, ...], tokens: int, depth: int) -> Counts:
+def _by_last(budget: Budget, schedule: Schedule, places: tuple[int, ...], tokens: int, layout: Layout) -> Counts:
     keep = int(budget.value) if budget.kind == "tokens" else kept_count(budget.value, tokens)
     if keep > tokens:
         raise BudgetError(f"tokens={keep} asked, but only {tokens} prunable tokens enter; use at most {tokens}")
@@ -57,13 +62,13 @@ def _by_last(budget: Budget, schedule: Schedule, places: tuple[int, ...], tokens
         raise BudgetError(
             f"{budget} of {tokens} tokens drops none; use keep={(tokens - 1) / tokens:.3f} or less, or keep=1.0"
         )
-    fewest = schedule.counts(1.0, tokens, depth)[-1]
+    fewest = schedule.counts(1.0, tokens, layout)[-1]
     if keep < fewest:
         raise BudgetError(
             f"{budget} asks for {keep} of {tokens} tokens; at blocks {_listed(places)} the method leaves at least"
             f" {fewest}: use tokens={fewest} or more"
         )
-    counts = _weakest(lambda c: c[-1] <= keep, schedule, tokens, depth)
+    counts = _weakest(lambda c: c[-1] <= keep, schedule, tokens, layout)
     return dict(zip(places, (max(count, keep) for count in counts), strict=True))
 
 
@@ -72,7 +77,7 @@ def _by_cost(
     schedule: Schedule,
     places: tuple[int, ...],
     tokens: int,
-    depth: int,
+    layout: Layout,
     costs: CostModel,
     target: float | None,
 ) -> Counts:
@@ -81,7 +86,7 @@ def _by_cost(
     def cost(counts: tuple[int, ...]) -> float:
         return costs.total(tokens, dict(zip(places, counts, strict=True)))
 
-    floor = cost(schedule.counts(1.0, tokens, depth)) / base
+    floor = cost(schedule.counts(1.0, tokens, layout)) / base
     if floor > budget.value + 0.005:
         raise BudgetError(
             f"{budget} cannot be met: with nearly every token removed at blocks {_listed(places)} the forward still"
@@ -89,50 +94,55 @@ def _by_cost(
             " places"
         )
     aim = budget.value * base if target is None else target
-    counts = _strongest(lambda c: cost(c) >= aim, schedule, tokens, depth)
-    counts = _refined(counts, cost, aim, schedule, tokens)
+    counts = _strongest(lambda c: cost(c) >= aim, schedule, tokens, layout)
+    counts = _refined(counts, cost, aim, schedule, tokens, layout)
     if all(count == tokens for count in counts):
         raise BudgetError(f"{budget} of {tokens} tokens removes none at blocks {_listed(places)}; use a smaller budget")
     return dict(zip(places, counts, strict=True))
 
 
 def _strongest(
-    allowed: Callable[[tuple[int, ...]], bool], schedule: Schedule, tokens: int, depth: int
+    allowed: Callable[[tuple[int, ...]], bool], schedule: Schedule, tokens: int, layout: Layout
 ) -> tuple[int, ...]:
     """Counts of the greatest strength that is still allowed."""
     low, high = 0.0, 1.0
-    if allowed(schedule.counts(high, tokens, depth)):
-        return schedule.counts(high, tokens, depth)
+    if allowed(schedule.counts(high, tokens, layout)):
+        return schedule.counts(high, tokens, layout)
     for _ in range(40):
         middle = (low + high) / 2
-        if allowed(schedule.counts(middle, tokens, depth)):
+        if allowed(schedule.counts(middle, tokens, layout)):
             low = middle
         else:
             high = middle
-    return schedule.counts(low, tokens, depth)
+    return schedule.counts(low, tokens, layout)
 
 
 def _weakest(
-    allowed: Callable[[tuple[int, ...]], bool], schedule: Schedule, tokens: int, depth: int
+    allowed: Callable[[tuple[int, ...]], bool], schedule: Schedule, tokens: int, layout: Layout
 ) -> tuple[int, ...]:
     """Counts of the smallest strength that is allowed."""
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        if allowed(schedule.counts(middle, tokens, depth)):
+        if allowed(schedule.counts(middle, tokens, layout)):
             high = middle
         else:
             low = middle
-    return schedule.counts(high, tokens, depth)
+    return schedule.counts(high, tokens, layout)
 
 
 def _refined(
-    counts: tuple[int, ...], cost: Callable[[tuple[int, ...]], float], aim: float, schedule: Schedule, tokens: int
+    counts: tuple[int, ...],
+    cost: Callable[[tuple[int, ...]], float],
+    aim: float,
+    schedule: Schedule,
+    tokens: int,
+    layout: Layout,
 ) -> tuple[int, ...]:
     """`counts` moved by single tokens at single places, as long as that brings the cost nearer to the aim."""
     error = abs(cost(counts) - aim)
     for _ in range(4 * len(counts) + 16):
-        moved = [m for m in _moves(counts) if _valid(m, schedule, tokens)]
+        moved = [m for m in _moves(counts) if _valid(m, schedule, tokens, layout)]
         best = min(moved, key=lambda m: abs(cost(m) - aim), default=counts)
         if abs(cost(best) - aim) >= error:
             break
@@ -144,9 +154,9 @@ def _moves(counts: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [(*counts[:i], counts[i] + step, *counts[i + 1 :]) for i in range(len(counts)) for step in (-1, 1)]
 
 
-def _valid(counts: tuple[int, ...], schedule: Schedule, tokens: int) -> bool:
+def _valid(counts: tuple[int, ...], schedule: Schedule, tokens: int, layout: Layout) -> bool:
     for count in counts:
-        if not schedule.fewest(tokens) <= count <= tokens:
+        if not schedule.fewest(tokens, layout) <= count <= tokens:
             return False
         tokens = count
     return True

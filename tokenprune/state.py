@@ -27,10 +27,11 @@ class TokenState:
     """The prunable tokens between two blocks.
 
     entering: tokens that entered the first place. tokens: how many are left, n. origin: [B, n] original patch of each
-    (None: all, in order). sizes: [B, n] patches in each (None: one each). source: [B, entering] position that
-    holds each original patch, -1 where it was dropped (for recordings). stand_in: [B, entering] position whose value
-    restores each original patch, and offset: [B, entering, C] what to add to it (for dense outputs). reduced: the reduced tensor behind a restored one. forward: the recording that follows this forward.
-    dense: blocks whose output is restored in this forward.
+    (None: all, in order). sizes: [B, n] patches in each (None: one each). source: [B, entering] position that holds
+    each original patch, -1 where it was dropped (for recordings). stand_in: [B, entering] position whose value
+    restores each original patch, and offset: [B, entering, C] what to add to it (for dense outputs). reduced: the
+    reduced tensor behind a restored one. forward: the recording that follows this forward. dense: blocks whose output
+    is restored in this forward.
     """
 
     entering: int

@@ -78,7 +78,7 @@ def recorded(model: nn.Module, x: Tensor) -> tuple[Tensor, list[dict[int, naive_
     passages: list[dict[int, naive_vit.Passage]] = [{} for _ in range(len(x))]
     for place in record.forwards[-1].places:
         for image, kept, source in zip(passages, place.kept.tolist(), place.source.tolist(), strict=True):
-            image[int(place.name)] = naive_vit.Passage(kept, source)
+            image[int(place.name.removeprefix("blocks."))] = naive_vit.Passage(kept, source)
     return logits, passages
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
 
 Subclass = TypeVar("Subclass", bound=type[nn.Module])
+_MIXED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 def named_as(original: type[nn.Module]) -> Callable[[Subclass], Subclass]:
@@ -35,19 +35,20 @@ class Mixin(nn.Module):
         return (_blank, (self._tokenprune_mixin, self._tokenprune_original), *reduced[2:])
 
 
-@cache
 def mixed(mixin: type[Mixin], original: type[nn.Module]) -> type[nn.Module]:
-    """The class `original` with `mixin` in front."""
-    return type(
-        original.__name__,
-        (mixin, original),
-        {
-            "__module__": original.__module__,
-            "__doc__": original.__doc__,
-            "_tokenprune_original": original,
-            "_tokenprune_mixin": mixin,
-        },
-    )
+    """The class `original` with `mixin` in front, the same one each time."""
+    if (mixin, original) not in _MIXED:
+        _MIXED[mixin, original] = type(
+            original.__name__,
+            (mixin, original),
+            {
+                "__module__": original.__module__,
+                "__doc__": original.__doc__,
+                "_tokenprune_original": original,
+                "_tokenprune_mixin": mixin,
+            },
+        )
+    return _MIXED[mixin, original]
 
 
 def _blank(mixin: type[Mixin], original: type[nn.Module]) -> nn.Module:

@@ -132,8 +132,9 @@ def _grid_of(model: nn.Module, image: Any) -> tuple[int, int]:
 def _example(model: nn.Module) -> Tensor:
     reference = next(p for p in model.parameters() if p.is_floating_point())
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = conv.in_channels if conv is not None else model.pretrained_cfg["input_size"][0]  # type: ignore[index]
-    return torch.empty(1, channels, *_image_size(model), device=reference.device, dtype=reference.dtype)  # type: ignore[misc]
+    config: Any = model.pretrained_cfg
+    channels = conv.in_channels if conv is not None else int(config["input_size"][0])
+    return torch.empty(1, channels, *_image_size(model), device=reference.device, dtype=reference.dtype)
 
 
 def _block(name: str, block: nn.Module, prefix: int, tokens: int) -> BlockHost:
@@ -145,6 +146,7 @@ def _block(name: str, block: nn.Module, prefix: int, tokens: int) -> BlockHost:
             facts.read = tokens_first
         facts.scale = inner.scale
         facts.mask_argument = facts.key_bias = "attn_mask"
+        facts.takes_bias = True
         facts.mid_refused = "its attention and MLP run in parallel"
     elif isinstance(block, vision_transformer.ParallelThingsBlock):
         _masked_attention(facts, inner.attns[-1].attn, prefix)

@@ -12,7 +12,7 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.method import Method
 from tokenprune.reduction import Reduction
 from tokenprune.registry import register_method
-from tokenprune.schedule import Stages
+from tokenprune.schedule import Layout, Stages
 from tokenprune.scores.pagerank import fuse_heads, passing_heads, weighted_pagerank
 from tokenprune.selection.pairs import similar_to_important
 from tokenprune.selection.top_k import keep_top_k
@@ -60,12 +60,10 @@ class ImportanceAndSimilarity:
 class ZeroTPruneStages(Stages):
     """Stages behind blocks 1, 3, 6 and 9 of 12, at the same relative depth in other models."""
 
-    def places(self, depth: int) -> tuple[int, ...]:
-        return (
-            super().places(depth)
-            if self.at is not None
-            else tuple(sorted({round(depth * block / 12) for block in (1, 3, 6, 9)}))
-        )
+    def places(self, layout: Layout) -> tuple[int, ...]:
+        if self.at is not None:
+            return super().places(layout)
+        return tuple(sorted({round(layout.depth * block / 12) for block in (1, 3, 6, 9)}))
 
 
 @register_method("zero_tprune")

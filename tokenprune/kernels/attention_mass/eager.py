@@ -30,7 +30,8 @@ def attention_mass(
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return torch.ops.tokenprune.attention_mass(q, k, weights, bias, iterations, scale, memory_limit)
+    mass: Tensor = _attention_mass(q, k, weights, bias, iterations, scale, memory_limit)
+    return mass
 
 
 @torch.library.custom_op("tokenprune::attention_mass", mutates_args=())
