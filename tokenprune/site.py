@@ -183,7 +183,7 @@ class Site:
             return x
         self.patch.note(self.name, state.tokens, keep)
         FLOW.state = replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
-        return torch.cat([x[:, :prefix], leaving], 1) if prefix else leaving
+        return torch.cat([x[:, :prefix], leaving], 1) if prefix else _in_layout_of(x, leaving)
 
     def _record(self, x: Tensor, state: TokenState) -> AttentionRecord:
         queries, keys = self.read(FLOW.queries, FLOW.keys, FLOW.inputs)
@@ -232,6 +232,12 @@ class Site:
 
 def _rotated(rotate: Callable[[Tensor, Tensor], Tensor], table: Tensor, x: Tensor) -> Tensor:
     return rotate(x, table)
+
+
+def _in_layout_of(x: Tensor, leaving: Tensor) -> Tensor:
+    """`leaving` stored by channel where x is (a patch embedding's transposed output, which no prefix was put in front
+    of): a later sum over tokens runs in memory order, and its last bits would differ."""
+    return leaving.transpose(1, 2).contiguous().transpose(1, 2) if x.stride(-1) != 1 else leaving
 
 
 def _with_hidden(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
