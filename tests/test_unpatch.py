@@ -208,3 +208,17 @@ def test_unpatch_of_a_copy_leaves_the_original_patched() -> None:
     run(twin, x)
     assert tokenprune.report(model).to_dict()["method"] == "tome"
     assert torch.equal(run(model, x), reduced)
+
+
+def test_another_patched_model_run_inside_a_block_is_refused() -> None:
+    student, teacher = build("class_token"), build("class_token")
+    x = images(student)
+    tokenprune.patch(student, "top_k", keep=0.5)
+    tokenprune.patch(teacher, "tome", keep=0.5)
+    handle = student.blocks[1].attn.register_forward_hook(lambda module, args, output: (teacher(x), None)[1])
+    with pytest.raises(tokenprune.UnsupportedModel, match=r"blocks\.1"):
+        student(x)
+    handle.remove()
+    reduced = run(student, x)
+    student.blocks[1].register_forward_hook(lambda module, args, output: (run(teacher, x), None)[1])
+    assert torch.equal(run(student, x), reduced)

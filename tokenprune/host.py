@@ -64,8 +64,8 @@ class Host:
 
     num_prefix_tokens: tokens in front that are never dropped. tokens: prunable tokens at the usual input. grid: (rows,
     columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, input) ->
-    grid of another input. needs_grid: (model, whether tokens are merged) -> whether what follows the blocks in a
-    forward reads the patch tokens as the full grid (None: never). swaps: as in BlockHost.
+    grid of another input. restored: (model, whether tokens are merged) -> the blocks behind which a forward reads
+    the patch tokens as the full grid (None: never any). swaps: as in BlockHost.
     """
 
     model: nn.Module
@@ -75,7 +75,7 @@ class Host:
     grid: tuple[int, int]
     example: Callable[[], Any]
     grid_of: Callable[[nn.Module, Any], tuple[int, int]] | None = None
-    needs_grid: Callable[[nn.Module, bool], bool] | None = None
+    restored: Callable[[nn.Module, bool], frozenset[int]] | None = None
     has_class_token: bool = True
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
     notes: list[str] = field(default_factory=list)

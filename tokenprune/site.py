@@ -208,9 +208,14 @@ class Site:
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After the block: hand the state to the next one, and restore the full grid where it is read here."""
-        state = FLOW.state
+        state, site = FLOW.state, FLOW.site
         FLOW.site = FLOW.state = None
         FLOW.queries = FLOW.keys = FLOW.inputs = FLOW.bias = FLOW.rope = None
+        if site is not self and self.patch.active:
+            raise UnsupportedModel(
+                f"another patched model, or another block of this one, ran inside {self.name} (a hook on one of its"
+                " parts?), and the tokens of this forward are lost; run that one outside, or unpatch it"
+            )
         if state is None or not isinstance(output, Tensor):
             return None
         self.patch.mark(self, "leave")

@@ -56,6 +56,7 @@ def _dense(blocks: frozenset[int], run: Any, *args: Any, **kwargs: Any) -> Any:
         return run(*args, **kwargs)
     finally:
         FLOW.dense = frozenset()
+        FLOW.site = FLOW.state = FLOW.left = None
 
 
 @register_adapter
@@ -86,7 +87,7 @@ class TimmVisionTransformer:
             grid_of=_grid_of,
             example=partial(_example, model),
             has_class_token=in_blocks > 0 and _has_class_token(model),
-            needs_grid=_needs_grid,
+            restored=_restored,
             swaps=((model, mixed(DenseOutputs, type(model))),),
         )
 
@@ -94,6 +95,11 @@ class TimmVisionTransformer:
 def _has_class_token(model: Any) -> bool:
     embeds = getattr(model, "embeds", model)
     return getattr(embeds, "cls_token", None) is not None
+
+
+def _restored(model: Any, merges: bool) -> frozenset[int]:
+    """The last block that the model still has, where what follows it in a forward reads the full grid."""
+    return frozenset({len(model.blocks) - 1}) if _needs_grid(model, merges) else frozenset()
 
 
 def _needs_grid(model: Any, merges: bool) -> bool:
