@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 # A tap says what to catch ("queries", "keys": the output of a module; "inputs": the input of one) and where.
 Taps = tuple[tuple[str, nn.Module], ...]
+# The module whose input was caught and that input: a copy of a model runs modules of its own under the same hooks.
+Caught = tuple[nn.Module, Tensor]
 
 
-def heads_first(queries: Tensor | None, keys: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def heads_first(queries: Tensor | None, keys: Tensor | None, _: Caught | None) -> tuple[Tensor | None, Tensor | None]:
     """Queries and keys caught as [B, H, N, D]."""
     return queries, keys
 
 
-def tokens_first(queries: Tensor | None, keys: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def tokens_first(queries: Tensor | None, keys: Tensor | None, _: Caught | None) -> tuple[Tensor | None, Tensor | None]:
     """Queries and keys caught as [B, N, H, D]."""
     return (
         queries.transpose(1, 2) if queries is not None else None,
@@ -44,7 +46,7 @@ class BlockHost:
     name: str
     module: nn.Module
     taps: Taps = ()
-    read: Callable[[Tensor | None, Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]] = heads_first
+    read: Callable[[Tensor | None, Tensor | None, Caught | None], tuple[Tensor | None, Tensor | None]] = heads_first
     scale: float = 1.0
     key_bias: str | None = None
     takes_bias: bool = False

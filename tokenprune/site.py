@@ -147,7 +147,7 @@ class Site:
 
     def catch_inputs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Keep the attention's input, where queries and keys are recomputed from it."""
-        FLOW.inputs = args[0]
+        FLOW.inputs = (module, args[0])
 
     def reduce_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Behind the block, where it cannot be done between attention and MLP."""
