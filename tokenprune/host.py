@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 # A tap says what to catch ("queries", "keys": the output of a module; "inputs": the input of one) and where.
 Taps = tuple[tuple[str, nn.Module], ...]
+# The module whose input was caught and that input: a copy of a model runs modules of its own under the same hooks.
+Caught = tuple[nn.Module, Tensor]
 
 
-def heads_first(queries: Tensor | None, keys: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def heads_first(queries: Tensor | None, keys: Tensor | None, _: Caught | None) -> tuple[Tensor | None, Tensor | None]:
     """Queries and keys caught as [B, H, N, D]."""
     return queries, keys
 
 
-def tokens_first(queries: Tensor | None, keys: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def tokens_first(queries: Tensor | None, keys: Tensor | None, _: Caught | None) -> tuple[Tensor | None, Tensor | None]:
     """Queries and keys caught as [B, N, H, D]."""
     return (
         queries.transpose(1, 2) if queries is not None else None,
@@ -44,7 +46,7 @@ class BlockHost:
     name: str
     module: nn.Module
     taps: Taps = ()
-    read: Callable[[Tensor | None, Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]] = heads_first
+    read: Callable[[Tensor | None, Tensor | None, Caught | None], tuple[Tensor | None, Tensor | None]] = heads_first
     scale: float = 1.0
     key_bias: str | None = None
     takes_bias: bool = False
@@ -64,8 +66,8 @@ class Host:
 
     num_prefix_tokens: tokens in front that are never dropped. tokens: prunable tokens at the usual input. grid: (rows,
     columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, input) ->
-    grid of another input. needs_grid: (model, whether tokens are merged) -> whether what follows the blocks in a
-    forward reads the patch tokens as the full grid (None: never). swaps: as in BlockHost.
+    grid of another input. restored: (model, whether tokens are merged) -> the blocks behind which a forward reads
+    the patch tokens as the full grid (None: never any). swaps: as in BlockHost.
     """
 
     model: nn.Module
@@ -75,7 +77,7 @@ class Host:
     grid: tuple[int, int]
     example: Callable[[], Any]
     grid_of: Callable[[nn.Module, Any], tuple[int, int]] | None = None
-    needs_grid: Callable[[nn.Module, bool], bool] | None = None
+    restored: Callable[[nn.Module, bool], frozenset[int]] | None = None
     has_class_token: bool = True
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
     notes: list[str] = field(default_factory=list)

@@ -39,7 +39,7 @@ class Patch:
         self.layout = Layout(self.depth, host.num_prefix_tokens)
         self.active = not budget.is_full
         self.shares = _shares(budget, host)
-        self.needs_grid = host.needs_grid
+        self.restored = host.restored
         self.grid_of = host.grid_of
         self.names = tuple(block.name for block in host.blocks)
         self.skipped: dict[str, str] = {}
@@ -89,19 +89,22 @@ class Patch:
         """Remember, for the report, the token numbers of the last forward."""
         self.seen[name] = (entered, left)
 
-    def restores_after(self, model: nn.Module) -> bool:
-        """Whether the full grid is restored behind the last block, because what follows it reads it."""
-        return self.active and self.needs_grid is not None and self.needs_grid(model, self.method.merges)
+    def restored_blocks(self, model: nn.Module) -> frozenset[int]:
+        """Blocks behind which the full grid is restored in a forward, because what follows them reads it."""
+        if not self.active or self.restored is None:
+            return frozenset()
+        return self.restored(model, self.method.merges)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook: a forward of the whole model starts."""
         FLOW.in_forward = True
-        FLOW.dense = frozenset({self.depth - 1}) if self.restores_after(model) else frozenset()
+        FLOW.dense = self.restored_blocks(model)
         FLOW.grid = self.grid_of(model, args[0]) if self.recordings and self.grid_of is not None and args else None
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: it has ended, by a result or an exception."""
         FLOW.in_forward, FLOW.dense, FLOW.grid = False, frozenset(), None
+        FLOW.site = FLOW.state = FLOW.left = None
 
     def new_forward(self) -> Forward | None:
         """The recording of a forward that starts now, where one is wanted."""
@@ -216,7 +219,7 @@ def _count_costs(host: Host, adapter: Adapter, patch: Patch) -> CostModel:
         probe = Probe(tokens, lambda n: max(schedule.fewest(n, patch.layout), n - n // 8))
         copy, _ = _ghosted(host, adapter, patch, probe)
         runs.append((probe, count_flops(copy.model, copy.example, probe)))
-    return cost_model(host.tokens, len(host.blocks), runs, head_sees_all=patch.restores_after(host.model))
+    return cost_model(host.tokens, len(host.blocks), runs, head_sees_all=bool(patch.restored_blocks(host.model)))
 
 
 def _corrected(host: Host, adapter: Adapter, patch: Patch, counts: Counts) -> Counts:

@@ -147,7 +147,7 @@ class Site:
 
     def catch_inputs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Keep the attention's input, where queries and keys are recomputed from it."""
-        FLOW.inputs = args[0]
+        FLOW.inputs = (module, args[0])
 
     def reduce_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Behind the block, where it cannot be done between attention and MLP."""
@@ -183,7 +183,7 @@ class Site:
             return x
         self.patch.note(self.name, state.tokens, keep)
         FLOW.state = replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
-        return torch.cat([x[:, :prefix], leaving], 1) if prefix else leaving
+        return torch.cat([x[:, :prefix], leaving], 1) if prefix else _in_layout_of(x, leaving)
 
     def _record(self, x: Tensor, state: TokenState) -> AttentionRecord:
         queries, keys = self.read(FLOW.queries, FLOW.keys, FLOW.inputs)
@@ -208,9 +208,14 @@ class Site:
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After the block: hand the state to the next one, and restore the full grid where it is read here."""
-        state = FLOW.state
+        state, site = FLOW.state, FLOW.site
         FLOW.site = FLOW.state = None
         FLOW.queries = FLOW.keys = FLOW.inputs = FLOW.bias = FLOW.rope = None
+        if site is not self and self.patch.active:
+            raise UnsupportedModel(
+                f"another patched model, or another block of this one, ran inside {self.name} (a hook on one of its"
+                " parts?), and the tokens of this forward are lost; run that one outside, or unpatch it"
+            )
         if state is None or not isinstance(output, Tensor):
             return None
         self.patch.mark(self, "leave")
@@ -232,6 +237,12 @@ class Site:
 
 def _rotated(rotate: Callable[[Tensor, Tensor], Tensor], table: Tensor, x: Tensor) -> Tensor:
     return rotate(x, table)
+
+
+def _in_layout_of(x: Tensor, leaving: Tensor) -> Tensor:
+    """`leaving` stored by channel where x is (a patch embedding's transposed output, which no prefix was put in front
+    of): a later sum over tokens runs in memory order, and its last bits would differ."""
+    return leaving.transpose(1, 2).contiguous().transpose(1, 2) if x.stride(-1) != 1 else leaving
 
 
 def _with_hidden(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
+    from tokenprune.host import Caught
     from tokenprune.recording import Forward
     from tokenprune.site import Site
 
@@ -58,7 +59,7 @@ class Flow(threading.local):
     state: TokenState | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
-    inputs: Tensor | None = None
+    inputs: Caught | None = None
     bias: Tensor | None = None
     rope: Tensor | None = None
     left: tuple[Site, TokenState, tuple[int, int]] | None = None

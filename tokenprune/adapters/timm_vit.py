@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tokenprune.adapters.swapping import Mixin, mixed
 from tokenprune.adapters.timm_blocks import MID_BLOCKS, ReindexedBeitAttention, ReindexedBias
 from tokenprune.errors import UnsupportedModel
-from tokenprune.host import BlockHost, Host, tokens_first
+from tokenprune.host import BlockHost, Caught, Host, tokens_first
 from tokenprune.registry import register_adapter
 from tokenprune.state import FLOW
 
@@ -56,6 +56,7 @@ def _dense(blocks: frozenset[int], run: Any, *args: Any, **kwargs: Any) -> Any:
         return run(*args, **kwargs)
     finally:
         FLOW.dense = frozenset()
+        FLOW.site = FLOW.state = FLOW.left = None
 
 
 @register_adapter
@@ -86,7 +87,7 @@ class TimmVisionTransformer:
             grid_of=_grid_of,
             example=partial(_example, model),
             has_class_token=in_blocks > 0 and _has_class_token(model),
-            needs_grid=_needs_grid,
+            restored=_restored,
             swaps=((model, mixed(DenseOutputs, type(model))),),
         )
 
@@ -94,6 +95,11 @@ class TimmVisionTransformer:
 def _has_class_token(model: Any) -> bool:
     embeds = getattr(model, "embeds", model)
     return getattr(embeds, "cls_token", None) is not None
+
+
+def _restored(model: Any, merges: bool) -> frozenset[int]:
+    """The last block that the model still has, where what follows it in a forward reads the full grid."""
+    return frozenset({len(model.blocks) - 1}) if _needs_grid(model, merges) else frozenset()
 
 
 def _needs_grid(model: Any, merges: bool) -> bool:
@@ -196,7 +202,7 @@ def _beit_attention(facts: BlockHost, attention: Any) -> None:
     if not isinstance(attention, beit.Attention):
         raise _unknown(attention)
     facts.taps = (("inputs", attention),)
-    facts.read = partial(_project, attention)
+    facts.read = _project
     facts.scale = float(attention.scale)
     facts.bias_arguments = ("shared_rel_pos_bias",)
     facts.takes_bias = True
@@ -207,14 +213,16 @@ def _beit_attention(facts: BlockHost, attention: Any) -> None:
 
 
 def _project(
-    attention: Any, queries: Tensor | None, keys: Tensor | None, inputs: Tensor | None
+    queries: Tensor | None, keys: Tensor | None, inputs: Caught | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Queries and keys once more from the attention's input: BEiT's exposes neither."""
     assert inputs is not None
+    attention: Any = inputs[0]
+    x = inputs[1]
     rows = 2 * attention.qkv.weight.shape[0] // 3
     bias = None if attention.q_bias is None else torch.cat((attention.q_bias, attention.k_bias))
-    both = F.linear(inputs, attention.qkv.weight[:rows], bias)
-    both = both.reshape(*inputs.shape[:2], 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    both = F.linear(x, attention.qkv.weight[:rows], bias)
+    both = both.reshape(*x.shape[:2], 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     return both[0], both[1]
 
 
@@ -227,7 +235,7 @@ def _talking_heads(facts: BlockHost, attention: Any) -> None:
 
 
 def _split(
-    heads: int, queries: Tensor | None, keys: Tensor | None, inputs: Tensor | None
+    heads: int, queries: Tensor | None, keys: Tensor | None, inputs: Caught | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Queries and keys out of the fused projection, before CaiT mixes the heads."""
     assert keys is not None

@@ -1,0 +1,64 @@
+"""timm's own test-suite on models patched at 1.0: the same tests pass and none fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+
+HERE = Path(__file__).parent
+CACHE = HERE.parents[1] / ".cache"
+PINNED = json.loads((HERE / "counts.json").read_text())
+
+
+def suite() -> Path:
+    """The folder with the tests of the installed timm's source distribution; its copy of the package stays packed."""
+    name = f"timm-{timm.__version__}"
+    folder = CACHE / name
+    if not (folder / "tests").exists():
+        CACHE.mkdir(exist_ok=True)
+        requirement = f"timm=={timm.__version__}"
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", requirement]
+        subprocess.run([*pip, "--dest", str(CACHE)], check=True)
+        with tarfile.open(CACHE / f"{name}.tar.gz") as archive:
+            wanted = (f"{name}/tests/", f"{name}/pyproject.toml")
+            archive.extractall(
+                CACHE, [member for member in archive.getmembers() if member.name.startswith(wanted)], filter="data"
+            )
+    return folder
+
+
+def run(counts: Path, *options: str) -> dict[str, int]:
+    """Run the ViT subset (see the plug-in) and return how many tests passed, failed and were skipped."""
+    markers = "base or cfg or forward or backward or features or fxforward or fxbackward"
+    command = [sys.executable, "-m", "pytest", "-p", "timm_plugin", "-p", "no:cacheprovider", "-q", "-m", markers]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(
+        [*command, "--counts", str(counts), *options, "tests/test_models.py"],
+        cwd=suite(),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    print(result.stdout[-20000:])
+    assert counts.exists(), "the suite did not run"
+    return json.loads(counts.read_text())
+
+
+@pytest.mark.hosts
+@pytest.mark.timeout(3600)
+def test_suite_passes_on_patched_models(tmp_path: Path) -> None:
+    expected = PINNED.get(timm.__version__) or run(tmp_path / "unpatched.json")
+    counts = run(tmp_path / "patched.json", "--keep", "1.0")
+    assert counts["failed"] == counts["error"] == counts["refused"] == 0
+    assert counts["patched"] > 0
+    for outcome in expected.keys() & {"passed", "skipped", "patched"}:
+        if expected[outcome]:
+            assert counts[outcome] == expected[outcome], f"{outcome}: {counts[outcome]}, pinned {expected[outcome]}"

@@ -1,0 +1,41 @@
+"""The zoo itself: every name of timm's plain-ViT modules runs shrunk, and its weights can tell a wrong model."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import timm
+import torch
+import zoo
+
+COUNTS = {  # timm 1.0.31
+    "vision_transformer": 163,
+    "deit": 16,
+    "beit": 7,
+    "eva": 65,
+    "vision_transformer_hybrid": 14,
+    "vision_transformer_relpos": 14,
+    "cait": 10,
+    "naflexvit": 14,
+}
+
+
+def test_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = Counter(zoo.module_of(name) for name in zoo.names())
+    with capsys.disabled():
+        print("\n" + "\n".join(f"{module:26} {count:4}" for module, count in counts.items()))
+        print(f"{'total':26} {counts.total():4}")
+    if timm.__version__ == "1.0.31":
+        assert counts == COUNTS
+    else:
+        assert counts.total() >= 200
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_shrunk_model_runs(name: str) -> None:
+    model = zoo.create(name)
+    with torch.no_grad():
+        first, second = model(zoo.inputs(model)).double()
+    assert torch.isfinite(first).all()
+    assert (first - second).norm() > 0.1 * first.norm(), "two images give nearly the same output"
