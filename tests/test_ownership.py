@@ -246,7 +246,8 @@ def test_replicas_as_data_parallel_makes_them() -> None:
 def replicate(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """What torch.nn.parallel.replicate does without devices: module.__dict__ copied, tensors converted."""
     copies: dict[nn.Module, nn.Module] = {
-        module: module._replicate_for_data_parallel() for module in model.modules()  # type: ignore[operator]
+        module: module._replicate_for_data_parallel()
+        for module in model.modules()  # type: ignore[operator]
     }
     for module, replica in copies.items():
         for key, child in module._modules.items():

@@ -212,9 +212,7 @@ def _beit_attention(facts: BlockHost, attention: Any) -> None:
         facts.key_bias = "shared_rel_pos_bias"
 
 
-def _project(
-    queries: Tensor | None, keys: Tensor | None, inputs: Caught | None
-) -> tuple[Tensor | None, Tensor | None]:
+def _project(queries: Tensor | None, keys: Tensor | None, inputs: Caught | None) -> tuple[Tensor | None, Tensor | None]:
     """Queries and keys once more from the attention's input: BEiT's exposes neither."""
     assert inputs is not None
     attention: Any = inputs[0]
