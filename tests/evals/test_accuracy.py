@@ -6,7 +6,8 @@ import torch
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals import bench, evaluate
-from tokenprune.evals.arms import build_arms
+from tokenprune.evals.arms import Arm, build_arms
+from tokenprune.evals.bench import time_arm
 from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.fidelity import agreement, correct, observe
 from tokenprune.evals.throughput import measure
@@ -108,6 +109,7 @@ def test_saliency_and_groups(vit):
     assert single["unpatched"]["saliency"] == pytest.approx(1.0)
     assert -1 < single["smaller input"]["saliency"] < 1
     assert by_group["top_k"]["cosine"] == pytest.approx(single["top_k"]["cosine"])
+    assert evaluate(vit, grouped, **settings).environment["independent groups"] == 3
     assert by_group["top_k"]["cosine_low"] != single["top_k"]["cosine_low"]
 
 
@@ -160,6 +162,29 @@ def test_bench_has_every_row_and_its_conditions(vit, labelled, monkeypatch):
         assert row["peak_mb"] is None, "not measured on a CPU"
     assert table.rows[0]["flops_ratio"] == 1.0
     assert table.environment["threads"] == torch.get_num_threads()
+
+
+def test_the_patched_model_is_timed_against_the_unpatched_one(monkeypatch):
+    class Named(torch.nn.Module):
+        def __init__(self, name, log):
+            super().__init__()
+            self.name, self.log = name, log
+
+        def __deepcopy__(self, memo):
+            return Named(f"copy of {self.name}", self.log)
+
+        def forward(self, images):
+            self.log.append((self.name, tuple(images.shape[-2:])))
+
+    log = []
+
+    def call_each(reference, candidate, control, **_options):
+        reference(), candidate(), control()
+
+    monkeypatch.setitem(time_arm.__globals__, "measure", call_each)
+    base, small = Arm("unpatched", "", Named("base", log)), Arm("tome", "", Named("patched", log), size=(8, 8))
+    time_arm(small, base, torch.zeros(1, 3, 16, 16))
+    assert log == [("base", (16, 16)), ("patched", (8, 8)), ("copy of base", (16, 16))]
 
 
 def test_reported_flops_are_the_counted_ones(vit, labelled):

@@ -107,6 +107,8 @@ def evaluate_arms(
             score.classify_by_neighbours(torch.cat(answers), is_test)
     rows = [_row(arm, score, scores[0], groups, seed) for arm, score in zip(arms, scores, strict=True)]
     conditions: Row = {"data": images.name, "images": len(chosen)}
+    if groups is not None:
+        conditions["independent groups"] = len(set(groups.tolist()))
     return Table(rows, conditions | environment(device, dtype))
 
 

@@ -15,7 +15,7 @@ from tokenprune.errors import TokenPruneError
 
 Transform = Callable[[Any], Tensor]
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
-_UNLABELLED = -1
+UNLABELLED = -1
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class _Tensors(Dataset[tuple[Tensor, int]]):
         self.images, self.labels = images, labels
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], _UNLABELLED if self.labels is None else int(self.labels[index])
+        return self.images[index], UNLABELLED if self.labels is None else int(self.labels[index])
 
 
 class _Files(Dataset[tuple[Tensor, int]]):
@@ -107,7 +107,7 @@ class _HuggingFace(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         row = self.rows[index]
-        return self.transform(_rgb(row[self.image])), _UNLABELLED if self.label is None else int(row[self.label])
+        return self.transform(_rgb(row[self.image])), UNLABELLED if self.label is None else int(row[self.label])
 
 
 def _from_tensors(source: Any) -> ImageData:
@@ -121,7 +121,7 @@ def _from_tensors(source: Any) -> ImageData:
 def _from_folder(folder: Path, transform: Transform, num_classes: int | None) -> ImageData:
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and _pictures(entry))
     if not classes:
-        files = [(path, _UNLABELLED) for path in _pictures(folder)]
+        files = [(path, UNLABELLED) for path in _pictures(folder)]
         if not files:
             raise TokenPruneError(f"{folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
         return ImageData(folder.name, _Files(files, transform), len(files), None)

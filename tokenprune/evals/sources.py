@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.data import ImageData, open_data
+from tokenprune.evals.data import UNLABELLED, ImageData, open_data
 
 
 def digits_data(count: int, seed: int) -> ImageData:
@@ -27,8 +28,7 @@ def photographs_data(size: int, mean: Sequence[float], std: Sequence[float]) -> 
     pictures, names = photographs(size)
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     groups = torch.tensor([numbers[name] for name in names])
-    data = open_data(_normalized(pictures, mean, std))
-    return ImageData("photographs", data.items, data.size, None, groups)
+    return ImageData("photographs", _Pictures(pictures, None, mean, std), len(pictures), None, groups)
 
 
 def openclipart_data(folder: Path, size: int, mean: Sequence[float], std: Sequence[float]) -> ImageData:
@@ -42,11 +42,20 @@ def openclipart_data(folder: Path, size: int, mean: Sequence[float], std: Sequen
         drawings = openclipart(folder, size)
     except FileNotFoundError as error:
         raise TokenPruneError(str(error)) from error
-    data = open_data((_normalized(drawings.images, mean, std), drawings.labels))
-    return ImageData("openclipart", data.items, data.size, len(drawings.classes), drawings.groups, drawings.is_test)
+    items = _Pictures(drawings.images, drawings.labels, mean, std)
+    return ImageData("openclipart", items, len(items), len(drawings.classes), drawings.groups, drawings.is_test)
 
 
-def _normalized(pictures: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pictures of bytes [N, C, H, W] as model inputs."""
-    shape = (1, -1, 1, 1)
-    return (pictures.float() / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+class _Pictures(Dataset[tuple[Tensor, int]]):
+    """Pictures of bytes [N, C, H, W], made model inputs one at a time: as floats they would take four times the room."""
+
+    def __init__(self, pictures: Tensor, labels: Tensor | None, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.pictures, self.labels = pictures, labels
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = (self.pictures[index].float() / 255 - self.mean) / self.std
+        return image, UNLABELLED if self.labels is None else int(self.labels[index])
