@@ -126,9 +126,8 @@ def test_intermediates_are_the_tokens_that_the_blocks_computed(family: str) -> N
     run(model, x)
     for handle in handles:
         handle.remove()
-    with tokenprune.record(model) as recording:
-        with torch.no_grad():
-            got = model.forward_intermediates(x, indices=[0, 1, 2], intermediates_only=True)
+    with tokenprune.record(model) as recording, torch.no_grad():
+        got = model.forward_intermediates(x, indices=[0, 1, 2], intermediates_only=True)
     prefix = seen[0].shape[1] - patches(model)
     for index, place in ((0, 0), (1, 0), (2, 1)):
         full = flat(got[index])
