@@ -47,7 +47,7 @@ def openclipart_data(folder: Path, size: int, mean: Sequence[float], std: Sequen
 
 
 class _Pictures(Dataset[tuple[Tensor, int]]):
-    """Pictures of bytes [N, C, H, W], made model inputs one at a time: as floats they would take four times the room."""
+    """Pictures of bytes [N, C, H, W], made model inputs one at a time: floats would take four times the room."""
 
     def __init__(self, pictures: Tensor, labels: Tensor | None, mean: Sequence[float], std: Sequence[float]) -> None:
         self.pictures, self.labels = pictures, labels

@@ -1,0 +1,100 @@
+"""Methods and adapters of third parties, by decorator and by entry point."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import tokenprune
+from tokenprune import registry
+from tokenprune.registry import make_method, register_method
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_example_of_a_vit_that_no_library_ships_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "custom_vit.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([2, 10])" in done.stdout
+    assert "zero_tprune" in done.stdout
+    assert "0.6" in done.stdout
+
+
+def test_a_method_in_a_few_lines() -> None:
+    @register_method("by_norm")
+    def by_norm(*, rate: float = 0.5) -> tokenprune.registry.Method:
+        """Keep the longest tokens."""
+        from tokenprune.method import Method
+        from tokenprune.schedule import Stages
+        from tokenprune.selection.top_k import keep_top_k
+
+        def length(record: tokenprune.registry.Method) -> torch.Tensor:
+            return record.hidden[:, record.num_prefix_tokens :].norm(dim=-1)
+
+        return Method(name="by_norm", paper="none", schedule=Stages(rate), score=length, select=keep_top_k)
+
+    try:
+        model = timm.create_model("test_vit", pretrained=False).eval()
+        tokenprune.patch(model, "by_norm", keep=0.5)
+        assert tokenprune.report(model).to_dict()["method"] == "by_norm"
+        assert model(torch.randn(1, 3, 160, 160)).shape == (1, 1000)
+        assert "by_norm" in [info.name for info in tokenprune.methods()]
+    finally:
+        registry._METHODS.pop("by_norm")
+
+
+def test_a_taken_name_is_refused() -> None:
+    make_method("tome", {})
+    with pytest.raises(tokenprune.UnsupportedMethod, match="registered already"):
+
+        @register_method("tome")
+        def tome() -> None:
+            """Another one."""
+
+
+def test_entry_points_are_loaded(tmp_path: Path) -> None:
+    (tmp_path / "their_method.py").write_text(
+        textwrap.dedent(
+            """
+            import tokenprune
+            from dataclasses import replace
+            from tokenprune.registry import make_method
+
+            @tokenprune.register_method("theirs")
+            def theirs():
+                \"\"\"Theirs.\"\"\"
+                return replace(make_method("uniform", {}), name="theirs")
+            """
+        )
+    )
+    info = tmp_path / "their_method-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-method\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tokenprune.methods]\ntheirs = their_method\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.path.insert(0, {str(ROOT)!r});"
+        " import tokenprune; print([m.name for m in tokenprune.methods()])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "'theirs'" in done.stdout, done.stderr
+
+
+def test_importing_is_lean() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tokenprune, torch;"
+        " heavy = {'timm', 'transformers', 'diffusers', 'triton', 'matplotlib', 'sklearn', 'datasets'};"
+        " print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized(), sorted(tokenprune.__all__))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[] False")
+    for name in tokenprune.__all__:
+        assert name in done.stdout
+        assert getattr(tokenprune, name)
