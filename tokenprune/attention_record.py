@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor
 
@@ -64,7 +63,7 @@ class AttentionRecord:
             return self.keys.repeat_interleave(self.queries.shape[1] // self.keys.shape[1], dim=1)
         return self.keys
 
-    @cached_property
+    @property
     def metric(self) -> Tensor:
         """Mean over heads of the keys of the prunable tokens, [B, n, D]: what similarity is measured on."""
         if self.keys is None:

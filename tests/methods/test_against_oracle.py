@@ -60,7 +60,7 @@ CASES = {
     "tome": tome_case(proportional=True),
     "tome-plain": tome_case(proportional=False),
     # The published 10 similar tokens leave importance little to decide among 35.
-    "zero_tprune": zero_tprune_case(iterations=ROUNDS),
+    "zero_tprune": zero_tprune_case(iterations=ROUNDS, similarity=10),
     "zero_tprune-published-rounds": zero_tprune_case(similarity=10, shares={1: 0.5, 6: 0.9, 11: 0.2}),
     "zero_tprune-importance": zero_tprune_case(iterations=ROUNDS, similarity=0),
     "zero_tprune-both": zero_tprune_case(iterations=ROUNDS, similarity=4),
