@@ -61,7 +61,7 @@ def test_deepcopy_owns_its_weights(family: str) -> None:
     state = {key: value.clone() for key, value in twin.state_dict().items()}
     fresh = build(family)
     fresh.load_state_dict(state)
-    tokenprune.patch(fresh, "tome", flops=0.7, **options(family, "tome"))
+    tokenprune.patch(fresh, "tome", keep=0.5, **options(family, "tome"))
     assert torch.equal(run(twin, x), run(fresh, x))
 
 

@@ -18,7 +18,7 @@ from tokenprune.schedule import Layout
 from tokenprune.self_check import check_blocks
 from tokenprune.site import Site
 from tokenprune.solver import Counts, follow_shares, solve
-from tokenprune.state import FLOW, TokenState
+from tokenprune.state import FLOW, Entry, TokenState
 
 
 class Patch:
@@ -46,6 +46,7 @@ class Patch:
         self.notes = list(host.notes)
         self.costs: CostModel | None = None
         self.solved: dict[int, Counts] = {}
+        self.counted: int | None = None
         self.seen: dict[str, tuple[int, int]] = {}
         self.entered = host.tokens
         self.probe: Probe | None = None
@@ -97,20 +98,20 @@ class Patch:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook: a forward of the whole model starts."""
-        FLOW.in_forward = True
-        FLOW.dense = self.restored_blocks(model)
-        FLOW.grid = self.grid_of(model, args[0]) if self.recordings and self.grid_of is not None and args else None
+        grid = self.grid_of(model, args[0]) if self.recordings and self.grid_of is not None and args else None
+        FLOW.entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: it has ended, by a result or an exception."""
-        FLOW.in_forward, FLOW.dense, FLOW.grid = False, frozenset(), None
+        FLOW.entry = None
         FLOW.site = FLOW.state = FLOW.left = None
 
     def new_forward(self) -> Forward | None:
         """The recording of a forward that starts now, where one is wanted."""
         if not self.recordings:
             return None
-        forward = Forward(FLOW.grid or self.grid)
+        entry = FLOW.entry
+        forward = Forward((entry.grid if entry is not None else None) or self.grid)
         for recording in self.recordings:
             recording.forwards.append(forward)
         return forward
@@ -149,6 +150,8 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget) -> Pat
         counts = patch.counts(host.tokens)
         if budget.kind == "flops":
             patch.solved[host.tokens] = _corrected(host, adapter, patch, counts)
+        copy, _ = _ghosted(host, adapter, patch, None)
+        patch.counted = count_flops(copy.model, copy.example)
     return patch
 
 

@@ -23,7 +23,9 @@ class Report:
         counts = patch.counts(tokens) if patch.active else {}
         assert patch.costs is not None
         before = patch.costs.total(tokens)
-        after = patch.costs.total(tokens, counts)
+        after: float = patch.costs.total(tokens, counts)
+        if patch.counted is not None and tokens == patch.tokens:
+            after = patch.counted  # of the very forward, not of the model of its cost
         return {
             "method": patch.method.name,
             "paper": patch.method.paper,

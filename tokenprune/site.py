@@ -99,7 +99,9 @@ class Site:
             if self.index == 0:
                 self.patch.entered = tokens
                 forward = self.patch.new_forward()
-            state = TokenState(tokens, tokens, forward=forward, dense=FLOW.dense)
+            entry = FLOW.entry
+            dense = entry.dense if entry is not None else frozenset()
+            state = TokenState(tokens, tokens, forward=forward, dense=dense)
             if torch.is_grad_enabled() or x.requires_grad:
                 remember(x, state)  # found again when checkpointing re-runs the first block
         return state
@@ -225,7 +227,9 @@ class Site:
             return pad_tokens(output, self.patch.num_prefix_tokens + state.entering)
         if state.reduced is not None:
             state = replace(state, reduced=None)
-        if state.stand_in is not None and self.index in state.dense:
+        if state.stand_in is not None and (
+            self.index in state.dense or (last and -1 in state.dense and state.sizes is not None)
+        ):
             full = restore_tokens(output, state, self.patch.num_prefix_tokens)
             if not last:
                 remember(full, replace(state, reduced=output))

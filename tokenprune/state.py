@@ -51,6 +51,19 @@ class TokenState:
         return torch.arange(self.tokens, device=x.device).expand(x.shape[0], -1)
 
 
+class Entry:
+    """How the model was entered. whole: by its forward, and not yet passed on to its features. dense: blocks whose
+    output is restored. grid: (rows, columns) of the input, where it is recorded.
+
+    An object that is changed in place: torch.compile loses plain values that are set anew in thread-local storage.
+    """
+
+    def __init__(self, dense: frozenset[int], *, whole: bool, grid: tuple[int, int] | None = None) -> None:
+        self.whole = whole
+        self.dense = dense
+        self.grid = grid
+
+
 class Flow(threading.local):
     """What the block that runs now in this thread has captured, emptied when the block ends; and how the forward was
     entered, emptied when the entry point returns."""
@@ -63,9 +76,7 @@ class Flow(threading.local):
     bias: Tensor | None = None
     rope: Tensor | None = None
     left: tuple[Site, TokenState, tuple[int, int]] | None = None
-    in_forward: bool = False
-    dense: frozenset[int] = frozenset()
-    grid: tuple[int, int] | None = None
+    entry: Entry | None = None
 
 
 FLOW = Flow()

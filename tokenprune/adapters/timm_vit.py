@@ -19,7 +19,7 @@ from tokenprune.adapters.timm_blocks import MID_BLOCKS, ReindexedBeitAttention, 
 from tokenprune.errors import UnsupportedModel
 from tokenprune.host import BlockHost, Caught, Host, tokens_first
 from tokenprune.registry import register_adapter
-from tokenprune.state import FLOW
+from tokenprune.state import FLOW, Entry
 
 _MODELS = (
     vision_transformer.VisionTransformer,
@@ -39,8 +39,11 @@ class DenseOutputs(Mixin):
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         run = super().forward_features  # type: ignore[misc]
-        if FLOW.in_forward:
-            FLOW.in_forward = False
+        if torch.compiler.is_compiling():  # what the model's own hook set is not seen there: a whole forward is taken
+            return _dense(_read_as_grid(self), run, *args, **kwargs)
+        entry = FLOW.entry
+        if entry is not None and entry.whole:
+            entry.whole = False
             return run(*args, **kwargs)
         return _dense(frozenset({len(self.blocks) - 1}), run, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -50,12 +53,19 @@ class DenseOutputs(Mixin):
         return _dense(wanted, super().forward_intermediates, x, indices, *args, **kwargs)  # type: ignore[misc]
 
 
+def _read_as_grid(model: Any) -> frozenset[int]:
+    """What a whole forward restores: the last block's output, always or (-1) where tokens were merged."""
+    if _needs_grid(model, False):
+        return frozenset({len(model.blocks) - 1})
+    return frozenset({-1}) if _needs_grid(model, True) else frozenset()
+
+
 def _dense(blocks: frozenset[int], run: Any, *args: Any, **kwargs: Any) -> Any:
-    FLOW.in_forward, FLOW.dense = False, blocks
+    FLOW.entry = Entry(blocks, whole=False)
     try:
         return run(*args, **kwargs)
     finally:
-        FLOW.dense = frozenset()
+        FLOW.entry = None
         FLOW.site = FLOW.state = FLOW.left = None
 
 
