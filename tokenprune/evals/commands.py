@@ -71,16 +71,17 @@ def run_bench(options: argparse.Namespace) -> int:
 def run_eval(options: argparse.Namespace) -> int:
     """`tokenprune eval`"""
     loaded = _load(options)
+    data = _data(options, loaded, options.samples or OWN_SAMPLES)
     table = evaluate(
         loaded.model,
-        _data(options, loaded, options.samples or OWN_SAMPLES),
+        data,
         options.method,
         _budgets(options),
         batch_size=options.batch_size,
         samples=options.samples,
         workers=options.workers,
         seed=options.seed,
-        saliency=loaded.saliency,
+        saliency=loaded.saliency if data.classes is None else None,
         show_progress=not options.quiet,
     )
     table.environment = {"model": options.model, **table.environment}
