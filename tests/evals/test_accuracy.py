@@ -7,10 +7,11 @@ import torch
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals import bench, evaluate
 from tokenprune.evals.arms import Arm, build_arms
-from tokenprune.evals.bench import time_arm
+from tokenprune.evals.bench import time_arm, timing_cells
 from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.fidelity import agreement, correct, observe
-from tokenprune.evals.throughput import measure
+from tokenprune.evals.stats import Interval
+from tokenprune.evals.throughput import Timing, measure
 
 
 def strong_vit(num_classes=10, depth=4):
@@ -185,6 +186,21 @@ def test_the_patched_model_is_timed_against_the_unpatched_one(monkeypatch):
     base, small = Arm("unpatched", "", Named("base", log)), Arm("tome", "", Named("patched", log), size=(8, 8))
     time_arm(small, base, torch.zeros(1, 3, 16, 16))
     assert log == [("base", (16, 16)), ("patched", (8, 8)), ("copy of base", (16, 16))]
+
+
+def test_a_timing_becomes_images_per_second_and_megabytes():
+    timing = Timing(20, 1, 0.5, 0.25, Interval(2.0, 1.9, 2.1), 1.01, True, 1, 4 * 2**20, 2**20)
+    assert timing_cells(timing, 8) == {
+        "images_per_s": 32.0,
+        "unpatched_images_per_s": 16.0,
+        "speedup": 2.0,
+        "speedup_low": 1.9,
+        "speedup_high": 2.1,
+        "control": 1.01,
+        "trusted": True,
+        "peak_mb": 1.0,
+        "unpatched_peak_mb": 4.0,
+    }
 
 
 def test_reported_flops_are_the_counted_ones(vit, labelled):

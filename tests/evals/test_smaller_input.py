@@ -26,7 +26,7 @@ def test_multiply_adds_is_the_formula_with_attention(vit):
     assert multiply_adds(vit, torch.zeros(4, 3, 96, 96)) == vit_multiply_adds(tokens=37, patches=36)
 
 
-@pytest.mark.parametrize(("ratio", "rows"), [(0.05, 1), (0.45, 4), (0.70, 5), (0.99, 5)])
+@pytest.mark.parametrize(("ratio", "rows"), [(0.05, 1), (0.45, 4), (0.5, 4), (0.70, 5), (0.99, 5)])
 def test_nearest_size_is_found(vit, ratio, rows):
     found = smaller_input(vit, torch.rand(2, 3, 96, 96), ratio)
     every = [vit_multiply_adds(r * r + 1, r * r) / vit_multiply_adds(37, 36) for r in range(1, 6)]

@@ -5,7 +5,7 @@ from PIL import Image
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.dinov2 import IMAGENET_MEAN, IMAGENET_STD, normalize
 from tokenprune.evals.images import photographs
-from tokenprune.evals.openclipart import FOLDERS
+from tokenprune.evals.openclipart import FOLDERS, openclipart
 from tokenprune.evals.sources import openclipart_data, photographs_data
 
 
@@ -31,7 +31,9 @@ def test_drawings_carry_their_split_and_classes(tmp_path):
     images, labels = next(data.batches(1000))
     assert data.classes == len(FOLDERS)
     assert len(images) == len(labels) == len(data.groups) == len(data.is_test) == 4 * len(FOLDERS)
-    assert 0 < int(data.is_test.sum()) < len(images)
+    drawings = openclipart(tmp_path, 32)
+    assert torch.equal(labels, drawings.labels)
+    assert torch.equal(data.is_test, drawings.is_test)
     assert float(images.min()) >= -1
     assert float(images.max()) <= 1
 
