@@ -9,6 +9,9 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
 
+# One thread: the models of the tests are so small that a second one only waits.
+test test-full: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not full and not hosts"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,11 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_example_of_a_vit_that_no_library_ships_runs() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "custom_vit.py")], capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "examples" / "custom_vit.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     assert "torch.Size([2, 10])" in done.stdout
@@ -90,7 +95,8 @@ def test_entry_points_are_loaded(tmp_path: Path) -> None:
 def test_importing_is_lean() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tokenprune, torch;"
-        " heavy = {'timm', 'transformers', 'diffusers', 'triton', 'matplotlib', 'sklearn', 'datasets'};"
+        # torch itself imports triton where it is installed
+        " heavy = {'timm', 'transformers', 'diffusers', 'matplotlib', 'sklearn', 'datasets'};"
         " print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized(), sorted(tokenprune.__all__))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -78,6 +78,11 @@ class Site:
         FLOW.state = state
         self.patch.mark(self, "enter")
         if state.reduced is not None:
+            if x.requires_grad and not state.reduced.requires_grad:
+                raise UnsupportedModel(
+                    "restored intermediate features cannot be differentiated through re-entrant checkpointing; use"
+                    " use_reentrant=False"
+                )
             args, kwargs = _with_hidden(state.reduced, args, kwargs)
         elif self.patch.probe is not None and self.index == 0:
             left = self.patch.probe.tokens

@@ -86,7 +86,7 @@ _ATTRIBUTE = "_tokenprune_state"
 
 def remember(x: Tensor, state: TokenState) -> None:
     """Tie `state` to the hidden tensor x."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_wrapped(x):
         setattr(x, _ATTRIBUTE, state)
     else:
         _STATES[x.untyped_storage()] = state
@@ -94,6 +94,11 @@ def remember(x: Tensor, state: TokenState) -> None:
 
 def recall(x: Tensor) -> TokenState | None:
     """The state tied to the hidden tensor x, or None."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_wrapped(x):
         return getattr(x, _ATTRIBUTE, None)
     return _STATES.get(x.untyped_storage())
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    """Whether x is a tensor of torch.func's transforms, which has no storage of its own."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
