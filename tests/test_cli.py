@@ -127,7 +127,7 @@ def test_methods_lists_what_there_is(capsys):
 
 
 def test_bench_prints_and_writes(capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(bench.__globals__, "measure", partial(measure, sample_seconds=0, attempts=1))
+    monkeypatch.setitem(bench.__globals__, "measure", partial(measure, sample_seconds=0))
     command = ["bench", "--model", "small_vit:build", "--method", "top_k", "--keep", "0.5", "--flops", "0.7"]
     assert run(*command, "--batch-size", "1", "--csv", "--output", tmp_path / "t.json", *QUICK) == 0
     printed = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))

@@ -152,7 +152,7 @@ def test_every_fitting_method_is_taken_where_none_is_named(vit, labelled):
 
 
 def test_bench_has_every_row_and_its_conditions(vit, labelled, monkeypatch):
-    monkeypatch.setitem(bench.__globals__, "measure", partial(measure, sample_seconds=0, attempts=1))
+    monkeypatch.setitem(bench.__globals__, "measure", partial(measure, sample_seconds=0))
     table = bench(vit, labelled[0][:2], ["top_k"], [{"keep": 0.25}], batch_sizes=[1, 3], rounds=20)
     methods = ("unpatched", "top_k", "random", "uniform", "smaller input")
     assert [(row["batch"], row["method"]) for row in table.rows] == [(n, method) for n in (1, 3) for method in methods]

@@ -14,7 +14,7 @@ from tokenprune.evals.throughput import measure
 @pytest.fixture
 def quick(monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setitem(bench.__globals__, "measure", partial(measure, sample_seconds=0, attempts=1))
+    monkeypatch.setitem(bench.__globals__, "measure", partial(measure, sample_seconds=0))
     monkeypatch.setattr(demo, "BUDGETS", [demo.PICTURE_BUDGET])
     monkeypatch.setattr(demo, "BATCH", 2)
     yield

@@ -50,6 +50,7 @@ def bench_arms(
     *,
     rounds: int = 20,
     seed: int = 0,
+    attempts: int = 3,
     show_progress: bool = False,
 ) -> Table:
     """The table of `bench` for arms that are built already, the unpatched one first."""
@@ -57,11 +58,13 @@ def bench_arms(
     for batch in batch_sizes if batch_sizes is not None else [len(inputs)]:
         images = inputs[torch.arange(batch, device=inputs.device) % len(inputs)]
         for arm in progress(arms, f"bench, batch {batch}", show=show_progress):
-            rows.append(_row(arm, arms[0], images, rounds=rounds, seed=seed))
+            rows.append(_row(arm, arms[0], images, rounds=rounds, seed=seed, attempts=attempts))
     return Table(rows, environment(inputs.device, inputs.dtype))
 
 
-def time_arm(arm: Arm, base: Arm, images: Tensor, *, rounds: int = 20, seed: int = 0) -> Timing | None:
+def time_arm(
+    arm: Arm, base: Arm, images: Tensor, *, rounds: int = 20, seed: int = 0, attempts: int = 3
+) -> Timing | None:
     """`arm` against `base` and `base` again on `images` [B, C, H, W]; None where the arm has no model."""
     if arm.model is None or base.model is None:
         return None
@@ -75,6 +78,7 @@ def time_arm(arm: Arm, base: Arm, images: Tensor, *, rounds: int = 20, seed: int
             lambda: control(images),
             rounds=rounds,
             seed=seed,
+            attempts=attempts,
             device=images.device,
         )
 
@@ -92,7 +96,7 @@ def timing_cells(timing: Timing, batch: int) -> dict[str, Any]:
     }
 
 
-def _row(arm: Arm, base: Arm, images: Tensor, *, rounds: int, seed: int) -> Row:
+def _row(arm: Arm, base: Arm, images: Tensor, *, rounds: int, seed: int, attempts: int) -> Row:
     ratio = arm.flops_ratio
     row: Row = {
         "method": arm.method,
@@ -103,7 +107,7 @@ def _row(arm: Arm, base: Arm, images: Tensor, *, rounds: int, seed: int) -> Row:
         "tokens": arm.tokens,
         "promised": None if ratio is None else 1.0 / ratio,
     }
-    timing = time_arm(arm, base, images, rounds=rounds, seed=seed)
+    timing = time_arm(arm, base, images, rounds=rounds, seed=seed, attempts=attempts)
     if timing is not None:
         row |= timing_cells(timing, len(images))
     return {**row, "note": arm.note}

@@ -35,7 +35,8 @@ def run(options: argparse.Namespace) -> int:
     images = next(data.batches(BATCH))[0].to(options.device, getattr(torch, options.dtype))
     arms = build_arms(loaded.model, images, None, BUDGETS)
     quality = evaluate_arms(arms, data, seed=options.seed, show_progress=show)
-    speed = bench_arms(arms, images, seed=options.seed, show_progress=show)
+    # A busy machine shows up in the column `trusted`; trying again would take the demo past its two minutes.
+    speed = bench_arms(arms, images, seed=options.seed, attempts=1, show_progress=show)
     table = join(quality, speed)
     table.environment = {"model": DIGITS, "batch": BATCH, **table.environment}
     for suffix in (".md", ".csv", ".json"):
