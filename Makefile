@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
 
 # One thread: the models of the tests are so small that a second one only waits.
-test test-full: export OMP_NUM_THREADS = 1
+test test-full test-hosts: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not full and not hosts"

@@ -65,9 +65,10 @@ class Host:
     """One model: blocks in order, the tokens of the model's usual input, and what its outputs need.
 
     num_prefix_tokens: tokens in front that are never dropped. tokens: prunable tokens at the usual input. grid: (rows,
-    columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, input) ->
-    grid of another input. restored: (model, whether tokens are merged) -> the blocks behind which a forward reads
-    the patch tokens as the full grid (None: never any). swaps: as in BlockHost.
+    columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, then what
+    its forward is called with) -> grid of that input, or None where it has none. restored: (model, whether tokens are
+    merged) -> the blocks behind which a forward reads the patch tokens as the full grid (None: never any). swaps: as
+    in BlockHost.
     """
 
     model: nn.Module
@@ -76,7 +77,7 @@ class Host:
     tokens: int
     grid: tuple[int, int]
     example: Callable[[], Any]
-    grid_of: Callable[[nn.Module, Any], tuple[int, int]] | None = None
+    grid_of: Callable[..., tuple[int, int] | None] | None = None
     restored: Callable[[nn.Module, bool], frozenset[int]] | None = None
     has_class_token: bool = True
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()

@@ -96,9 +96,9 @@ class Patch:
             return frozenset()
         return self.restored(model, self.method.merges)
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: a forward of the whole model starts."""
-        grid = self.grid_of(model, args[0]) if self.recordings and self.grid_of is not None and args else None
+        grid = self.grid if self.grid_of is None else self.grid_of(model, *args, **kwargs)
         FLOW.entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -106,12 +106,11 @@ class Patch:
         FLOW.entry = None
         FLOW.site = FLOW.state = FLOW.left = None
 
-    def new_forward(self) -> Forward | None:
+    def new_forward(self, grid: tuple[int, int] | None) -> Forward | None:
         """The recording of a forward that starts now, where one is wanted."""
         if not self.recordings:
             return None
-        entry = FLOW.entry
-        forward = Forward((entry.grid if entry is not None else None) or self.grid)
+        forward = Forward(grid)
         for recording in self.recordings:
             recording.forwards.append(forward)
         return forward
@@ -172,7 +171,7 @@ def attach(host: Host, patch: Patch) -> list[Site]:
         sites.append(site)
     for module, swapped in host.swaps:
         module.__class__ = swapped
-    host.model.register_forward_pre_hook(patch.begin, prepend=True)
+    host.model.register_forward_pre_hook(patch.begin, with_kwargs=True, prepend=True)
     host.model.register_forward_hook(patch.end, always_call=True)
     return sites
 

@@ -30,8 +30,9 @@ class TokenState:
     entering: tokens that entered the first place. tokens: how many are left, n. origin: [B, n] original patch of each
     (None: all, in order). sizes: [B, n] patches in each (None: one each). source: [B, entering] position that holds
     each original patch, -1 where it was dropped (for recordings). stand_in: [B, entering] position whose value
-    restores each original patch (for dense outputs). reduced: the reduced tensor behind a restored one. forward: the
-    recording that follows this forward. dense: blocks whose output is restored in this forward.
+    restores each original patch (for dense outputs). reduced: the reduced tensor behind a restored one. grid: (rows,
+    columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward.
+    dense: blocks whose output is restored in this forward.
     """
 
     entering: int
@@ -41,6 +42,7 @@ class TokenState:
     source: Tensor | None = None
     stand_in: Tensor | None = None
     reduced: Tensor | None = None
+    grid: tuple[int, int] | None = None
     forward: Forward | None = None
     dense: frozenset[int] = frozenset()
 
@@ -53,12 +55,12 @@ class TokenState:
 
 class Entry:
     """How the model was entered. whole: by its forward, and not yet passed on to its features. dense: blocks whose
-    output is restored. grid: (rows, columns) of the input, where it is recorded.
+    output is restored. grid: (rows, columns) of the input, None where it has none.
 
     An object that is changed in place: torch.compile loses plain values that are set anew in thread-local storage.
     """
 
-    def __init__(self, dense: frozenset[int], *, whole: bool, grid: tuple[int, int] | None = None) -> None:
+    def __init__(self, dense: frozenset[int], *, whole: bool, grid: tuple[int, int] | None) -> None:
         self.whole = whole
         self.dense = dense
         self.grid = grid
