@@ -60,9 +60,8 @@ class Site:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the block: find the tokens that are left and re-index what else is indexed by token."""
         x = args[0] if args else next(iter(kwargs.values()))
-        now = flow()
-        now.end_block()
-        now.site = self
+        flow().site, flow().state = self, None
+        flow().queries = flow().keys = flow().inputs = flow().bias = flow().rope = None
         if not self.patch.active:
             return None
         if not isinstance(x, Tensor):
@@ -76,7 +75,7 @@ class Site:
                 " without them, or unpatch it first"
             )
         state = self._incoming(x)
-        now.state = state
+        flow().state = state
         self.patch.mark(self, "enter")
         if state.reduced is not None:
             if x.requires_grad and not state.reduced.requires_grad:
@@ -88,15 +87,14 @@ class Site:
         elif self.patch.probe is not None and self.index == 0:
             left = self.patch.probe.tokens
             origin = torch.arange(left, device=x.device).expand(x.shape[0], -1)
-            now.state = state = replace(state, tokens=left, origin=origin)
+            flow().state = state = replace(state, tokens=left, origin=origin)
             args, kwargs = _with_hidden(x[:, : self.patch.num_prefix_tokens + left], args, kwargs)
         return args, self._reindexed(kwargs, state, x.dtype)
 
     def _incoming(self, x: Tensor) -> TokenState:
         state = recall(x) if self.index or _in_backward() else None
-        before = flow().left
-        if state is None and self.index and before is not None:
-            site, left, shape = before
+        if state is None and self.index and flow().left is not None:
+            site, left, shape = flow().left
             # A hook of the user's replaced the tensor between two blocks.
             if site.patch is self.patch and site.index == self.index - 1 and shape == x.shape[:2]:
                 state = left
@@ -114,19 +112,19 @@ class Site:
         return state
 
     def _reindexed(self, kwargs: dict[str, Any], state: TokenState, dtype: torch.dtype) -> dict[str, Any]:
-        kwargs, now = dict(kwargs), flow()
+        kwargs = dict(kwargs)
         if self.rope_argument is not None and kwargs.get(self.rope_argument) is not None:
             if state.origin is not None:
                 kwargs[self.rope_argument] = gather_rope(kwargs[self.rope_argument], state.origin)
-            now.rope = kwargs[self.rope_argument]
+            flow().rope = kwargs[self.rope_argument]
         for name in self.bias_arguments:
             if kwargs.get(name) is not None:
                 if state.origin is not None:
                     kwargs[name] = gather_bias(kwargs[name], state.origin, self.patch.num_prefix_tokens)
-                now.bias = kwargs[name]
+                flow().bias = kwargs[name]
         if self.patch.method.proportional and state.sizes is not None and self.key_bias is not None:
             bias = self.size_bias(state.sizes, dtype)
-            kwargs[self.key_bias] = now.bias = bias if now.bias is None else now.bias + bias
+            kwargs[self.key_bias] = flow().bias = bias if flow().bias is None else flow().bias + bias
         return kwargs
 
     def size_bias(self, sizes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,15 +134,14 @@ class Site:
 
     def own_bias(self, bias: Tensor) -> Tensor:
         """The bias [1, H, N, N] that an attention computes for itself, for the tokens that are left."""
-        now = flow()
-        state = now.state
+        state = flow().state
         if state is None:
             return bias
         if state.origin is not None:
             bias = gather_bias(bias, state.origin, self.patch.num_prefix_tokens)
         if self.patch.method.proportional and state.sizes is not None and self.key_bias is None:
             bias = bias + self.size_bias(state.sizes, bias.dtype)
-        now.bias = bias if now.bias is None else now.bias + bias
+        flow().bias = bias if flow().bias is None else flow().bias + bias
         return bias
 
     def catch_queries(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -195,11 +192,10 @@ class Site:
         return torch.cat([x[:, :prefix], leaving], 1) if prefix else _in_layout_of(x, leaving)
 
     def _record(self, x: Tensor, state: TokenState) -> AttentionRecord:
-        now = flow()
-        queries, keys = self.read(now.queries, now.keys, now.inputs)
+        queries, keys = self.read(flow().queries, flow().keys, flow().inputs)
         rotate: Callable[[Tensor], Tensor] | None = None
-        if now.rope is not None and self.rotate is not None:
-            rotate = partial(_rotated, self.rotate, now.rope)
+        if flow().rope is not None and self.rotate is not None:
+            rotate = partial(_rotated, self.rotate, flow().rope)
         return AttentionRecord(
             hidden=x.detach(),
             origin=state.origins(x),
@@ -212,15 +208,15 @@ class Site:
             queries=queries.detach() if queries is not None else None,
             keys=keys.detach() if keys is not None else None,
             sizes=state.sizes,
-            bias=now.bias.detach() if now.bias is not None else None,
+            bias=flow().bias.detach() if flow().bias is not None else None,
             rotate=rotate,
         )
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After the block: hand the state to the next one, and restore the full grid where it is read here."""
-        now = flow()
-        state, site = now.state, now.site
-        now.end_block()
+        state, site = flow().state, flow().site
+        flow().site = flow().state = None
+        flow().queries = flow().keys = flow().inputs = flow().bias = flow().rope = None
         if site is not self and self.patch.active:
             raise UnsupportedModel(
                 f"another patched model, or another block of this one, ran inside {self.name} (a hook on one of its"
@@ -230,7 +226,7 @@ class Site:
             return None
         self.patch.mark(self, "leave")
         last = self.index == self.patch.depth - 1
-        now.left = None if last else (self, state, (output.shape[0], output.shape[1]))
+        flow().left = None if last else (self, state, (output.shape[0], output.shape[1]))
         if last and self.patch.probe is not None and state.dense:
             return pad_tokens(output, self.patch.num_prefix_tokens + state.entering)
         if state.reduced is not None:

@@ -76,14 +76,10 @@ class Flow:
     left: tuple[Site, TokenState, tuple[int, int]] | None = None
     entry: Entry | None = None
 
-    def end_block(self) -> None:
-        """Let go of what the block captured."""
-        self.site = self.state = self.queries = self.keys = self.inputs = self.bias = self.rope = None
-
     def end(self) -> None:
-        """The entry point has returned, or was left by an exception."""
-        self.end_block()
-        self.left = self.entry = None
+        """Let go of everything: the entry point has returned, or was left by an exception in the middle of a block."""
+        self.site = self.state = self.left = self.entry = None
+        self.queries = self.keys = self.inputs = self.bias = self.rope = None
 
 
 class _OfThread(threading.local):
