@@ -92,9 +92,10 @@ class Site:
         return args, self._reindexed(kwargs, state, x.dtype)
 
     def _incoming(self, x: Tensor) -> TokenState:
+        now = flow()
         state = recall(x) if self.index or _in_backward() else None
-        if state is None and self.index and flow().left is not None:
-            site, left, shape = flow().left
+        if state is None and self.index and now.left is not None:
+            site, left, shape = now.left
             # A hook of the user's replaced the tensor between two blocks.
             if site.patch is self.patch and site.index == self.index - 1 and shape == x.shape[:2]:
                 state = left
@@ -104,7 +105,7 @@ class Site:
             if self.index == 0:
                 self.patch.entered = tokens
                 forward = self.patch.new_forward()
-            entry = flow().entry
+            entry = now.entry
             dense = entry.dense if entry is not None else frozenset()
             state = TokenState(tokens, tokens, forward=forward, dense=dense)
             if torch.is_grad_enabled() or x.requires_grad:
@@ -112,19 +113,20 @@ class Site:
         return state
 
     def _reindexed(self, kwargs: dict[str, Any], state: TokenState, dtype: torch.dtype) -> dict[str, Any]:
+        now = flow()
         kwargs = dict(kwargs)
         if self.rope_argument is not None and kwargs.get(self.rope_argument) is not None:
             if state.origin is not None:
                 kwargs[self.rope_argument] = gather_rope(kwargs[self.rope_argument], state.origin)
-            flow().rope = kwargs[self.rope_argument]
+            now.rope = kwargs[self.rope_argument]
         for name in self.bias_arguments:
             if kwargs.get(name) is not None:
                 if state.origin is not None:
                     kwargs[name] = gather_bias(kwargs[name], state.origin, self.patch.num_prefix_tokens)
-                flow().bias = kwargs[name]
+                now.bias = kwargs[name]
         if self.patch.method.proportional and state.sizes is not None and self.key_bias is not None:
             bias = self.size_bias(state.sizes, dtype)
-            kwargs[self.key_bias] = flow().bias = bias if flow().bias is None else flow().bias + bias
+            kwargs[self.key_bias] = now.bias = bias if now.bias is None else now.bias + bias
         return kwargs
 
     def size_bias(self, sizes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,14 +136,15 @@ class Site:
 
     def own_bias(self, bias: Tensor) -> Tensor:
         """The bias [1, H, N, N] that an attention computes for itself, for the tokens that are left."""
-        state = flow().state
+        now = flow()
+        state = now.state
         if state is None:
             return bias
         if state.origin is not None:
             bias = gather_bias(bias, state.origin, self.patch.num_prefix_tokens)
         if self.patch.method.proportional and state.sizes is not None and self.key_bias is None:
             bias = bias + self.size_bias(state.sizes, bias.dtype)
-        flow().bias = bias if flow().bias is None else flow().bias + bias
+        now.bias = bias if now.bias is None else now.bias + bias
         return bias
 
     def catch_queries(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -192,10 +195,11 @@ class Site:
         return torch.cat([x[:, :prefix], leaving], 1) if prefix else _in_layout_of(x, leaving)
 
     def _record(self, x: Tensor, state: TokenState) -> AttentionRecord:
-        queries, keys = self.read(flow().queries, flow().keys, flow().inputs)
+        now = flow()
+        queries, keys = self.read(now.queries, now.keys, now.inputs)
         rotate: Callable[[Tensor], Tensor] | None = None
-        if flow().rope is not None and self.rotate is not None:
-            rotate = partial(_rotated, self.rotate, flow().rope)
+        if now.rope is not None and self.rotate is not None:
+            rotate = partial(_rotated, self.rotate, now.rope)
         return AttentionRecord(
             hidden=x.detach(),
             origin=state.origins(x),
@@ -208,7 +212,7 @@ class Site:
             queries=queries.detach() if queries is not None else None,
             keys=keys.detach() if keys is not None else None,
             sizes=state.sizes,
-            bias=flow().bias.detach() if flow().bias is not None else None,
+            bias=now.bias.detach() if now.bias is not None else None,
             rotate=rotate,
         )
 
