@@ -19,7 +19,7 @@ from tokenprune.adapters.timm_blocks import MID_BLOCKS, ReindexedBeitAttention, 
 from tokenprune.errors import UnsupportedModel
 from tokenprune.host import BlockHost, Caught, Host, tokens_first
 from tokenprune.registry import register_adapter
-from tokenprune.state import FLOW, Entry
+from tokenprune.state import Entry, flow
 
 PLAIN_VITS = (
     vision_transformer.VisionTransformer,
@@ -41,7 +41,7 @@ class DenseOutputs(Mixin):
         run = super().forward_features  # type: ignore[misc]
         if torch.compiler.is_compiling():  # what the model's own hook set is not seen there: a whole forward is taken
             return _dense(self, _read_as_grid(self), run, *args, **kwargs)
-        entry = FLOW.entry
+        entry = flow().entry
         if entry is not None and entry.whole:
             entry.whole = False
             return run(*args, **kwargs)
@@ -61,12 +61,11 @@ def _read_as_grid(model: Any) -> frozenset[int]:
 
 
 def _dense(model: nn.Module, blocks: frozenset[int], run: Any, *args: Any, **kwargs: Any) -> Any:
-    FLOW.entry = Entry(blocks, whole=False, grid=_grid_of(model, *args, **kwargs))
+    flow().entry = Entry(blocks, whole=False, grid=_grid_of(model, *args, **kwargs))
     try:
         return run(*args, **kwargs)
     finally:
-        FLOW.entry = None
-        FLOW.site = FLOW.state = FLOW.left = None
+        flow().end()
 
 
 @register_adapter
