@@ -186,7 +186,7 @@ class Site:
         if self.patch.method.merges:
             sizes = reduction.merged_sizes(sizes if sizes is not None else origin.new_ones(body.shape[:2]).float())
         if state.dense:
-            state = replace(state, stand_in=stand_ins(state, reduction, record.metric))
+            state = replace(state, stand_in=stand_ins(state, reduction, body.detach()))
         if state.forward is not None and not _in_backward():
             source = follow_source(state, reduction.source(state.tokens))
             state = replace(state, source=source)
