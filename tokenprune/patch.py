@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokenprune.budget import Budget
@@ -98,7 +99,9 @@ class Patch:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: a forward of the whole model starts."""
-        grid = self.grid if self.grid_of is None else self.grid_of(model, *args, **kwargs)
+        grid: tuple[int, int] | None = self.grid
+        if self.grid_of is not None and not torch.compiler.is_compiling():  # there it would be a graph for each size
+            grid = self.grid_of(model, *args, **kwargs)
         FLOW.entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
