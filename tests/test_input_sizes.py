@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -105,30 +105,46 @@ def test_input_size_set_after_the_patch(family: str) -> None:
     assert torch.equal(run(model, x), plain)
 
 
-def test_a_method_sees_the_grid_of_the_image() -> None:
+@pytest.fixture
+def grids() -> Iterator[list[tuple[int, int] | None]]:
+    """Registers "left_columns", which keeps the left columns of the image, and lists the grids that it sees."""
     seen: list[tuple[int, int] | None] = []
 
     def score(record: AttentionRecord) -> Tensor:
-        seen.append(record.grid)
-        return record.hidden[:, record.num_prefix_tokens :, 0]
+        if not torch.compiler.is_compiling():
+            seen.append(record.grid)
+        return -(record.origin % (record.grid or (1, 1))[1]).float()
 
-    def by_grid() -> Method:
-        """Keep the tokens of the largest first channel."""
-        return Method(name="by_grid", paper="none", schedule=Stages(0.7), score=score, select=keep_top_k)
+    def left_columns() -> Method:
+        """Keep the left columns."""
+        return Method(name="left_columns", paper="none", schedule=Stages(0.7), score=score, select=keep_top_k)
 
-    register_method("by_grid")(by_grid)
-    try:
-        model = dynamic("vit_tiny_patch16_224", patch_drop_rate=0.4)
-        tokenprune.patch(model, "by_grid", schedule={0: 0.7, 2: 0.7})
-        seen.clear()
-        model(torch.randn(1, 3, 36, 12))
-        model.forward_features(torch.randn(1, 3, 12, 20)).sum().backward()
-        assert seen == [(9, 3), (9, 3), (3, 5), (3, 5)]
-        seen.clear()
-        model.train()(torch.randn(1, 3, 36, 12))
-        assert seen == [None, None]
-    finally:
-        registry._METHODS.pop("by_grid")
+    register_method("left_columns")(left_columns)
+    yield seen
+    registry._METHODS.pop("left_columns")
+
+
+def test_a_method_sees_the_grid_of_the_image(grids: list[tuple[int, int] | None]) -> None:
+    model = dynamic("vit_tiny_patch16_224", patch_drop_rate=0.4)
+    tokenprune.patch(model, "left_columns", schedule={0: 0.7, 2: 0.7})
+    grids.clear()
+    model(torch.randn(1, 3, 36, 12))
+    model.forward_features(torch.randn(1, 3, 12, 20)).sum().backward()
+    assert grids == [(9, 3), (9, 3), (3, 5), (3, 5)]
+    grids.clear()
+    model.train()(torch.randn(1, 3, 36, 12))  # some of the patches are dropped by the host
+    assert grids == [None, None]
+
+
+@pytest.mark.usefixtures("grids")
+def test_a_compiled_method_sees_the_grid_of_the_image() -> None:
+    """Images of equally many patches, in grids that lie across each other."""
+    model = dynamic("vit_tiny_patch16_224")
+    tokenprune.patch(model, "left_columns", schedule={1: 0.5})
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for size in ((20, 28), (28, 20), (4, 140)):
+        x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(run(compiled, x), run(model, x), rtol=1e-4, atol=1e-4)
 
 
 def test_sizes_that_naflex_takes() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
+import torch
 from torch import nn
 
 from tokenprune.budget import Budget
@@ -100,7 +101,9 @@ class Patch:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: a forward of the whole model starts."""
-        grid = self.grid if self.grid_of is None else self.grid_of(model, *args, **kwargs)
+        grid: tuple[int, int] | None = self.grid
+        if self.grid_of is not None and not torch.compiler.is_compiling():  # there it would be a graph for each size
+            grid = self.grid_of(model, *args, **kwargs)
         flow().entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
