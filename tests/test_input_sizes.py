@@ -17,6 +17,7 @@ import tokenprune
 from tokenprune import UnsupportedModel, registry
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.method import Method
+from tokenprune.reduction import gather_tokens
 from tokenprune.registry import register_method
 from tokenprune.schedule import Stages
 from tokenprune.selection.top_k import keep_top_k
@@ -24,10 +25,15 @@ from tokenprune.selection.top_k import keep_top_k
 
 def dynamic(name: str, **kwargs: Any) -> nn.Module:
     """The model for images of any size, by default 5 x 7 patches of 4 pixels."""
-    shape = {"depth": 4, "embed_dim": 96, "num_heads": 4, "img_size": (20, 28), "patch_size": 4}
-    model = timm.create_model(name, dynamic_img_size=True, num_classes=5, **shape, **kwargs).eval()
+    shape = {"depth": 4, "embed_dim": 96, "num_heads": 4, "img_size": (20, 28), "patch_size": 4, **kwargs}
+    model = timm.create_model(name, dynamic_img_size=True, num_classes=5, **shape).eval()
     zoo.randomise(model, 0)
     return model
+
+
+def multiply_adds(model: nn.Module, x: Tensor) -> float:
+    """Of one of the images."""
+    return zoo.count(model, x[:1]).get_total_flops() / 2
 
 
 DYNAMIC = [  # class token, rotary tables with and without registers and one a block, registers, no prefix, distilled
@@ -48,8 +54,9 @@ def test_dynamic_image_size(name: str, method: str) -> None:
     sizes = [(20, 28), (36, 12), (28, 44), (4, 60), (20, 28)]
     inputs = [torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)) for size in sizes]
     plain = [run(model, x) for x in inputs]
+    costs = [multiply_adds(model, x) for x in inputs]
     tokenprune.patch(model, method, flops=0.6)
-    for x, (height, width), reference in zip(inputs, sizes, plain, strict=True):
+    for x, (height, width), reference, cost in zip(inputs, sizes, plain, costs, strict=True):
         grid = height // 4, width // 4
         y = run(model, x)
         assert y.shape == reference.shape
@@ -57,9 +64,12 @@ def test_dynamic_image_size(name: str, method: str) -> None:
         features = model.forward_features(x)
         assert features.shape[1] - model.num_prefix_tokens == grid[0] * grid[1]
         assert model.forward_intermediates(x, intermediates_only=True)[-1].shape[-2:] == grid
+        reduced = multiply_adds(model, x)
         report = tokenprune.report(model).to_dict()
         assert report["tokens"] == grid[0] * grid[1]
-        assert report["flops_ratio"] == pytest.approx(0.6, abs=0.03)  # one token of few
+        assert report["flops_before"] == pytest.approx(cost, rel=0.01)
+        assert report["flops_after"] == pytest.approx(reduced, rel=0.02)
+        assert reduced / cost == pytest.approx(0.6, abs=0.03)  # one token of few
         with tokenprune.record(model) as recording:
             run(model, x)
             model(x=x)
@@ -73,11 +83,14 @@ def test_dynamic_image_size(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
 def test_images_that_the_host_pads_to_whole_patches(name: str) -> None:
-    model = dynamic(name, dynamic_img_pad=True)
+    model = dynamic(name, dynamic_img_pad=True, img_size=(19, 27))
     sizes = {(19, 27): (5, 7), (33, 10): (9, 3), (1, 44): (1, 11)}
     inputs = [torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)) for size in sizes]
     plain = [run(model, x) for x in inputs]
-    tokenprune.patch(model, "top_k", keep=0.5)
+    cost = multiply_adds(model, inputs[0])
+    tokenprune.patch(model, "top_k", flops=0.6)
+    assert multiply_adds(model, inputs[0]) / cost == pytest.approx(0.6, abs=0.03)
+    assert tokenprune.report(model).to_dict()["flops_before"] == pytest.approx(cost, rel=0.01)
     for x, grid, reference in zip(inputs, sizes.values(), plain, strict=True):
         with tokenprune.record(model) as recording:
             assert not torch.equal(run(model, x), reference)
@@ -152,12 +165,26 @@ def test_sizes_that_naflex_takes() -> None:
     sizes = [(20, 28), (32, 16), (16, 48)]
     inputs = [torch.randn(2, 3, *size) for size in sizes]
     plain = [run(model, x) for x in inputs]
+    costs = [multiply_adds(model, x) for x in inputs]
     tokenprune.patch(model, "tome", flops=0.6)
-    for x, reference in zip(inputs, plain, strict=True):
+    for x, reference, cost in zip(inputs, plain, costs, strict=True):
         assert run(model, x).shape == reference.shape
+        assert multiply_adds(model, x) / cost == pytest.approx(0.6, abs=0.03)
         assert model.forward_features(x).shape[1] == model.num_prefix_tokens + x.shape[-2] * x.shape[-1] // 16
     tokenprune.unpatch(model)
     assert all(torch.equal(run(model, x), reference) for x, reference in zip(inputs, plain, strict=True))
+
+
+def test_a_head_that_reads_every_patch_counts_with_the_image() -> None:
+    """Attention pooling over merged tokens reads the restored grid: at an image much smaller than the usual one it
+    must not be budgeted at its usual cost."""
+    shape = {"depth": 4, "embed_dim": 96, "num_heads": 4, "patch_size": zoo.PATCH}
+    model = timm.create_model("vit_base_patch16_siglip_224", use_naflex=True, **shape).eval()
+    zoo.randomise(model, 0)
+    x = torch.randn(1, 3, 20, 28)
+    cost = multiply_adds(model, x)
+    tokenprune.patch(model, "tome", flops=0.6)
+    assert multiply_adds(model, x) / cost == pytest.approx(0.6, abs=0.03)
 
 
 def naflex_patches(model: nn.Module, x: Tensor, padding: int) -> dict[str, Tensor]:
@@ -200,7 +227,8 @@ def test_naflex_patches_under_a_mask_are_refused(padding: int) -> None:
 @pytest.mark.parametrize("rope", ["", "axial", "mixed"])
 @pytest.mark.parametrize("method", ["top_k", "tome"])
 def test_naflex_patches_without_a_mask(method: str, rope: str) -> None:
-    """The same as the image that they were cut from; but they may lie anywhere, so there is no grid."""
+    """Tokens that are left are the same as of the image that the patches were cut from; but these may lie anywhere, so
+    there is no grid, and others can be restored from other tokens."""
     shape = {"depth": 4, "embed_dim": 96, "num_heads": 4, "patch_size": zoo.PATCH, "pos_embed_grid_size": (4, 6)}
     model = timm.create_model("naflexvit_base_patch16_gap", rope_type=rope, **shape).eval()
     zoo.randomise(model, 0)
@@ -212,15 +240,17 @@ def test_naflex_patches_without_a_mask(method: str, rope: str) -> None:
     torch.testing.assert_close(model.forward_features(**batch)["patches"], plain, rtol=1e-4, atol=1e-4)
     tokenprune.patch(model, method, keep=0.5)
     with tokenprune.record(model) as recording:
-        features = model.forward_features(**batch)["patches"]
-        model.forward_features(x)
-    assert [forward.grid for forward in recording.forwards] == [None, (5, 7)]
-    assert not torch.equal(features, plain)
-    torch.testing.assert_close(features, model.forward_features(x), rtol=1e-4, atol=1e-4)
-    _, own = model.forward_intermediates(batch, output_fmt="NLC")
-    _, reference = model.forward_intermediates(x, output_fmt="NLC")
-    for a, b in zip(own, reference, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        features = model.forward_features(**batch)["patches"][:, model.num_prefix_tokens :]
+        of_image = model.forward_features(x)[:, model.num_prefix_tokens :]
+    own, image = recording.forwards
+    assert (own.grid, image.grid) == (None, (5, 7))
+    assert not torch.equal(features, plain[:, model.num_prefix_tokens :])
+    left = own.places[-1].kept
+    assert torch.equal(left, image.places[-1].kept)
+    _, inner = model.forward_intermediates(batch, output_fmt="NLC")
+    _, inner_of_image = model.forward_intermediates(x, output_fmt="NLC")
+    for a, b in zip([features, *inner], [of_image, *inner_of_image], strict=True):
+        torch.testing.assert_close(gather_tokens(a, left), gather_tokens(b, left), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])

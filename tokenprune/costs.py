@@ -70,7 +70,9 @@ class CostModel:
                 cost += block.score(left)
                 left = keep
             cost += block.behind(left)
-        return cost + self.head(tokens if self.head_sees_all else left)
+        if self.head_sees_all:  # counted with all tokens of its size, and linear in them
+            return cost + self.head(self.tokens) * tokens / self.tokens
+        return cost + self.head(left)
 
 
 @dataclass

@@ -128,8 +128,9 @@ def _image_size(model: Any) -> tuple[int, int]:
 
 
 def _grid(model: Any) -> tuple[int, int]:
-    embed = getattr(model, "patch_embed", None)
-    if embed is not None and getattr(embed, "grid_size", None) is not None:
+    embed: Any = getattr(model, "patch_embed", None)
+    # Where images are padded to whole patches, the embedding's own size has only those without padding.
+    if getattr(embed, "grid_size", None) is not None and not getattr(embed, "dynamic_img_pad", False):
         return int(embed.grid_size[0]), int(embed.grid_size[1])
     return _grid_at(model, _image_size(model))
 
