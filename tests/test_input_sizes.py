@@ -200,7 +200,8 @@ def test_naflex_patches_under_a_mask_are_refused(padding: int) -> None:
 @pytest.mark.parametrize("rope", ["", "axial", "mixed"])
 @pytest.mark.parametrize("method", ["top_k", "tome"])
 def test_naflex_patches_without_a_mask(method: str, rope: str) -> None:
-    """The same as the image that they were cut from; but they may lie anywhere, so there is no grid."""
+    """The same tokens as of the image that they were cut from; but they may lie anywhere, so there is no grid, and
+    what is dropped is restored by its content alone."""
     shape = {"depth": 4, "embed_dim": 96, "num_heads": 4, "patch_size": zoo.PATCH, "pos_embed_grid_size": (4, 6)}
     model = timm.create_model("naflexvit_base_patch16_gap", rope_type=rope, **shape).eval()
     zoo.randomise(model, 0)
@@ -213,14 +214,19 @@ def test_naflex_patches_without_a_mask(method: str, rope: str) -> None:
     tokenprune.patch(model, method, keep=0.5)
     with tokenprune.record(model) as recording:
         features = model.forward_features(**batch)["patches"]
-        model.forward_features(x)
+        image_features = model.forward_features(x)
     assert [forward.grid for forward in recording.forwards] == [None, (5, 7)]
     assert not torch.equal(features, plain)
-    torch.testing.assert_close(features, model.forward_features(x), rtol=1e-4, atol=1e-4)
+    sources = [[place.source for place in forward.places] for forward in recording.forwards]
+    for a, b in zip(*sources, strict=True):
+        assert torch.equal(a, b)
+    kept = sources[0][-1] >= 0
+    prefix = model.num_prefix_tokens
+    torch.testing.assert_close(features[:, prefix:][kept], image_features[:, prefix:][kept], rtol=1e-4, atol=1e-4)
     _, own = model.forward_intermediates(batch, output_fmt="NLC")
     _, reference = model.forward_intermediates(x, output_fmt="NLC")
     for a, b in zip(own, reference, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a[kept], b[kept], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])

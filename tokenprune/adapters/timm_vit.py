@@ -39,8 +39,6 @@ class DenseOutputs(Mixin):
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         run = super().forward_features  # type: ignore[misc]
-        if torch.compiler.is_compiling():  # what the model's own hook set is not seen there: a whole forward is taken
-            return _dense(self, _read_as_grid(self), run, *args, **kwargs)
         entry = flow().entry
         if entry is not None and entry.whole:
             entry.whole = False
@@ -51,13 +49,6 @@ class DenseOutputs(Mixin):
         depth = len(self.blocks)  # type: ignore[arg-type]
         wanted = frozenset(feature_take_indices(depth, indices)[0]) | {depth - 1}
         return _dense(self, wanted, super().forward_intermediates, x, indices, *args, **kwargs)  # type: ignore[misc]
-
-
-def _read_as_grid(model: Any) -> frozenset[int]:
-    """What a whole forward restores: the last block's output, always or (-1) where tokens were merged."""
-    if _needs_grid(model, False):
-        return frozenset({len(model.blocks) - 1})
-    return frozenset({-1}) if _needs_grid(model, True) else frozenset()
 
 
 def _dense(model: nn.Module, blocks: frozenset[int], run: Any, *args: Any, **kwargs: Any) -> Any:
