@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import zoo
-from families import FAMILIES, METHODS, build, images, options, patches, run
+from families import FAMILIES, FEW, METHODS, build, images, options, patches, run
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch.nn import functional as F
@@ -66,23 +66,16 @@ def test_torch_attention_is_called_as_often_and_on_the_tokens_that_are_left(
     assert calls == blocks + plain[4 * each :]
 
 
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", [*FEW, "differential", "parallel_things"])
 def test_without_fused_attention_torch_attention_is_not_called(family: str, calls: list[int]) -> None:
     model = build(family)
     x = images(model)
-    tokenprune.patch(model, "tome", keep=0.5, **options(family, "tome"))
+    tokenprune.patch(model, "tome", keep=0.5)
     fused = run(model, x)
-    tokenprune.unpatch(model)
     unfuse(model)
     calls.clear()
-    run(model, x)
-    if calls:  # torch's call is the only one that this host has
-        assert family in ("map_pool", "differential", "differential_parallel", "parallel_scaling")
-    plain = len(calls)
-    tokenprune.patch(model, "tome", keep=0.5, **options(family, "tome"))
-    calls.clear()
     torch.testing.assert_close(run(model, x), fused, rtol=1e-3, atol=1e-3)
-    assert len(calls) == plain
+    assert not calls
 
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)
@@ -115,15 +108,15 @@ class Shapes(TorchDispatchMode):
         """The calls of torch's attention."""
         return [name for name in self.operators if "scaled_dot_product" in name]
 
-    def maps(self, counts: set[int]) -> list[tuple[int, ...]]:
-        """The shapes whose last two dimensions are token counts."""
-        return [shape for shape in self.shapes if len(shape) > 1 and counts.issuperset(shape[-2:])]
+    def maps(self) -> list[tuple[int, ...]]:
+        """The shapes of nothing but tokens by tokens: channels are fewer."""
+        return [shape for shape in self.shapes if len(shape) > 1 and min(shape[-2:]) >= FEWEST]
 
 
 BATCH, HEADS, GRID = 8, 16, 20
 TOKENS = GRID * GRID + 1
 SHARES = {0: 0.8, 1: 0.8}
-COUNTS = {401, 400, 321, 320, 257, 256}  # in and out of the two places, with and without the class token
+FEWEST = 256  # behind the second place
 
 
 @pytest.fixture
@@ -140,19 +133,18 @@ def test_no_attention_map_is_made_by_us(wide: nn.Module, method: str) -> None:
     x = torch.randn(BATCH, 3, 2 * GRID, 2 * GRID)
     with Shapes() as plain:
         run(wide, x)
-    assert not plain.maps(COUNTS)
+    assert not plain.maps()
     tokenprune.patch(wide, method, schedule=SHARES)
     with Shapes() as patched:
         run(wide, x)
     assert patched.attention() == plain.attention()
-    made = patched.maps(COUNTS)
     assert 4 * BATCH * HEADS * TOKENS * TOKENS > LIMIT
-    assert all(4 * torch.Size(shape).numel() <= LIMIT / 2 for shape in made)
-    assert bool(made) == (method in ("zero_tprune", "zero_tprune_uni"))
+    assert all(4 * torch.Size(shape).numel() <= LIMIT for shape in patched.maps())
+    assert any("attention_mass" in name for name in patched.operators) == method.startswith("zero_tprune")
 
 
 def test_a_map_would_be_seen(wide: nn.Module) -> None:
     unfuse(wide)
     with Shapes() as seen:
         run(wide, torch.randn(2, 3, 2 * GRID, 2 * GRID))
-    assert (2, HEADS, TOKENS, TOKENS) in seen.maps(COUNTS)
+    assert (2, HEADS, TOKENS, TOKENS) in seen.maps()

@@ -80,7 +80,10 @@ class TimmVisionTransformer:
         in_blocks = 0 if isinstance(model, cait.Cait) else int(parts.num_prefix_tokens)
         return Host(
             model=model,
-            blocks=[_block(f"blocks.{i}", block, in_blocks, grid[0] * grid[1]) for i, block in enumerate(parts.blocks)],
+            blocks=[
+                _block(f"blocks.{i}", block, int(parts.embed_dim), in_blocks, grid[0] * grid[1])
+                for i, block in enumerate(parts.blocks)
+            ],
             num_prefix_tokens=in_blocks,
             tokens=grid[0] * grid[1],
             grid=grid,
@@ -149,8 +152,8 @@ def _example(model: nn.Module) -> Tensor:
     return torch.empty(1, channels, *_image_size(model), device=reference.device, dtype=reference.dtype)
 
 
-def _block(name: str, block: nn.Module, prefix: int, tokens: int) -> BlockHost:
-    facts = BlockHost(name, block)
+def _block(name: str, block: nn.Module, width: int, prefix: int, tokens: int) -> BlockHost:
+    facts = BlockHost(name, block, width=width)
     inner: Any = block
     if isinstance(block, _PARALLEL_BLOCKS):
         facts.taps = (("queries", inner.q_norm), ("keys", inner.k_norm))
