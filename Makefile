@@ -13,10 +13,10 @@ demo: $(VENV)/.installed
 test test-full test-hosts: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not full and not hosts"
+	$(PYTEST) -m "not full and not hosts"
 
 test-full: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not hosts"
+	$(PYTEST) -m "not hosts"
 
 test-hosts: $(VENV)/.installed
 	$(BIN)/python -m pytest -m hosts tests/hosts
