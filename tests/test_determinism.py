@@ -1,4 +1,4 @@
-"""Promise 6: the same tokens for the same image whatever its batch mates, seeds, and the global generators untouched."""
+"""Promise 6: the same tokens for the same image whatever its batch mates; seeds; global generators are untouched."""
 
 from __future__ import annotations
 
