@@ -9,14 +9,16 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
 
-# One thread: the models of the tests are so small that a second one only waits.
+# One thread a process: the models of the tests are so small that a second one only waits. The tests of a file share
+# what they count, so they stay in one process.
 test test-full test-hosts: export OMP_NUM_THREADS = 1
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not full and not hosts"
+	$(PYTEST) -m "not full and not hosts"
 
 test-full: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not hosts"
+	$(PYTEST) -m "not hosts"
 
 test-hosts: $(VENV)/.installed
 	$(BIN)/python -m pytest -m hosts tests/hosts

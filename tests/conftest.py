@@ -44,6 +44,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     counts = {name: len(terminalreporter.stats.get(name, [])) for name in ("passed", "failed", "error", "skipped")}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, table in report.user_properties:
+            terminalreporter.write_line(f"{name}: {table}")
     terminalreporter.write_line(f"{counts}, {len(SKIPPED)} pinned as skipped")
     for name, reason in unpinned.items():
         terminalreporter.write_line(f"NOT AS PINNED {name}: {reason}", red=True)

@@ -227,8 +227,8 @@ def test_naflex_patches_under_a_mask_are_refused(padding: int) -> None:
 @pytest.mark.parametrize("rope", ["", "axial", "mixed"])
 @pytest.mark.parametrize("method", ["top_k", "tome"])
 def test_naflex_patches_without_a_mask(method: str, rope: str) -> None:
-    """Tokens that are left are the same as of the image that the patches were cut from; but these may lie anywhere, so
-    there is no grid, and others can be restored from other tokens."""
+    """The same tokens as of the image that they were cut from; but they may lie anywhere, so there is no grid, and
+    what is dropped is restored by its content alone."""
     shape = {"depth": 4, "embed_dim": 96, "num_heads": 4, "patch_size": zoo.PATCH, "pos_embed_grid_size": (4, 6)}
     model = timm.create_model("naflexvit_base_patch16_gap", rope_type=rope, **shape).eval()
     zoo.randomise(model, 0)
@@ -240,17 +240,20 @@ def test_naflex_patches_without_a_mask(method: str, rope: str) -> None:
     torch.testing.assert_close(model.forward_features(**batch)["patches"], plain, rtol=1e-4, atol=1e-4)
     tokenprune.patch(model, method, keep=0.5)
     with tokenprune.record(model) as recording:
-        features = model.forward_features(**batch)["patches"][:, model.num_prefix_tokens :]
-        of_image = model.forward_features(x)[:, model.num_prefix_tokens :]
-    own, image = recording.forwards
-    assert (own.grid, image.grid) == (None, (5, 7))
-    assert not torch.equal(features, plain[:, model.num_prefix_tokens :])
-    left = own.places[-1].kept
-    assert torch.equal(left, image.places[-1].kept)
-    _, inner = model.forward_intermediates(batch, output_fmt="NLC")
-    _, inner_of_image = model.forward_intermediates(x, output_fmt="NLC")
-    for a, b in zip([features, *inner], [of_image, *inner_of_image], strict=True):
-        torch.testing.assert_close(gather_tokens(a, left), gather_tokens(b, left), rtol=1e-4, atol=1e-4)
+        features = model.forward_features(**batch)["patches"]
+        image_features = model.forward_features(x)
+    assert [forward.grid for forward in recording.forwards] == [None, (5, 7)]
+    assert not torch.equal(features, plain)
+    sources = [[place.source for place in forward.places] for forward in recording.forwards]
+    for a, b in zip(*sources, strict=True):
+        assert torch.equal(a, b)
+    kept = sources[0][-1] >= 0
+    prefix = model.num_prefix_tokens
+    torch.testing.assert_close(features[:, prefix:][kept], image_features[:, prefix:][kept], rtol=1e-4, atol=1e-4)
+    _, own = model.forward_intermediates(batch, output_fmt="NLC")
+    _, reference = model.forward_intermediates(x, output_fmt="NLC")
+    for a, b in zip(own, reference, strict=True):
+        torch.testing.assert_close(a[kept], b[kept], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])

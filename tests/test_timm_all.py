@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -194,14 +194,13 @@ def test_real_size(name: str) -> None:
     outcomes["real size"][name] = outcome
 
 
-def test_counts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts(record_property: Callable[[str, object], None]) -> None:
     """The table over the names that ran before this test; with all of them it must be the pinned one."""
     assert len(REFUSED) <= 10
     for size, seen in outcomes.items():
         counts = Counter(seen.values())
         table = {outcome: counts[outcome] for outcome in ("passed", "floor", "refused")}
-        with capsys.disabled():
-            print(f"\ntimm names at flops={BUDGET}, {size}: {table} of {len(zoo.names())}")
+        record_property(f"timm names at flops={BUDGET}, {size}", f"{table} of {len(zoo.names())}")
         assert sorted(name for name in seen if seen[name] == "floor") == sorted(
             seen.keys() & set(PINNED["floor"][size])
         )
@@ -209,18 +208,17 @@ def test_counts(capsys: pytest.CaptureFixture[str]) -> None:
             assert table == PINNED[size]
 
 
-def test_reduction_points(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reduction_points(record_property: Callable[[str, object], None]) -> None:
     """Only blocks that run attention and MLP in parallel are reduced behind them: a silent slide from between to
     behind would cost a share of the saving in every block."""
     by_block: dict[str, dict[str, list[str]]] = {"between": defaultdict(list), "behind": defaultdict(list)}
     for name, where in reduced_at.items():
         for block, how in where.items():
             by_block[how][block].append(name)
-    with capsys.disabled():
-        for how, blocks in by_block.items():
-            for block, names in blocks.items():
-                listed = f": {', '.join(names)}" if how == "behind" else ""
-                print(f"\ntimm names reduced {how} {block}: {len(names)}{listed}", end="")
+    for how, blocks in by_block.items():
+        for block, names in blocks.items():
+            listed = f": {', '.join(names)}" if how == "behind" else ""
+            record_property(f"timm names reduced {how} {block}", f"{len(names)}{listed}")
     if len(reduced_at) == len(zoo.names()) and timm.__version__ == PINNED["timm"]:
         assert {block: sorted(names) for block, names in by_block["behind"].items()} == PINNED["behind"]
         assert {block: len(names) for block, names in by_block["between"].items()} == PINNED["between"]

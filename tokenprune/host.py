@@ -39,7 +39,7 @@ class BlockHost:
     mask_argument: name of the caller's attention mask, under which nothing is reduced. bias_arguments: names of
     arguments of shape [B or 1, H, N, N] to be re-indexed. rope_argument: the rotary table's. rotate: (x [B, H, N, D],
     table) -> rotated. mid: the block's class with a reduction point between attention and MLP, or None and
-    why not; check_tokens: prunable tokens that the block can be tried on by itself.
+    why not; width, check_tokens: channels and prunable tokens that the block can be tried on by itself.
     swaps: (module, class) to be exchanged while the patch is on.
     """
 
@@ -56,6 +56,7 @@ class BlockHost:
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
     mid: type[nn.Module] | None = None
     mid_refused: str = ""
+    width: int = 0
     check_tokens: int = 4
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
 

@@ -39,8 +39,6 @@ class DenseOutputs(Mixin):
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         run = super().forward_features  # type: ignore[misc]
-        if torch.compiler.is_compiling():  # what the model's own hook set is not seen there: a whole forward is taken
-            return _dense(self, _read_as_grid(self), run, *args, **kwargs)
         entry = flow().entry
         if entry is not None and entry.whole:
             entry.whole = False
@@ -51,13 +49,6 @@ class DenseOutputs(Mixin):
         depth = len(self.blocks)  # type: ignore[arg-type]
         wanted = frozenset(feature_take_indices(depth, indices)[0]) | {depth - 1}
         return _dense(self, wanted, super().forward_intermediates, x, indices, *args, **kwargs)  # type: ignore[misc]
-
-
-def _read_as_grid(model: Any) -> frozenset[int]:
-    """What a whole forward restores: the last block's output, always or (-1) where tokens were merged."""
-    if _needs_grid(model, False):
-        return frozenset({len(model.blocks) - 1})
-    return frozenset({-1}) if _needs_grid(model, True) else frozenset()
 
 
 def _dense(model: nn.Module, blocks: frozenset[int], run: Any, *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +80,10 @@ class TimmVisionTransformer:
         in_blocks = 0 if isinstance(model, cait.Cait) else int(parts.num_prefix_tokens)
         return Host(
             model=model,
-            blocks=[_block(f"blocks.{i}", block, in_blocks, grid[0] * grid[1]) for i, block in enumerate(parts.blocks)],
+            blocks=[
+                _block(f"blocks.{i}", block, int(parts.embed_dim), in_blocks, grid[0] * grid[1])
+                for i, block in enumerate(parts.blocks)
+            ],
             num_prefix_tokens=in_blocks,
             tokens=grid[0] * grid[1],
             grid=grid,
@@ -159,8 +153,8 @@ def _example(model: nn.Module) -> Tensor:
     return torch.empty(1, channels, *_image_size(model), device=reference.device, dtype=reference.dtype)
 
 
-def _block(name: str, block: nn.Module, prefix: int, tokens: int) -> BlockHost:
-    facts = BlockHost(name, block)
+def _block(name: str, block: nn.Module, width: int, prefix: int, tokens: int) -> BlockHost:
+    facts = BlockHost(name, block, width=width)
     inner: Any = block
     if isinstance(block, _PARALLEL_BLOCKS):
         facts.taps = (("queries", inner.q_norm), ("keys", inner.k_norm))
