@@ -17,7 +17,6 @@ import tokenprune
 from tokenprune import UnsupportedModel, registry
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.method import Method
-from tokenprune.reduction import gather_tokens
 from tokenprune.registry import register_method
 from tokenprune.schedule import Stages
 from tokenprune.selection.top_k import keep_top_k
