@@ -92,15 +92,16 @@ def attempt(name: str, model: nn.Module, x: Tensor) -> str:
 
 
 def assert_names_the_floor(model: nn.Module, x: Tensor, message: str) -> None:
-    """The message names, to two digits, what is left when the default method removes all it can, counted here."""
+    """The message names, to two digits, what is left when the default method, ToMe, halves in every block."""
     unpatched = cost(model, x)
     assert unpatched.outside > 0.5 * unpatched.total, "only a heavy stem makes the budget unreachable"
-    fewest = 1
-    try:
-        tokenprune.patch(model, tokens=1)
-    except tokenprune.BudgetError as error:
-        fewest = int(re.findall(r"tokens=(\d+)", str(error))[-1])
-        tokenprune.patch(model, tokens=fewest)
+    tokens = tokenprune.report(tokenprune.patch(model, keep=0.5)).to_dict()["tokens"]
+    halves = {}
+    for block in range(len(model.blocks)):
+        halves[block] = (tokens - tokens // 2) / tokens
+        tokens -= tokens // 2
+    tokenprune.patch(model, schedule=halves)
+    assert tokenprune.report(model).to_dict()["method"] == "tome"
     floor = zoo.count(model, x).get_total_flops() / unpatched.total
     tokenprune.unpatch(model)
     assert max(BUDGET, unpatched.outside / unpatched.total) < floor < 1
