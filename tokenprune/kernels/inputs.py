@@ -7,6 +7,8 @@ from torch import Tensor
 # torch 2.7 exporting looks like compiling.
 exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
+EPSILON = 1e-12  # the smallest norm to divide by, as in torch's normalize
+
 
 def repeat_heads(k: Tensor, heads: int) -> Tensor:
     """Keys [B, H / g, N, D] of grouped queries, each head g times: [B, H, N, D]."""

@@ -127,8 +127,10 @@ def _check(q: Tensor, k: Tensor, weights: Tensor, bias: Tensor | None, counts: S
             f"attention_mass: q {list(q.shape)}, k {list(k.shape)} and weights {list(weights.shape)} do not fit; they"
             " are [B, H, M, D], [B, H, N, D] and [B, H, M]"
         )
-    if bias is not None and not all(
-        given in (1, full) for given, full in zip(bias.shape, (batch, heads, rows, keys), strict=True)
+    if bias is not None and (
+        bias.ndim != 4
+        or bias.shape[3] != keys
+        or any(given not in (1, full) for given, full in zip(bias.shape, (batch, heads, rows), strict=False))
     ):
         raise TokenPruneError(
             f"attention_mass: a bias {list(bias.shape)} does not fit logits {[batch, heads, rows, keys]}"

@@ -11,11 +11,12 @@ Both take q [B, H, M, D], k [B, H, N, D], weights [B, H, M], a bias [1|B, 1|H, 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from tokenprune.kernels.attention_mass.iterate import iterate
 from tokenprune.kernels.attention_mass.tiles import Tile, flat, tiles
 from tokenprune.kernels.inputs import precision
 
@@ -50,7 +51,8 @@ def tiled(
         def push(mass: Tensor, attention: Tensor = attention) -> Tensor:
             return torch.bmm(mass, attention)[..., :keys]
 
-        _iterate(push, tile, weights, counts, tolerance, out)
+        mass = flat(weights, tile.images, tile.heads, dtype).unsqueeze(1)
+        _store(out, tile, iterate(push, mass, counts, tolerance))
     return out
 
 
@@ -84,42 +86,15 @@ def matrix_free(
                 torch.baddbmm(total, weight, attention, out=total)
             return total[..., :keys]
 
-        _iterate(push, tile, weights, counts, tolerance, out)
+        mass = flat(weights, tile.images, tile.heads, dtype).unsqueeze(1)
+        _store(out, tile, iterate(push, mass, counts, tolerance))
     return out
 
 
-def _iterate(
-    push: Callable[[Tensor], Tensor],
-    tile: Tile,
-    weights: Tensor,
-    counts: Sequence[int],
-    tolerance: float,
-    out: Tensor,
-) -> None:
-    """Push the tile's weights and put the mass after each of `counts` iterations into its part of `out`."""
-    mass = flat(weights, tile.images, tile.heads, out.dtype).unsqueeze(1)
-    parts = out[:, tile.images, tile.heads]
-    if tolerance:
-        parts[0] = _settle(push, mass, counts[-1], tolerance).view_as(parts[0])
-        return
-    for done in range(1, counts[-1] + 1):
-        mass = push(mass)
-        if done in counts:
-            parts[counts.index(done)] = mass.view_as(parts[0])
-
-
-def _settle(push: Callable[[Tensor], Tensor], mass: Tensor, most: int, tolerance: float) -> Tensor:
-    """Push until each pair's mass changes by less than `tolerance`, at most `most` times."""
-    moving = torch.ones_like(mass[..., :1], dtype=torch.bool)
-    for _ in range(most):
-        pushed = push(mass)
-        change = (pushed - mass).abs().sum(-1, keepdim=True)
-        # A pair that has settled stays, so that its result does not depend on the others in its tile.
-        mass = torch.where(moving, pushed, mass)
-        moving = moving & (change >= tolerance)
-        if not moving.any():
-            break
-    return mass
+def _store(out: Tensor, tile: Tile, masses: Sequence[Tensor]) -> None:
+    """Put the masses [n, 1, N] of a tile's pairs into its part of out [C, B, H, N]."""
+    for part, mass in zip(out[:, tile.images, tile.heads], masses, strict=True):
+        part.copy_(mass.view_as(part))
 
 
 def _columns(k: Tensor) -> int:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.kernels.inputs import precision
+from tokenprune.kernels.inputs import EPSILON, precision
 
 # Bytes of similarities that a thread works on at a time, so that they stay in its cache.
 CACHED = 2 * 2**20
-EPSILON = 1e-12
 
 
 def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) -> tuple[Tensor, Tensor]:
