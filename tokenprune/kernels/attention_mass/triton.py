@@ -28,7 +28,7 @@ def _rows(pointer, start, row_stride, count, dim, BLOCK: tl.constexpr, BLOCK_D: 
     d = tl.arange(0, BLOCK_D)
     place = row[:, None] * row_stride + d[None, :]  # 64 bits are for the block's start alone: they cost registers
     mask = (start + row < count)[:, None] & (d < dim)[None, :]
-    return tl.load(pointer + start.to(tl.int64) * row_stride + place, mask=mask, other=0.0)
+    return tl.load(pointer + tl.cast(start, tl.int64) * row_stride + place, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -52,13 +52,13 @@ def _logits(
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * log2_e)
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     inside = first_key + n < keys
-    bias += first_key.to(tl.int64)
+    bias += tl.cast(first_key, tl.int64)
     if BIAS == 1:
         logits += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :] * log2_e
     if BIAS == 2:
         place = m[:, None] * bias_row + n[None, :]
         mask = (first_row + m < rows)[:, None] & inside[None, :]
-        added = tl.load(bias + first_row.to(tl.int64) * bias_row + place, mask=mask, other=0.0)
+        added = tl.load(bias + tl.cast(first_row, tl.int64) * bias_row + place, mask=mask, other=0.0)
         logits += added.to(tl.float32) * log2_e
     return tl.where(inside[None, :], logits, float("-inf"))
 
