@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
+from uuid import uuid4
 
+import torch
 from torch import nn
 
 from tokenprune.budget import Budget
@@ -18,7 +21,7 @@ from tokenprune.schedule import Layout
 from tokenprune.self_check import check_blocks
 from tokenprune.site import Site
 from tokenprune.solver import Counts, follow_shares, solve
-from tokenprune.state import FLOW, Entry, TokenState
+from tokenprune.state import Entry, TokenState, constant_in_graphs, flow
 
 
 class Patch:
@@ -28,6 +31,7 @@ class Patch:
     """
 
     def __init__(self, host: Host, adapter: str, method: Method, budget: Budget) -> None:
+        self.key = uuid4().hex
         self.adapter = adapter
         self.method = method
         self.budget = budget
@@ -47,7 +51,6 @@ class Patch:
         self.costs: CostModel | None = None
         self.solved: dict[int, Counts] = {}
         self.counted: int | None = None
-        self.seen: dict[str, tuple[int, int]] = {}
         self.entered = host.tokens
         self.probe: Probe | None = None
         self.recordings: list[Recording] = []
@@ -65,6 +68,10 @@ class Patch:
         Raises:
             BudgetError: the budget cannot be met at this size.
         """
+        return self._counts(self.key, operator.index(entering))
+
+    @constant_in_graphs
+    def _counts(self, key: str, entering: int) -> Counts:
         if entering not in self.solved:
             self.solved[entering] = self._solve(entering)
         return self.solved[entering]
@@ -86,32 +93,28 @@ class Patch:
             return None
         return keep
 
-    def note(self, name: str, entered: int, left: int) -> None:
-        """Remember, for the report, the token numbers of the last forward."""
-        self.seen[name] = (entered, left)
-
     def restored_blocks(self, model: nn.Module) -> frozenset[int]:
         """Blocks behind which the full grid is restored in a forward, because what follows them reads it."""
         if not self.active or self.restored is None:
             return frozenset()
         return self.restored(model, self.method.merges)
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: a forward of the whole model starts."""
-        grid = self.grid_of(model, args[0]) if self.recordings and self.grid_of is not None and args else None
-        FLOW.entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
+        grid: tuple[int, int] | None = self.grid
+        if self.grid_of is not None and not torch.compiler.is_compiling():  # there it would be a graph for each size
+            grid = self.grid_of(model, *args, **kwargs)
+        flow().entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: it has ended, by a result or an exception."""
-        FLOW.entry = None
-        FLOW.site = FLOW.state = FLOW.left = None
+        flow().end()
 
-    def new_forward(self) -> Forward | None:
+    def new_forward(self, grid: tuple[int, int] | None) -> Forward | None:
         """The recording of a forward that starts now, where one is wanted."""
         if not self.recordings:
             return None
-        entry = FLOW.entry
-        forward = Forward((entry.grid if entry is not None else None) or self.grid)
+        forward = Forward(grid)
         for recording in self.recordings:
             recording.forwards.append(forward)
         return forward
@@ -172,7 +175,7 @@ def attach(host: Host, patch: Patch) -> list[Site]:
         sites.append(site)
     for module, swapped in host.swaps:
         module.__class__ = swapped
-    host.model.register_forward_pre_hook(patch.begin, prepend=True)
+    host.model.register_forward_pre_hook(patch.begin, with_kwargs=True, prepend=True)
     host.model.register_forward_hook(patch.end, always_call=True)
     return sites
 

@@ -38,7 +38,7 @@ class Report:
             "flops_ratio": after / before,
             "places": [
                 {"name": name, "tokens_in": tokens_in, "tokens_out": tokens_out}
-                for name, (tokens_in, tokens_out) in (patch.seen or _solved(patch, counts)).items()
+                for name, tokens_in, tokens_out in _places(patch, counts)
             ],
             "skipped": dict(patch.skipped),
             "notes": list(patch.notes),
@@ -58,10 +58,10 @@ class Report:
         return "\n".join(lines)
 
 
-def _solved(patch: Patch, counts: dict[int, int]) -> dict[str, tuple[int, int]]:
-    """What the places will do, where no forward has run yet."""
-    places, tokens = {}, patch.entered
+def _places(patch: Patch, counts: dict[int, int]) -> list[tuple[str, int, int]]:
+    """(name, tokens in, tokens out) of each place at the size of the last forward."""
+    places, tokens = [], patch.entered
     for index in sorted(counts):
-        places[patch.names[index]] = (tokens, counts[index])
+        places.append((patch.names[index], tokens, counts[index]))
         tokens = counts[index]
     return places

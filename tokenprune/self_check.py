@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import nn
 
 from tokenprune.ghost import ghost
-from tokenprune.host import Host
+from tokenprune.host import BlockHost, Host
 
 
 def check_blocks(host: Host) -> None:
@@ -20,18 +22,19 @@ def check_blocks(host: Host) -> None:
             continue
         if "forward" in vars(block.module):
             block.mid, block.mid_refused = None, "its forward is replaced on the instance"
-        elif not _equal(block.module, block.mid, host.num_prefix_tokens + block.check_tokens):
+        elif not _equal(host, block, block.mid):
             block.mid, block.mid_refused = None, "run through its own parts it gives another output"
 
 
-def _equal(module: nn.Module, mid: type[nn.Module], tokens: int) -> bool:
-    weight = next(p for p in module.parameters() if p.is_floating_point())
+def _equal(host: Host, block: BlockHost, mid: type[nn.Module]) -> bool:
+    parameters = chain(block.module.parameters(), host.model.parameters())
+    weight = next(p for p in parameters if p.is_floating_point())
     if weight.device.type == "meta":
         return True
-    plain, swapped = ghost(module), ghost(module)
+    plain, swapped = ghost(block.module), ghost(block.module)
     swapped.__class__ = mid
     generator = torch.Generator(device=weight.device).manual_seed(0)
-    width = next(p.shape[-1] for name, p in module.named_parameters() if "norm1" in name and p.ndim == 1)
-    x = torch.randn(1, tokens, width, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
+    shape = 1, host.num_prefix_tokens + block.check_tokens, block.width
+    x = torch.randn(shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
     with torch.no_grad():
         return bool(torch.equal(plain(x), swapped(x)))

@@ -20,7 +20,7 @@ from tokenprune.errors import UnsupportedModel
 from tokenprune.host import BlockHost, gather_bias, gather_rope
 from tokenprune.recording import PlaceRecord
 from tokenprune.restore import follow_source, restore_tokens, stand_ins
-from tokenprune.state import FLOW, TokenState, recall, remember
+from tokenprune.state import TokenState, flow, recall, remember
 
 if TYPE_CHECKING:
     from tokenprune.patch import Patch
@@ -60,8 +60,8 @@ class Site:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the block: find the tokens that are left and re-index what else is indexed by token."""
         x = args[0] if args else next(iter(kwargs.values()))
-        FLOW.site, FLOW.state = self, None
-        FLOW.queries = FLOW.keys = FLOW.inputs = FLOW.bias = FLOW.rope = None
+        flow().site, flow().state = self, None
+        flow().queries = flow().keys = flow().inputs = flow().bias = flow().rope = None
         if not self.patch.active:
             return None
         if not isinstance(x, Tensor):
@@ -71,11 +71,11 @@ class Site:
             )
         if kwargs.get("is_causal") or (self.mask_argument and kwargs.get(self.mask_argument) is not None):
             raise UnsupportedModel(
-                "tokens cannot be reduced under the caller's attention mask or causal attention; call the model"
-                " without them, or unpatch it first"
+                "tokens cannot be reduced under an attention mask (the caller's own, a causal one, or that of padded"
+                " patches); call the model with images of one size and no mask, or unpatch it first"
             )
         state = self._incoming(x)
-        FLOW.state = state
+        flow().state = state
         self.patch.mark(self, "enter")
         if state.reduced is not None:
             if x.requires_grad and not state.reduced.requires_grad:
@@ -87,44 +87,49 @@ class Site:
         elif self.patch.probe is not None and self.index == 0:
             left = self.patch.probe.tokens
             origin = torch.arange(left, device=x.device).expand(x.shape[0], -1)
-            FLOW.state = state = replace(state, tokens=left, origin=origin)
+            flow().state = state = replace(state, tokens=left, origin=origin)
             args, kwargs = _with_hidden(x[:, : self.patch.num_prefix_tokens + left], args, kwargs)
         return args, self._reindexed(kwargs, state, x.dtype)
 
     def _incoming(self, x: Tensor) -> TokenState:
+        now = flow()
         state = recall(x) if self.index or _in_backward() else None
-        if state is None and self.index and FLOW.left is not None:
-            site, left, shape = FLOW.left
+        if state is None and self.index and now.left is not None:
+            site, left, shape = now.left
             # A hook of the user's replaced the tensor between two blocks.
             if site.patch is self.patch and site.index == self.index - 1 and shape == x.shape[:2]:
                 state = left
         if state is None:
             tokens = x.shape[1] - self.patch.num_prefix_tokens
+            entry = now.entry
+            dense = entry.dense if entry is not None else frozenset()
+            grid = entry.grid if entry is not None else self.patch.grid
+            if grid is not None and grid[0] * grid[1] != tokens:  # some were dropped before the first block
+                grid = None
             forward = None
             if self.index == 0:
                 self.patch.entered = tokens
-                forward = self.patch.new_forward()
-            entry = FLOW.entry
-            dense = entry.dense if entry is not None else frozenset()
-            state = TokenState(tokens, tokens, forward=forward, dense=dense)
+                forward = self.patch.new_forward(grid)
+            state = TokenState(tokens, tokens, grid=grid, forward=forward, dense=dense)
             if torch.is_grad_enabled() or x.requires_grad:
                 remember(x, state)  # found again when checkpointing re-runs the first block
         return state
 
     def _reindexed(self, kwargs: dict[str, Any], state: TokenState, dtype: torch.dtype) -> dict[str, Any]:
+        now = flow()
         kwargs = dict(kwargs)
         if self.rope_argument is not None and kwargs.get(self.rope_argument) is not None:
             if state.origin is not None:
                 kwargs[self.rope_argument] = gather_rope(kwargs[self.rope_argument], state.origin)
-            FLOW.rope = kwargs[self.rope_argument]
+            now.rope = kwargs[self.rope_argument]
         for name in self.bias_arguments:
             if kwargs.get(name) is not None:
                 if state.origin is not None:
                     kwargs[name] = gather_bias(kwargs[name], state.origin, self.patch.num_prefix_tokens)
-                FLOW.bias = kwargs[name]
+                now.bias = kwargs[name]
         if self.patch.method.proportional and state.sizes is not None and self.key_bias is not None:
             bias = self.size_bias(state.sizes, dtype)
-            kwargs[self.key_bias] = FLOW.bias = bias if FLOW.bias is None else FLOW.bias + bias
+            kwargs[self.key_bias] = now.bias = bias if now.bias is None else now.bias + bias
         return kwargs
 
     def size_bias(self, sizes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,27 +139,28 @@ class Site:
 
     def own_bias(self, bias: Tensor) -> Tensor:
         """The bias [1, H, N, N] that an attention computes for itself, for the tokens that are left."""
-        state = FLOW.state
+        now = flow()
+        state = now.state
         if state is None:
             return bias
         if state.origin is not None:
             bias = gather_bias(bias, state.origin, self.patch.num_prefix_tokens)
         if self.patch.method.proportional and state.sizes is not None and self.key_bias is None:
             bias = bias + self.size_bias(state.sizes, bias.dtype)
-        FLOW.bias = bias if FLOW.bias is None else FLOW.bias + bias
+        now.bias = bias if now.bias is None else now.bias + bias
         return bias
 
     def catch_queries(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Keep the queries of this block until it ends."""
-        FLOW.queries = output
+        flow().queries = output
 
     def catch_keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Keep the keys of this block until it ends."""
-        FLOW.keys = output
+        flow().keys = output
 
     def catch_inputs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Keep the attention's input, where queries and keys are recomputed from it."""
-        FLOW.inputs = (module, args[0])
+        flow().inputs = (module, args[0])
 
     def reduce_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Behind the block, where it cannot be done between attention and MLP."""
@@ -162,7 +168,7 @@ class Site:
 
     def reduce(self, x: Tensor) -> Tensor:
         """Score, select and reduce the tokens of x [B, P + n, C], and note what went where."""
-        state = FLOW.state
+        state = flow().state
         if not self.reduces or state is None:
             return x
         keep = self.patch.leaving(self.index, state)
@@ -180,7 +186,7 @@ class Site:
         if self.patch.method.merges:
             sizes = reduction.merged_sizes(sizes if sizes is not None else origin.new_ones(body.shape[:2]).float())
         if state.dense:
-            state = replace(state, stand_in=stand_ins(state, reduction, record.metric))
+            state = replace(state, stand_in=stand_ins(state, reduction, body.detach()))
         if state.forward is not None and not _in_backward():
             source = follow_source(state, reduction.source(state.tokens))
             state = replace(state, source=source)
@@ -188,36 +194,36 @@ class Site:
         if self.patch.probe is not None:  # counted, not removed
             self.patch.mark(self, "reduced")
             return x
-        self.patch.note(self.name, state.tokens, keep)
-        FLOW.state = replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
+        flow().state = replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
         return torch.cat([x[:, :prefix], leaving], 1) if prefix else _in_layout_of(x, leaving)
 
     def _record(self, x: Tensor, state: TokenState) -> AttentionRecord:
-        queries, keys = self.read(FLOW.queries, FLOW.keys, FLOW.inputs)
+        now = flow()
+        queries, keys = self.read(now.queries, now.keys, now.inputs)
         rotate: Callable[[Tensor], Tensor] | None = None
-        if FLOW.rope is not None and self.rotate is not None:
-            rotate = partial(_rotated, self.rotate, FLOW.rope)
+        if now.rope is not None and self.rotate is not None:
+            rotate = partial(_rotated, self.rotate, now.rope)
         return AttentionRecord(
             hidden=x.detach(),
             origin=state.origins(x),
             num_prefix_tokens=self.patch.num_prefix_tokens,
             place=self.index,
             depth=self.patch.depth,
-            grid=self.patch.grid,
+            grid=state.grid,
             has_class_token=self.patch.has_class_token,
             scale=self.scale,
             queries=queries.detach() if queries is not None else None,
             keys=keys.detach() if keys is not None else None,
             sizes=state.sizes,
-            bias=FLOW.bias.detach() if FLOW.bias is not None else None,
+            bias=now.bias.detach() if now.bias is not None else None,
             rotate=rotate,
         )
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After the block: hand the state to the next one, and restore the full grid where it is read here."""
-        state, site = FLOW.state, FLOW.site
-        FLOW.site = FLOW.state = None
-        FLOW.queries = FLOW.keys = FLOW.inputs = FLOW.bias = FLOW.rope = None
+        state, site = flow().state, flow().site
+        flow().site = flow().state = None
+        flow().queries = flow().keys = flow().inputs = flow().bias = flow().rope = None
         if site is not self and self.patch.active:
             raise UnsupportedModel(
                 f"another patched model, or another block of this one, ran inside {self.name} (a hook on one of its"
@@ -227,7 +233,7 @@ class Site:
             return None
         self.patch.mark(self, "leave")
         last = self.index == self.patch.depth - 1
-        FLOW.left = None if last else (self, state, (output.shape[0], output.shape[1]))
+        flow().left = None if last else (self, state, (output.shape[0], output.shape[1]))
         if last and self.patch.probe is not None and state.dense:
             return pad_tokens(output, self.patch.num_prefix_tokens + state.entering)
         if state.reduced is not None:
@@ -266,11 +272,11 @@ def _in_backward() -> bool:
 
 def reduce_here(x: Tensor) -> Tensor:
     """The reduction point inside a block: reduces x [B, N, C] at the site whose block runs now in this thread."""
-    site = FLOW.site
+    site = flow().site
     return x if site is None else site.reduce(x)
 
 
 def own_bias_here(bias: Tensor) -> Tensor:
     """The bias that an attention computed for itself, re-indexed for the block that runs now in this thread."""
-    site = FLOW.site
+    site = flow().site
     return bias if site is None else site.own_bias(bias)

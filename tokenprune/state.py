@@ -9,9 +9,9 @@ the state rides on the traced tensor instead.
 from __future__ import annotations
 
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,8 +30,9 @@ class TokenState:
     entering: tokens that entered the first place. tokens: how many are left, n. origin: [B, n] original patch of each
     (None: all, in order). sizes: [B, n] patches in each (None: one each). source: [B, entering] position that holds
     each original patch, -1 where it was dropped (for recordings). stand_in: [B, entering] position whose value
-    restores each original patch (for dense outputs). reduced: the reduced tensor behind a restored one. forward: the
-    recording that follows this forward. dense: blocks whose output is restored in this forward.
+    restores each original patch (for dense outputs). reduced: the reduced tensor behind a restored one. grid: (rows,
+    columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward.
+    dense: blocks whose output is restored in this forward.
     """
 
     entering: int
@@ -41,6 +42,7 @@ class TokenState:
     source: Tensor | None = None
     stand_in: Tensor | None = None
     reduced: Tensor | None = None
+    grid: tuple[int, int] | None = None
     forward: Forward | None = None
     dense: frozenset[int] = frozenset()
 
@@ -51,22 +53,20 @@ class TokenState:
         return torch.arange(self.tokens, device=x.device).expand(x.shape[0], -1)
 
 
+@dataclass(eq=False)
 class Entry:
-    """How the model was entered. whole: by its forward, and not yet passed on to its features. dense: blocks whose
-    output is restored. grid: (rows, columns) of the input, where it is recorded.
+    """How the model was entered. dense: blocks whose output is restored. whole: by its forward, and not yet passed on
+    to its features. grid: (rows, columns) of the input, None where it has none."""
 
-    An object that is changed in place: torch.compile loses plain values that are set anew in thread-local storage.
-    """
-
-    def __init__(self, dense: frozenset[int], *, whole: bool, grid: tuple[int, int] | None = None) -> None:
-        self.whole = whole
-        self.dense = dense
-        self.grid = grid
+    dense: frozenset[int]
+    whole: bool
+    grid: tuple[int, int] | None
 
 
-class Flow(threading.local):
+@dataclass(eq=False)
+class Flow:
     """What the block that runs now in this thread has captured, emptied when the block ends; and how the forward was
-    entered, emptied when the entry point returns."""
+    entered and what the last block left, emptied when the entry point returns."""
 
     site: Site | None = None
     state: TokenState | None = None
@@ -78,8 +78,29 @@ class Flow(threading.local):
     left: tuple[Site, TokenState, tuple[int, int]] | None = None
     entry: Entry | None = None
 
+    def end(self) -> None:
+        """Let go of everything: the entry point has returned, or was left by an exception in the middle of a block."""
+        self.site = self.state = self.left = self.entry = None
+        self.queries = self.keys = self.inputs = self.bias = self.rope = None
 
-FLOW = Flow()
+
+class _OfThread(threading.local):
+    """One Flow for each thread, made once and changed in place: torch.compile loses what a compiled block sets anew in
+    thread-local storage."""
+
+    def __init__(self) -> None:
+        self.flow = Flow()
+
+
+_THREAD = _OfThread()
+
+
+def flow() -> Flow:
+    """The Flow of this thread."""
+    return _THREAD.flow
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 _STATES: MutableMapping[Any, TokenState] = WeakIdKeyDictionary()
 _ATTRIBUTE = "_tokenprune_state"
 
@@ -102,3 +123,10 @@ def recall(x: Tensor) -> TokenState | None:
 def _is_wrapped(x: Tensor) -> bool:
     """Whether x is a tensor of torch.func's transforms, which has no storage of its own."""
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Call `function` while torch.compile traces, and build its result into the graph: its arguments are constants
+    that the graph is guarded by (torch.compiler.assume_constant_result, without its import of the compiler)."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
