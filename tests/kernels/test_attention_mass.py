@@ -1,39 +1,113 @@
 import pytest
 import torch
+from kernel_inputs import TOKENS, attention_inputs, error
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from tokenprune.kernels.attention_mass import attention_mass
+from tokenprune import TokenPruneError
+from tokenprune.kernels.attention_mass import attention_mass, eager
 from tokenprune.kernels.attention_mass.reference import attention_mass as naive
-from tokenprune.kernels.class_attention import class_attention
-from tokenprune.kernels.class_attention.reference import class_attention as naive_class_attention
 
-SHAPES = [(2, 3, 1, 8), (1, 1, 63, 5), (3, 2, 97, 16), (2, 6, 257, 64)]
+PATHS = ["tiled", "matrix_free"]
 
 
-def case(batch: int, heads: int, tokens: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    q = 2 * torch.randn(batch, heads, tokens, dim, generator=generator)
-    k = 2 * torch.randn(batch, heads, tokens, dim, generator=generator)
-    weights = torch.rand(batch, heads, tokens, generator=generator)
-    return q, k, weights / weights.sum(-1, keepdim=True)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("cached", [2**13, 2**18, 2**21])
+def test_every_tiling_gives_the_formula(
+    tokens: int, path: str, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eager, "CACHED", cached)
+    q, k, weights = attention_inputs(3, 2, tokens, 20)
+    expected = naive(q, k, weights, iterations=3)
+    for limit in (1, 2**19, 2**30):
+        mass = attention_mass(q, k, weights, iterations=3, memory_limit=limit, backend=path)
+        torch.testing.assert_close(mass, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("iterations", [1, 5, 30])
-@pytest.mark.parametrize("memory_limit", [1, 2**18, 2**30])
-def test_every_tiling_gives_the_formula(shape: tuple[int, ...], iterations: int, memory_limit: int) -> None:
-    q, k, weights = case(*shape)
-    mass = attention_mass(q, k, weights, iterations=iterations, memory_limit=memory_limit)
-    torch.testing.assert_close(mass, naive(q, k, weights, iterations=iterations), rtol=1e-4, atol=1e-6)
+def test_what_the_dispatcher_takes_gives_the_formula(iterations: int) -> None:
+    q, k, weights = attention_inputs(2, 6, 257, 64)
+    expected = naive(q, k, weights, iterations=iterations)
+    torch.testing.assert_close(attention_mass(q, k, weights, iterations=iterations), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_error_is_at_most_twice_that_of_plain_torch(dtype: torch.dtype, path: str) -> None:
+    q, k, weights = (x.to(dtype) for x in attention_inputs(2, 3, 257, 64))
+    exact = naive(q.double(), k.double(), weights.double(), iterations=5)
+    mass = attention_mass(q, k, weights, iterations=5, backend=path)
+    assert mass.dtype == torch.float32
+    assert error(mass, exact) <= 2 * error(naive(q, k, weights, iterations=5), exact)
+
+
+def test_double_precision_stays() -> None:
+    q, k, weights = (x.double() for x in attention_inputs(1, 2, 63, 8))
+    for path in PATHS:
+        mass = attention_mass(q, k, weights, iterations=2, backend=path)
+        torch.testing.assert_close(mass, naive(q, k, weights, iterations=2), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 1), (2, 3)], ids=str)
 @pytest.mark.parametrize("rows", [1, 97])
-def test_a_bias_is_added_to_the_logits_of_its_own_image_and_head(shape: tuple[int, int], rows: int) -> None:
-    q, k, weights = case(2, 3, 97, 16)
-    bias = torch.randn(*shape, rows, 97)
-    for limit in (1, 2**30):
-        mass = attention_mass(q, k, weights, iterations=2, bias=bias, memory_limit=limit)
-        torch.testing.assert_close(mass, naive(q, k, weights, iterations=2, bias=bias), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_bias_is_added_to_the_logits_of_its_own_image_and_head(
+    shape: tuple[int, int], rows: int, mask: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, weights = attention_inputs(2, 3, 97, 16)
+    bias = torch.randn(*shape, rows, 97, generator=torch.Generator().manual_seed(rows))
+    if mask:
+        bias = bias > 0.5
+    expected = naive(q, k, weights, iterations=2, bias=bias)
+    for cached in (2**11, 2**14, 2**21):
+        monkeypatch.setattr(eager, "CACHED", cached)
+        for path in PATHS:
+            mass = attention_mass(q, k, weights, iterations=2, bias=bias, backend=path)
+            torch.testing.assert_close(mass, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_padded_tokens_change_nothing(path: str) -> None:
+    q, k, weights = attention_inputs(2, 3, 97, 16)
+    real = torch.ones(2, 1, 1, 97, dtype=torch.bool)
+    real[0, ..., 60:] = False
+    weights = weights * real[:, 0]
+    mass = attention_mass(q, k, weights, iterations=4, bias=real, backend=path)
+    alone = attention_mass(q[:1, :, :60], k[:1, :, :60], weights[:1, :, :60], iterations=4, backend=path)
+    torch.testing.assert_close(mass[:1, :, :60], alone, rtol=1e-5, atol=1e-7)
+    assert (mass[0, :, 60:] == 0).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_query_that_may_attend_to_nothing_pays_nothing(path: str, rows: int) -> None:
+    q, k, weights = attention_inputs(2, 2, 40, 8)
+    mask = torch.ones(2, 1, rows, 40, dtype=torch.bool)
+    mask[0, :, 0] = False
+    mass = attention_mass(q, k, weights, iterations=2, bias=mask, backend=path)
+    torch.testing.assert_close(mass, naive(q, k, weights, iterations=2, bias=mask), rtol=1e-4, atol=1e-6)
+    if rows == 1:
+        assert (mass[0] == 0).all()
+
+
+@pytest.mark.parametrize("cached", [2**13, 2**21])
+def test_some_queries_push_for_themselves(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "CACHED", cached)
+    q, k, weights = attention_inputs(2, 3, 97, 16)
+    bias = torch.randn(1, 3, 97, 97)
+    few = (q[:, :, 5:50], k, weights[:, :, 5:50])
+    torch.testing.assert_close(attention_mass(*few), naive(*few), rtol=1e-4, atol=1e-6)
+    got = attention_mass(*few, bias=bias[:, :, 5:50])
+    torch.testing.assert_close(got, naive(*few, bias=bias[:, :, 5:50]), rtol=1e-4, atol=1e-6)
+
+
+def test_groups_of_queries_share_a_key_head() -> None:
+    q, k, weights = attention_inputs(2, 6, 40, 8)
+    got = attention_mass(q, k[:, :3], weights, iterations=2)
+    expected = naive(q, k[:, :3].repeat_interleave(2, 1), weights, iterations=2)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_worked_example() -> None:
@@ -47,51 +121,134 @@ def test_a_worked_example() -> None:
     torch.testing.assert_close(twice, torch.tensor([[[7 / 16, 9 / 16]]]))
 
 
-def test_mass_is_preserved_and_low_precision_stays_near() -> None:
-    q, k, weights = case(2, 6, 257, 64)
+@pytest.mark.parametrize("path", PATHS)
+def test_several_counts_are_several_runs(path: str) -> None:
+    q, k, weights = attention_inputs(2, 3, 63, 16)
+    both = attention_mass(q, k, weights, iterations=(1, 7), backend=path)
+    assert both.shape == (2, 2, 3, 63)
+    for mass, count in zip(both, (1, 7), strict=True):
+        assert torch.equal(mass, attention_mass(q, k, weights, iterations=count, backend=path))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_tolerance_ends_where_the_mass_has_settled(path: str) -> None:
+    q, k, weights = attention_inputs(2, 3, 63, 16)
+    q[1] = q[1] / 2  # an image that settles sooner
+    mass = attention_mass(q, k, weights, iterations=1e-3, backend=path)
+    for image in range(2):
+        for head in range(3):
+            one = [x[image : image + 1, head : head + 1] for x in (q, k, weights)]
+            before, count = one[2], 1
+            while (after := naive(*one, iterations=count)).sub(before).abs().sum() >= 1e-3:
+                before, count = after, count + 1
+            assert count > 2
+            torch.testing.assert_close(mass[image, head], after[0, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_mass_is_preserved() -> None:
+    q, k, weights = attention_inputs(2, 6, 257, 64)
     mass = attention_mass(q, k, weights, iterations=30)
     torch.testing.assert_close(mass.sum(-1), weights.sum(-1), rtol=1e-4, atol=1e-5)
-    low = attention_mass(q.bfloat16(), k.bfloat16(), weights, iterations=5)
-    plain = naive(q.bfloat16(), k.bfloat16(), weights.bfloat16(), iterations=5).float()
-    exact = naive(q, k, weights, iterations=5)
-    assert (low - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
-def test_one_tile_stays_under_the_limit() -> None:
-    q, k, weights = case(4, 6, 128, 16)
-    biggest = 0
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal biggest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    biggest = max(biggest, tensor.numel() * tensor.element_size())
-            return out
-
-    limit = 2**18
-    import tokenprune.kernels.attention_mass.eager as eager
-
-    with Largest():
-        eager._attention_mass._init_fn(q, k, weights, None, 3, 0.25, limit)
-    assert q.numel() * 4 <= biggest <= max(limit, q.numel() * 4)
+@pytest.mark.parametrize("tokens", [37, 63, 197, 257])
+@pytest.mark.parametrize("path", PATHS)
+def test_batch_mates_change_not_a_bit(tokens: int, path: str) -> None:
+    q, k, weights = attention_inputs(11, 3, tokens, 20)
+    for iterations in (1, 3, 1e-3):
+        together = attention_mass(q, k, weights, iterations=iterations, backend=path)
+        for part in (slice(0, 1), slice(3, 8), slice(10, 11)):
+            alone = attention_mass(q[part], k[part], weights[part], iterations=iterations, backend=path)
+            assert torch.equal(together[part], alone)
 
 
-def test_the_operator_is_well_formed_and_counted() -> None:
-    q, k, weights = case(2, 3, 33, 8)
-    torch.library.opcheck(torch.ops.tokenprune.attention_mass.default, (q, k, weights, None, 3, 0.3, 2**20))
-    from torch.utils.flop_counter import FlopCounterMode
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("iterations", [2, 1e-3])
+def test_nan_stays_in_its_image(path: str, iterations: float) -> None:
+    q, k, weights = attention_inputs(3, 2, 63, 16)
+    expected = attention_mass(q, k, weights, iterations=iterations, backend=path)
+    q[1, 0, 5, 3] = float("nan")
+    mass = attention_mass(q, k, weights, iterations=iterations, backend=path)
+    assert mass[1, 0].isnan().all()
+    assert torch.equal(mass[[0, 2]], expected[[0, 2]])
 
+
+def test_an_empty_batch_has_no_mass() -> None:
+    q, k, weights = attention_inputs(1, 2, 9, 4)
+    for path in PATHS:
+        assert attention_mass(q[:0], k[:0], weights[:0], iterations=2, backend=path).shape == (0, 2, 9)
+
+
+class Allocated(TorchDispatchMode):
+    """The largest tensor that an operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_limit_is_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "CACHED", 2**30)
+    q, k, weights = (x.contiguous() for x in attention_inputs(2, 3, 512, 2))  # one map takes 1 MiB
+    run = eager.tiled if path == "tiled" else eager.matrix_free
+    for limit in (2**20, 3 * 2**20, 4 * 2**20):
+        with Allocated() as mode:
+            run(q, k, weights, None, [3], 0.0, 0.25, limit)
+        assert limit // 2 <= mode.largest <= limit
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_operator_is_well_formed(training: bool) -> None:
+    q, k, weights = attention_inputs(2, 3, 33, 8)
+    q = q.contiguous().requires_grad_(training)
+    torch.library.opcheck(
+        torch.ops.tokenprune.attention_mass.default,
+        (q.detach(), k.contiguous(), weights, None, [1, 3], 0.0, 0.3, 2**20, ""),
+    )
+    assert not attention_mass(q, k, weights).requires_grad
+
+
+@pytest.mark.parametrize(("iterations", "maps"), [(1, 1), (5, 1)])
+def test_multiply_adds_are_counted(iterations: int, maps: int) -> None:
+    q, k, weights = attention_inputs(2, 3, 33, 8)
     with FlopCounterMode(display=False) as counter:
-        attention_mass(q, k, weights, iterations=5)
-    assert counter.get_total_flops() == 2 * 2 * 3 * 33 * 33 * (8 + 5)
+        attention_mass(q, k, weights, iterations=iterations)
+    assert counter.get_total_flops() == 2 * 2 * 3 * 33 * 33 * (8 * maps + iterations)
+    with FlopCounterMode(display=False) as counter:
+        attention_mass(q, k, weights, iterations=iterations, memory_limit=1)  # every map is computed again
+    assert counter.get_total_flops() == 2 * 2 * 3 * 33 * 33 * (8 + 1) * iterations
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_class_attention(shape: tuple[int, ...]) -> None:
-    q, k, _ = case(*shape)
-    bias = torch.randn(1, shape[1], shape[2], shape[2])
-    for extra in (None, bias):
-        row = class_attention(q, k, scale=0.2, bias=extra)
-        torch.testing.assert_close(row, naive_class_attention(q, k, scale=0.2, bias=extra))
+def test_autocast_does_not_round_the_map() -> None:
+    q, k, weights = attention_inputs(2, 3, 63, 16)
+    for path in PATHS:
+        expected = attention_mass(q, k, weights, iterations=3, backend=path)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(attention_mass(q, k, weights, iterations=3, backend=path), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": torch.ones(2, 3, 8)}, "do not fit"),
+        ({"k": torch.ones(2, 3, 9, 5)}, "do not fit"),
+        ({"iterations": 0}, "at least one"),
+        ({"iterations": (3, 1)}, "rising"),
+        ({"q": torch.ones(2, 3, 4, 4), "weights": torch.ones(2, 3, 4), "iterations": 2}, "use one"),
+        ({"bias": torch.ones(2, 3, 9, 8)}, "does not fit"),
+        ({"bias": torch.ones(9, 9)}, "does not fit"),
+        ({"backend": "cuda"}, "'tiled', 'matrix_free', 'eager', 'triton'"),
+        ({"backend": "triton"}, "TRITON_INTERPRET"),
+    ],
+    ids=lambda value: str(list(value)) if isinstance(value, dict) else value,
+)
+def test_what_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
+    inputs: dict[str, object] = {"q": torch.ones(2, 3, 9, 4), "k": torch.ones(2, 3, 9, 4), "weights": torch.ones(2, 3, 9)}
+    with pytest.raises(TokenPruneError, match=message):
+        attention_mass(**{**inputs, **change})  # type: ignore[arg-type]

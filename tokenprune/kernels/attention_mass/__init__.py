@@ -1,5 +1,177 @@
-"""Mass that tokens receive through attention, without the full attention map."""
+"""Mass that tokens receive through attention, without the full attention map.
 
-from tokenprune.kernels.attention_mass.eager import attention_mass
+One opaque operator, so that torch.compile and torch.export see a single node, whatever the batch and the path.
+"""
 
-__all__ = ["attention_mass"]
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from tokenprune.errors import TokenPruneError
+from tokenprune.kernels.attention_mass import eager
+from tokenprune.kernels.backends import Choice, forced, log_once, triton_on_gpu
+from tokenprune.kernels.inputs import precision, repeat_heads
+
+__all__ = ["MEMORY_LIMIT", "attention_mass", "choose"]
+
+MEMORY_LIMIT = 64 * 2**20
+MAX_ITERATIONS = 200
+
+
+def attention_mass(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    *,
+    iterations: int | float | Sequence[int] = 1,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    backend: str | None = None,
+) -> Tensor:
+    """Push weights through the attention graph: `iterations` times w <- Aᵀ w with A = softmax(q kᵀ scale + bias).
+
+    q: [B, H, M, D]; k: [B, H, N, D], or fewer heads that groups of queries share; weights: [B, H, M]; scale: D**-0.5
+    by default. bias: [1|B, 1|H, 1|M, N], added to the logits, or a mask of that shape (True: may be attended to), as
+    in scaled_dot_product_attention; a query that may attend to nothing pays nothing. Weights of padded queries must be
+    0. M may differ from N (a subset of the queries) for one iteration.
+
+    iterations: how often; or a float, the L1 change of a head's mass below which it has settled (at most 200
+    iterations, and the host waits for the device after each); or several rising counts, for the mass after each of
+    them.
+
+    Returns [B, H, N], or [len(iterations), B, H, N] for several counts, in float32 (float64 for float64 inputs). As
+    rows of A sum to one, the sum of the weights stays. No gradient: scores only choose tokens.
+
+    memory_limit: bytes of A to hold at a time, where holding it pays; at least one pair's, and rather what fits the
+    cache. backend: "tiled", "matrix_free", "eager" (either of these) or "triton"; by default `choose` decides.
+
+    The step of weighted PageRank (Zero-TPrune, Wang et al., 2024, section 3.2).
+
+    Raises:
+        TokenPruneError: shapes that do not fit, a backend that cannot take them, no iterations.
+    """
+    several = isinstance(iterations, Sequence)
+    tolerance = iterations if isinstance(iterations, float) else 0.0
+    counts = list(iterations) if isinstance(iterations, Sequence) else [MAX_ITERATIONS if tolerance else iterations]
+    mass: Tensor = _attention_mass(
+        q.detach(),
+        repeat_heads(k.detach(), q.shape[1]),
+        weights.detach(),
+        None if bias is None else bias.detach(),
+        counts,
+        tolerance,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        memory_limit,
+        backend or "",
+    )
+    return mass if several else mass[0]
+
+
+def choose(q: Tensor, k: Tensor, *, iterations: int = 1, memory_limit: int = MEMORY_LIMIT, backend: str = "") -> Choice:
+    """Which path these inputs take and why; `iterations` is the largest count. Measurements: docs/kernels.md.
+
+    Raises:
+        TokenPruneError: `backend` or `use_backend` asks for what cannot be had.
+    """
+    choice = forced(backend, q, k, names=("tiled", "matrix_free", "eager", "triton"))
+    if choice is not None and choice.backend != "eager":
+        return choice
+    fits = _fits(q.shape[2], k.shape[2], memory_limit, precision(q).itemsize)
+    if choice is None and (iterations == 1 or not fits) and triton_on_gpu(q, k):
+        return Choice("triton", "a GPU computes A faster than it writes it to memory (an estimate: make bench-gpu)")
+    if iterations == 1:
+        return Choice("matrix_free", "one iteration reads every row of A once")
+    if fits:
+        return Choice("tiled", "A is computed once for all iterations")
+    return Choice("matrix_free", "one head's A exceeds the memory limit")
+
+
+def _fits(rows: int, keys: int, memory_limit: int, itemsize: int = 4) -> bool:
+    return rows * keys * itemsize <= memory_limit
+
+
+@torch.library.custom_op("tokenprune::attention_mass", mutates_args=())
+def _attention_mass(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    counts: Sequence[int],
+    tolerance: float,
+    scale: float,
+    memory_limit: int,
+    backend: str,
+) -> Tensor:
+    _check(q, k, weights, bias, counts)
+    choice = choose(q, k, iterations=counts[-1], memory_limit=memory_limit, backend=backend)
+    log_once("attention_mass", choice)
+    with torch.autocast(q.device.type, enabled=False):
+        if choice.backend == "triton":
+            from tokenprune.kernels.attention_mass import triton
+
+            return triton.attention_mass(q, k, weights, bias, counts, tolerance, scale)
+        run = eager.tiled if choice.backend == "tiled" else eager.matrix_free
+        return run(q, k, weights, bias, counts, tolerance, scale, memory_limit)
+
+
+def _check(q: Tensor, k: Tensor, weights: Tensor, bias: Tensor | None, counts: Sequence[int]) -> None:
+    batch, heads, rows, dim = q.shape
+    keys = k.shape[2]
+    if k.shape != (batch, heads, keys, dim) or weights.shape != (batch, heads, rows):
+        raise TokenPruneError(
+            f"attention_mass: q {list(q.shape)}, k {list(k.shape)} and weights {list(weights.shape)} do not fit; they"
+            " are [B, H, M, D], [B, H, N, D] and [B, H, M]"
+        )
+    if bias is not None and (
+        bias.ndim != 4
+        or bias.shape[3] != keys
+        or any(given not in (1, full) for given, full in zip(bias.shape, (batch, heads, rows), strict=False))
+    ):
+        raise TokenPruneError(
+            f"attention_mass: a bias {list(bias.shape)} does not fit logits {[batch, heads, rows, keys]}"
+        )
+    if min(counts) < 1 or list(counts) != sorted(counts):
+        raise TokenPruneError(f"attention_mass: iterations={list(counts)}: at least one, in rising order")
+    if counts[-1] > 1 and rows != keys:
+        raise TokenPruneError(
+            f"attention_mass: {counts[-1]} iterations need a query for every key, not {rows} for {keys}; use one"
+        )
+
+
+@_attention_mass.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    counts: Sequence[int],
+    tolerance: float,
+    scale: float,
+    memory_limit: int,
+    backend: str,
+) -> Tensor:
+    return q.new_empty(len(counts), q.shape[0], q.shape[1], k.shape[2], dtype=precision(q))
+
+
+@register_flop_formula(torch.ops.tokenprune.attention_mass)
+def _flops(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    weights: tuple[int, ...],
+    bias: tuple[int, ...] | None,
+    counts: Sequence[int],
+    tolerance: float,
+    scale: float,
+    memory_limit: int,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    batch, heads, rows, dim = q
+    keys, pushes = k[2], counts[-1]
+    maps = 1 if _fits(rows, keys, memory_limit) else pushes
+    return 2 * batch * heads * rows * keys * (maps * dim + pushes)

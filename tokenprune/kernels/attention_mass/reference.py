@@ -1,5 +1,6 @@
-"""Naive attention mass: the full map, then one matrix-vector product an iteration."""
+"""Naive attention mass: the full map, then one vector-matrix product an iteration."""
 
+import torch
 from torch import Tensor
 
 
@@ -12,9 +13,17 @@ def attention_mass(
     scale: float | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`weights` [B, H, N] pushed `iterations` times through the transpose of softmax(q kT scale + bias)."""
+    """`weights` [B, H, M] pushed `iterations` times through softmax(q kᵀ scale + bias): [B, H, N].
+
+    A query that may attend to nothing pays nothing.
+    """
     logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    attention = (logits if bias is None else logits + bias).softmax(-1)
+    if bias is None:
+        attention = logits.softmax(-1)
+    else:
+        if bias.dtype == torch.bool:
+            bias = torch.where(bias, 0.0, float("-inf"))
+        attention = torch.where((bias == float("-inf")).all(-1, keepdim=True), 0.0, (logits + bias).softmax(-1))
     for _ in range(iterations):
-        weights = (attention.transpose(-2, -1) @ weights.unsqueeze(-1)).squeeze(-1)
+        weights = (weights.unsqueeze(-2) @ attention).squeeze(-2)
     return weights

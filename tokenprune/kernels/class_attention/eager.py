@@ -1,14 +1,22 @@
-"""Class attention in plain torch, O(N d)."""
+"""A few rows of attention in plain torch, O(N d)."""
 
+import torch
 from torch import Tensor
 
+from tokenprune.kernels.inputs import precision
 
-def class_attention(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Attention of the first token: softmax(q₀ kᵀ scale + bias₀), [B, H, N] in float32.
 
-    q, k: [B, H, N, D]; bias: [B or 1, H or 1, N or 1, N] or None.
+def few_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """q kᵀ scale for a few queries q [B, H, R, D] and keys [B, H, N, D]: [B, H, R, N].
+
+    On a CPU image by image where heads and tokens are interleaved in memory, as a fused projection leaves them: a
+    product over all would copy the keys first, which costs more than the product.
     """
-    logits = (q[:, :, :1].float() * scale) @ k.float().transpose(-2, -1)
-    if bias is not None:
-        logits = logits + bias[:, :, :1]
-    return logits.softmax(-1).squeeze(2)
+    dtype = precision(q)
+    q = q.to(dtype) * scale
+    if k.device.type != "cpu" or k.is_contiguous():
+        return q @ k.to(dtype).transpose(-2, -1)
+    out = q.new_empty(*q.shape[:3], k.shape[2])
+    for image in range(q.shape[0]):
+        torch.bmm(q[image], k[image].to(dtype).transpose(1, 2), out=out[image])
+    return out

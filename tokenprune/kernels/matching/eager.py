@@ -1,18 +1,58 @@
-"""Cosine matching in plain torch."""
+"""Cosine matching in plain torch, some rows at a time."""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from tokenprune.kernels.inputs import EPSILON, precision
+
+# Bytes of similarities that a thread works on at a time, so that they stay in its cache.
+CACHED = 2 * 2**20
 
 
-def cosine_match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Best match of each row of a among the rows of b by cosine similarity, ties to the lower row.
-
-    a: [B, M, D], b: [B, N, D]. Returns the similarity [B, M] and the row [B, M]. Used by ToMe (Bolya et al., 2023,
-    section 3), Zero-TPrune's similarity stage and similarity-based recovery.
-    """
-    dtype = torch.promote_types(a.dtype, torch.float32)  # half precision rounds the smallest length to zero
+def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) -> tuple[Tensor, Tensor]:
+    """a [B, M, D], b [B, N, D] -> similarity [B, M] and row of b [B, M], holding at most `memory_limit` bytes of
+    similarities at a time, but at least one row's."""
+    dtype, device = precision(a), a.device
+    batch, rows, others = a.shape[0], a.shape[1], b.shape[1]
     a, b = a.to(dtype), b.to(dtype)
-    similarity = torch.bmm(F.normalize(a, dim=-1), F.normalize(b, dim=-1).transpose(1, 2))
-    value, row = similarity.max(dim=-1)
-    return value, row
+    b = (b / torch.linalg.vector_norm(b, dim=-1, keepdim=True).clamp_min(EPSILON)).transpose(1, 2)
+    value = a.new_empty(batch, rows)
+    index = torch.empty(batch, rows, dtype=torch.long, device=device)
+    columns = torch.arange(others, dtype=dtype, device=device)
+
+    work = min(memory_limit, CACHED * torch.get_num_threads()) if device.type == "cpu" else memory_limit
+    block = max(1, min(rows, work // (others * dtype.itemsize)))
+    if window is not None:  # as many rows as a window is wide, which see two windows' width together
+        block = max(1, min(block, (2 * window + 1) * rows // others))
+    images = max(1, work // (block * others * dtype.itemsize))
+    for image in range(0, batch, images):
+        for start in range(0, rows, block):
+            stop = min(rows, start + block)
+            part = slice(image, image + images), slice(start, stop)
+            low, high = 0, others
+            if window is not None:
+                low = max(0, start * others // rows - window)
+                high = min(others, (stop - 1) * others // rows + window + 1)
+            similarity = torch.bmm(a[part], b[image : image + images, :, low:high])
+            if window is not None:
+                similarity.masked_fill_(outside(start, stop, columns[low:high], rows, others, window), float("-inf"))
+            value[part], index[part] = _best(similarity, columns[low:high], others)
+    return value / torch.linalg.vector_norm(a, dim=-1).clamp_min(EPSILON), index
+
+
+def outside(start: int, stop: int, columns: Tensor, rows: int, others: int, window: int) -> Tensor:
+    """Which of `columns` are outside the windows of the rows from `start` to `stop`: [stop - start, columns]."""
+    centre = torch.arange(start, stop, device=columns.device) * others // rows
+    return (columns - centre.unsqueeze(1)).abs() > window
+
+
+def _best(similarity: Tensor, columns: Tensor, others: int) -> tuple[Tensor, Tensor]:
+    """The largest of each row and the lowest of the `columns` (< others) that reaches it; overwrites `similarity`.
+
+    Four vectorised passes take half the time of torch.max with indices on a CPU. NaN gives NaN and the first column.
+    """
+    best = similarity.amax(-1, keepdim=True)
+    below = torch.lt(similarity, best, out=similarity)
+    return best.squeeze(-1), torch.add(columns, below, alpha=others, out=similarity).amin(-1)

@@ -1,0 +1,61 @@
+"""Tiles: the (image, head) pairs that the eager paths take at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenprune.kernels.inputs import additive
+
+
+@dataclass(frozen=True)
+class Tile:
+    """n pairs, some heads of one image or all heads of some images: q [n, M, D], k [n, N, D]."""
+
+    images: slice
+    heads: slice
+    q: Tensor
+    k: Tensor
+    bias: Tensor | None
+    scale: float
+
+    def attention(self, rows: slice, out: Tensor) -> Tensor:
+        """These rows of A into `out` [n, rows, columns], zero in the columns behind the keys."""
+        keys = self.k.shape[1]
+        # torch's softmax on a CPU may overwrite its input; of other devices that is not known.
+        logits = out if out.device.type == "cpu" else torch.empty_like(out)
+        real = logits[..., :keys]
+        torch.baddbmm(real, self.q[:, rows], self.k.transpose(1, 2), beta=0, alpha=self.scale, out=real)
+        logits[..., keys:] = float("-inf")
+        if self.bias is None:
+            return torch.softmax(logits, -1, out=out)
+        bias = additive(self.bias if self.bias.shape[2] == 1 else self.bias[:, :, rows])
+        pairs = (self.images.stop - self.images.start, self.heads.stop - self.heads.start)
+        logits.unflatten(0, pairs)[..., :keys].add_(bias)
+        torch.softmax(logits, -1, out=out)
+        # A query that may attend to nothing pays nothing.
+        out.unflatten(0, pairs).masked_fill_(bias.amax(-1, keepdim=True) == float("-inf"), 0.0)
+        return out
+
+
+def tiles(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, pairs: int, dtype: torch.dtype) -> Iterator[Tile]:
+    """Tiles of at most `pairs` pairs in `dtype`, cut the same way for every image."""
+    batch, heads = q.shape[:2]
+    images_at_once, heads_at_once = max(1, pairs // heads), min(pairs, heads)
+    for image in range(0, batch, images_at_once):
+        images = slice(image, min(batch, image + images_at_once))
+        for head in range(0, heads, heads_at_once):
+            part = slice(head, min(heads, head + heads_at_once))
+            own = None
+            if bias is not None:
+                own = bias if bias.shape[0] == 1 else bias[images]
+                own = own if bias.shape[1] == 1 else own[:, part]
+            yield Tile(images, part, flat(q, images, part, dtype), flat(k, images, part, dtype), own, scale)
+
+
+def flat(x: Tensor, images: slice, heads: slice, dtype: torch.dtype) -> Tensor:
+    """A tile of x [B, H, ...] as [n, ...]; the heads of one image need no copy."""
+    return x[images, heads].flatten(0, 1).to(dtype)
