@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.backends.cuda import flash_sdp_enabled, mem_efficient_sdp_enabled
 
 from tokenprune.kernels.packed_attention import eager, fused
 
@@ -41,14 +40,14 @@ def choose_backend(q: Tensor, v: Tensor, *, key_bias: bool = False, dropout: flo
     single = half or q.dtype == torch.float32
     equal = key_bias or q.shape[-1] == v.shape[-1]  # folding a bias makes them equal
     aligned = key_bias or size % 8 == 0
-    if flash_sdp_enabled() and half and equal and aligned and size <= 256 and _has_varlen(q, dropout):
+    if _allowed("flash") and half and equal and aligned and size <= 256 and _has_varlen(q, dropout):
         return Choice("varlen", "flash attention over cumulative lengths")
-    if mem_efficient_sdp_enabled() and single and aligned and _has_block_diagonal():
+    if _allowed("mem_efficient") and single and aligned and _has_block_diagonal():
         return Choice("block_diagonal", "xformers is installed")
-    if mem_efficient_sdp_enabled() and single and equal and aligned:
+    if _allowed("mem_efficient") and single and equal and aligned:
         return Choice("nested", "the memory-efficient kernel over nested tensors")
     return Choice(
-        "per_length", "no kernel for ragged batches takes this head size and dtype under the attention backend in use"
+        "per_length", "no kernel for ragged batches takes this input under the attention backends that are allowed"
     )
 
 
@@ -88,6 +87,10 @@ def packed_attention(
         return FUSED[backend](q, k, v, filled, scale, dropout)
     q, k, padded = fused.fold_bias(q, k, v, key_bias, scale)
     return FUSED[backend](q, k, padded, filled, scale, dropout)[..., : v.shape[-1]]
+
+
+def _allowed(kernel: str) -> bool:
+    return bool(getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")())
 
 
 def _has_varlen(q: Tensor, dropout: float) -> bool:

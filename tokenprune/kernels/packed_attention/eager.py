@@ -19,9 +19,9 @@ def per_length(
         count = sum(1 for _ in images)
         rows = slice(start, start + count * length)
         start = rows.stop
-        parts = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        one_q, one_k, one_v = (x[rows].reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         bias = key_bias[rows].reshape(count, 1, 1, length).to(q.dtype) if key_bias is not None else None
-        one = F.scaled_dot_product_attention(*parts, attn_mask=bias, dropout_p=dropout, scale=scale)
+        one = F.scaled_dot_product_attention(one_q, one_k, one_v, attn_mask=bias, dropout_p=dropout, scale=scale)
         out.append(one.transpose(1, 2).flatten(0, 1))
     if len(out) == 1:
         return out[0]

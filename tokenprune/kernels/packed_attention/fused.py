@@ -64,9 +64,10 @@ def nested(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
     jagged = partial(
         torch.nested.nested_tensor_from_jagged, offsets=starts, min_seqlen=min(lengths), max_seqlen=max(lengths)
     )
-    parts = (jagged(x.contiguous()).transpose(1, 2) for x in (q, k, v))
-    out: Tensor = F.scaled_dot_product_attention(*parts, dropout_p=dropout, scale=scale)
-    return out.transpose(1, 2).values()
+    q, k, v = (jagged(x.contiguous()).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    values: Tensor = out.transpose(1, 2).values()
+    return values
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, dropout: float) -> Tensor:
