@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# A tap says what to catch ("queries", "keys": the output of a module; "inputs": the input of one) and where.
+# A tap says what to catch and where: "queries", "keys", "values" the output of a module, "inputs" and "value_inputs"
+# the input of one.
 Taps = tuple[tuple[str, nn.Module], ...]
 # The module whose input was caught and that input: a copy of a model runs modules of its own under the same hooks.
 Caught = tuple[nn.Module, Tensor]
@@ -41,6 +42,12 @@ class BlockHost:
     table) -> rotated. mid: the block's class with a reduction point between attention and MLP, or None and
     why not; check_tokens: prunable tokens that the block can be tried on by itself.
     swaps: (module, class) to be exchanged while the patch is on.
+
+    For methods that keep a different number of tokens in each image: ragged_swaps: in the place of `swaps`, classes
+    whose attentions go through `tokenprune.packing.attend_here` (empty: such methods are refused). attentions: the
+    modules that do. values: (module, what a tap for values caught there) -> values [B, H, N, D]. rope_identity: rotary
+    table [..., D] -> the row [D] that rotates nothing. intercepts: whether the attention may run once on a packed
+    sequence (found out when a model is patched).
     """
 
     name: str
@@ -58,6 +65,11 @@ class BlockHost:
     mid_refused: str = ""
     check_tokens: int = 4
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
+    ragged_swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
+    attentions: tuple[nn.Module, ...] = ()
+    values: Callable[[nn.Module, Tensor], Tensor] | None = None
+    rope_identity: Callable[[Tensor], Tensor] | None = None
+    intercepts: bool = False
 
 
 @dataclass
@@ -67,7 +79,8 @@ class Host:
     num_prefix_tokens: tokens in front that are never dropped. tokens: prunable tokens at the usual input. grid: (rows,
     columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, input) ->
     grid of another input. restored: (model, whether tokens are merged) -> the blocks behind which a forward reads
-    the patch tokens as the full grid (None: never any). swaps: as in BlockHost.
+    the patch tokens as the full grid (None: never any). swaps: as in BlockHost. ragged_head: whether the model's tail
+    goes through `tokenprune.packing.head_by_length`.
     """
 
     model: nn.Module
@@ -79,6 +92,7 @@ class Host:
     grid_of: Callable[[nn.Module, Any], tuple[int, int]] | None = None
     restored: Callable[[nn.Module, bool], frozenset[int]] | None = None
     has_class_token: bool = True
+    ragged_head: bool = False
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
     notes: list[str] = field(default_factory=list)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tokenprune.errors import UnsupportedModel
 from tokenprune.ghost import ghost
 from tokenprune.host import Host
+from tokenprune.packing import AnswerAttention
 
 
 def check_blocks(host: Host) -> None:
@@ -35,3 +37,42 @@ def _equal(module: nn.Module, mid: type[nn.Module], tokens: int) -> bool:
     x = torch.randn(1, tokens, width, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
     with torch.no_grad():
         return bool(torch.equal(plain(x), swapped(x)))
+
+
+def check_packing(host: Host) -> None:
+    """Find out which attentions may run once on the tokens of several images, with scaled_dot_product_attention
+    answered by the packed kernel: those that then give what they give for each image alone. The others run once for
+    each length.
+
+    Raises:
+        UnsupportedModel: an attention's forward is replaced on the instance, so that neither would be noticed.
+    """
+    for block in host.blocks:
+        for attention in block.attentions:
+            if "forward" in vars(attention):
+                raise UnsupportedModel(
+                    f"the forward of an attention in {block.name} is replaced on the instance (offloading, a cache?);"
+                    " remove that first, or use a method with a fixed number of tokens"
+                )
+        block.intercepts = all(_packs(attention, host.num_prefix_tokens + 4) for attention in block.attentions)
+
+
+def _packs(attention: nn.Module, tokens: int) -> bool:
+    projection = next(module for module in attention.modules() if isinstance(module, nn.Linear))
+    weight, width = projection.weight, projection.in_features
+    if weight.device.type == "meta":
+        return False
+    alone = ghost(attention)
+    generator = torch.Generator(device=weight.device).manual_seed(0)
+    lengths = (tokens, tokens + 3)
+    x = torch.randn(1, sum(lengths), width, generator=generator, device=weight.device).to(weight.dtype)
+    starts = torch.tensor([0, tokens, sum(lengths)], dtype=torch.int32, device=weight.device)
+    try:
+        with torch.no_grad(), AnswerAttention(lengths, starts) as answer:
+            packed = alone(x)
+        with torch.no_grad():
+            expected = torch.cat([alone(part) for part in x.split(lengths, 1)], 1)
+    except Exception:  # whatever it is that an attention cannot do with a packed sequence
+        return False
+    tolerance = 100 * torch.finfo(weight.dtype).eps * float(expected.abs().max())
+    return answer.calls > 0 and torch.allclose(packed, expected, rtol=0, atol=tolerance)

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
     from tokenprune.host import Caught
+    from tokenprune.ragged import Pack
     from tokenprune.recording import Forward
     from tokenprune.site import Site
 
@@ -31,7 +32,9 @@ class TokenState:
     (None: all, in order). sizes: [B, n] patches in each (None: one each). source: [B, entering] position that holds
     each original patch, -1 where it was dropped (for recordings). stand_in: [B, entering] position whose value
     restores each original patch (for dense outputs). reduced: the reduced tensor behind a restored one. forward: the
-    recording that follows this forward. dense: blocks whose output is restored in this forward.
+    recording that follows this forward. dense: blocks whose output is restored in this forward. last: the block behind
+    which the model's own tail follows. pack: where the images keep different numbers of tokens, which then holds origin
+    and sizes; tokens is the largest number, and source and stand_in hold rows of the pack.
     """
 
     entering: int
@@ -43,6 +46,8 @@ class TokenState:
     reduced: Tensor | None = None
     forward: Forward | None = None
     dense: frozenset[int] = frozenset()
+    last: int | None = None
+    pack: Pack | None = None
 
     def origins(self, x: Tensor) -> Tensor:
         """[B, n] original patch of each token of x [B, N, C]."""
@@ -53,7 +58,8 @@ class TokenState:
 
 class Entry:
     """How the model was entered. whole: by its forward, and not yet passed on to its features. dense: blocks whose
-    output is restored. grid: (rows, columns) of the input, where it is recorded.
+    output is restored. grid: (rows, columns) of the input, where it is recorded. last: the last block that the model
+    has. pack: how the tokens lay behind it, where the images had different numbers of them.
 
     An object that is changed in place: torch.compile loses plain values that are set anew in thread-local storage.
     """
@@ -62,6 +68,8 @@ class Entry:
         self.whole = whole
         self.dense = dense
         self.grid = grid
+        self.last: int | None = None
+        self.pack: Pack | None = None
 
 
 class Flow(threading.local):
@@ -73,8 +81,12 @@ class Flow(threading.local):
     queries: Tensor | None = None
     keys: Tensor | None = None
     inputs: Caught | None = None
+    values: Caught | None = None
     bias: Tensor | None = None
     rope: Tensor | None = None
+    kwargs: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+    groups: list[Any] | None = None
+    attended: bool = True
     left: tuple[Site, TokenState, tuple[int, int]] | None = None
     entry: Entry | None = None
 
@@ -97,6 +109,11 @@ def recall(x: Tensor) -> TokenState | None:
     if torch.compiler.is_compiling() or _is_wrapped(x):
         return getattr(x, _ATTRIBUTE, None)
     return _STATES.get(x.untyped_storage())
+
+
+def in_backward() -> bool:
+    """Whether a block runs because gradient checkpointing runs it once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _is_wrapped(x: Tensor) -> bool:
