@@ -15,9 +15,10 @@ class AttentionRecord:
     """One block's view of its tokens, N = num_prefix_tokens + n of them, of which the last n are prunable.
 
     queries, keys: [B, H, N, D] after their norms and before rotary embedding (None where the host exposes none; with
-    grouped queries keys have fewer heads). values: [B, H, N, D] where the method asks for them. hidden: [B, N, C] at the place. sizes: [B, n] original patches per token
-    (None: one each). origin: [B, n] original patch of each token. bias: additive attention bias [B or 1, H, N, N]
-    of the host, or None. scale: multiplies q.k. place: index of the place, of `depth`.
+    grouped queries keys have fewer heads). values: [B, H, N, D], only for a method that needs them. hidden: [B, N, C]
+    at the place. sizes: [B, n] original patches per token (None: one each). origin: [B, n] original patch of each
+    token. bias: additive attention bias [B or 1, H, N, N] of the host, or None. scale: multiplies q.k. place: index of
+    the place, of `depth`.
     """
 
     hidden: Tensor

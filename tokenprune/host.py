@@ -43,11 +43,11 @@ class BlockHost:
     why not; check_tokens: prunable tokens that the block can be tried on by itself.
     swaps: (module, class) to be exchanged while the patch is on.
 
-    For methods that keep a different number of tokens in each image: ragged_swaps: in the place of `swaps`, classes
-    whose attentions go through `tokenprune.packing.attend_here` (empty: such methods are refused). attentions: the
-    modules that do. values: (module, what a tap for values caught there) -> values [B, H, N, D]. rope_identity: rotary
-    table [..., D] -> the row [D] that rotates nothing. intercepts: whether the attention may run once on a packed
-    sequence (found out when a model is patched).
+    For methods that keep a different number of tokens in each image:
+    attentions: the modules that mix tokens. ragged_swaps: in the place of `swaps`, classes whose attentions go through
+    `tokenprune.ragged_attention.attend_here` (empty: such methods are refused). values: (module, what a tap for values
+    caught there) -> values [B, H, N, D]. rope_identity: rotary table [..., D] -> the row [D] that rotates nothing.
+    intercepts: whether the attentions may run once on a packed sequence (found out when a model is patched).
     """
 
     name: str
@@ -80,7 +80,7 @@ class Host:
     columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, input) ->
     grid of another input. restored: (model, whether tokens are merged) -> the blocks behind which a forward reads
     the patch tokens as the full grid (None: never any). swaps: as in BlockHost. ragged_head: whether the model's tail
-    goes through `tokenprune.packing.head_by_length`.
+    goes through `tokenprune.ragged_blocks.head_by_length`.
     """
 
     model: nn.Module

@@ -23,8 +23,9 @@ class Method:
     """A small immutable recipe; it knows tensors and no library.
 
     score: AttentionRecord -> importance [B, n] of the prunable tokens (None: the selection needs none).
-    select: (scores, record, K) -> the Reduction to K tokens; the RaggedReduction to at most K where `adaptive`, when
-    each image keeps a number of its own (a record then holds images of equal length). schedule: in which blocks, how much at each.
+    select: (scores, record, K) -> the Reduction to K tokens, or of an `adaptive` method the RaggedReduction to at most
+    K, a number of its own for each image (a record then holds images of equal length). schedule: in which blocks, how
+    much at each.
     position: "mid" reduces between attention and MLP, "post" after the block. merges: whether leaving tokens stand for
     several patches (sizes are tracked). proportional: whether log(size) is added to the attention logits of a key.
     needs: what must be captured ("queries", "keys", "values").

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Pack:
     origin: Tensor
     sizes: Tensor | None = None
 
-    @property
+    @cached_property
     def groups(self) -> list[Group]:
         """The images by length, in order."""
         groups, first, start = [], 0, 0
@@ -65,12 +66,14 @@ class Pack:
             first, start = first + count, rows.stop
         return groups
 
+    @cached_property
     def starts(self) -> Tensor:
         """Where each stretch starts, and the end of the last: int32 [B + 1]."""
         starts = [0, *itertools.accumulate(self.lengths)]
         return torch.tensor(starts, dtype=torch.int32, device=self.origin.device)
 
-    def rows_of_images(self) -> Tensor:
+    @cached_property
+    def first_rows(self) -> Tensor:
         """Where each image starts, in the order of the batch: [B]."""
         starts = dict(zip(self.images, itertools.accumulate(self.lengths, initial=0), strict=False))
         rows = [starts[image] for image in range(len(starts))]
@@ -78,7 +81,7 @@ class Pack:
 
     def by_image(self, x: Tensor) -> list[Tensor]:
         """The stretches of x [T, ...], in the order of the batch."""
-        stretches = dict(zip(self.images, x.split(self.lengths), strict=True)) if self.images else {}
+        stretches = dict(zip(self.images, torch.split(x, list(self.lengths)), strict=True)) if self.images else {}
         return [stretches[image] for image in range(len(stretches))]
 
     def counts(self) -> tuple[int, ...]:
@@ -159,7 +162,7 @@ def repack(before: Pack, reductions: Sequence[RaggedReduction], *, merges: bool)
     target = torch.cat([every[:0]] + [_target_rows(group, every, reduction) for group, reduction in pairs])
     leaving = target == every
     counts = torch.cat([every[:0]] + [group.of(leaving).sum(1) for group in before.groups]).tolist()
-    stretches = leaving.nonzero().squeeze(1).split(counts) if counts else ()
+    stretches = torch.split(leaving.nonzero().squeeze(1), counts) if counts else ()
     order = sorted(range(len(counts)), key=counts.__getitem__)
     rows = torch.cat([every[:0]] + [stretches[stretch] for stretch in order])
     place = torch.full_like(every, -1).scatter(0, rows, every[: rows.shape[0]])

@@ -8,7 +8,7 @@ from torch import nn
 from tokenprune.errors import UnsupportedModel
 from tokenprune.ghost import ghost
 from tokenprune.host import Host
-from tokenprune.packing import AnswerAttention
+from tokenprune.ragged_attention import AnswerAttention
 
 
 def check_blocks(host: Host) -> None:
@@ -71,7 +71,7 @@ def _packs(attention: nn.Module, tokens: int) -> bool:
         with torch.no_grad(), AnswerAttention(lengths, starts) as answer:
             packed = alone(x)
         with torch.no_grad():
-            expected = torch.cat([alone(part) for part in x.split(lengths, 1)], 1)
+            expected = torch.cat([alone(part) for part in torch.split(x, list(lengths), 1)], 1)
     except Exception:  # whatever it is that an attention cannot do with a packed sequence
         return False
     tolerance = 100 * torch.finfo(weight.dtype).eps * float(expected.abs().max())

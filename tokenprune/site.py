@@ -18,7 +18,7 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.costs import pad_tokens
 from tokenprune.errors import UnsupportedModel
 from tokenprune.host import BlockHost, gather_bias, gather_rope
-from tokenprune.packing import reduce_ragged, restore_packed, unpack_for_head
+from tokenprune.ragged_blocks import reduce_ragged, restore_packed, unpack_for_head
 from tokenprune.recording import PlaceRecord
 from tokenprune.restore import follow_source, restore_tokens, stand_ins
 from tokenprune.state import FLOW, TokenState, in_backward, recall, remember

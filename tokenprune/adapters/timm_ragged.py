@@ -1,4 +1,4 @@
-"""timm's modules on batches whose images keep different numbers of tokens (see `tokenprune.packing`)."""
+"""timm's modules on batches whose images keep different numbers of tokens (see `tokenprune.ragged`)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch.nn import functional as F
 from tokenprune.adapters.swapping import Mixin, mixed, named_as
 from tokenprune.adapters.timm_blocks import ReindexedBeitAttention
 from tokenprune.host import BlockHost
-from tokenprune.packing import attend_here, each_image_here
+from tokenprune.ragged_attention import attend_here, each_image_here
 
 
 class RaggedAttention(Mixin):
     """An attention, or a block that holds its own, whose tokens see those of their own image."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return attend_here(super().forward, x, args, kwargs)
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return attend_here(super().forward, x, **kwargs)
 
 
 @named_as(beit.Attention)
 class RaggedBeitAttention(ReindexedBeitAttention):
     """The same for BEiT's, whose position bias is re-indexed too."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return attend_here(super().forward, x, args, kwargs)
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return attend_here(super().forward, x, **kwargs)
 
 
 class RaggedDropPath(Mixin):

@@ -19,7 +19,7 @@ from tokenprune.adapters.timm_blocks import MID_BLOCKS, ReindexedBeitAttention, 
 from tokenprune.adapters.timm_ragged import ragged_facts
 from tokenprune.errors import UnsupportedModel
 from tokenprune.host import BlockHost, Caught, Host, tokens_first
-from tokenprune.packing import head_by_length
+from tokenprune.ragged_blocks import head_by_length
 from tokenprune.registry import register_adapter
 from tokenprune.state import FLOW, Entry
 
