@@ -112,6 +112,9 @@ def report(target: object) -> Report:
 def record(target: object) -> Iterator[Recording]:
     """Keep, for each forward in the with block, which original token went where.
 
+    Compiled code of the whole process runs eagerly inside the block: a graph would have to be made anew for each
+    forward. A traced or exported program is a model of its own and is not seen.
+
     Raises:
         UnsupportedModel: `target` is not patched.
     """
@@ -122,7 +125,8 @@ def record(target: object) -> Iterator[Recording]:
     for one in found.values():
         one.recordings.append(recording)
     try:
-        yield recording
+        with torch.compiler.set_stance("force_eager"):
+            yield recording
     finally:
         for one in found.values():
             one.recordings.remove(recording)

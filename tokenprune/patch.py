@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
+from uuid import uuid4
 
 from torch import nn
 
@@ -18,16 +20,18 @@ from tokenprune.schedule import Layout
 from tokenprune.self_check import check_blocks, check_packing
 from tokenprune.site import Site
 from tokenprune.solver import Counts, follow_shares, solve
-from tokenprune.state import FLOW, Entry, TokenState
+from tokenprune.state import Entry, TokenState, constant_in_graphs, flow
 
 
 class Patch:
     """What a patch knows for as long as it is on: plain data and the sites, no module.
 
-    active: whether anything is reduced (not at a budget of 1.0).
+    active: whether anything is reduced (not at a budget of 1.0). seen: of an adaptive method, (block, tokens that left
+    it of each image) of the last forward.
     """
 
     def __init__(self, host: Host, adapter: str, method: Method, budget: Budget) -> None:
+        self.key = uuid4().hex
         self.adapter = adapter
         self.method = method
         self.budget = budget
@@ -47,8 +51,7 @@ class Patch:
         self.costs: CostModel | None = None
         self.solved: dict[int, Counts] = {}
         self.counted: int | None = None
-        self.seen: dict[str, tuple[int, int]] = {}
-        self.seen_ragged: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self.seen: tuple[tuple[int, tuple[int, ...]], ...] = ()
         self.entered = host.tokens
         self.probe: Probe | None = None
         self.recordings: list[Recording] = []
@@ -66,6 +69,10 @@ class Patch:
         Raises:
             BudgetError: the budget cannot be met at this size.
         """
+        return self._counts(self.key, operator.index(entering))
+
+    @constant_in_graphs
+    def _counts(self, key: str, entering: int) -> Counts:
         if entering not in self.solved:
             self.solved[entering] = self._solve(entering)
         return self.solved[entering]
@@ -89,15 +96,6 @@ class Patch:
             return None
         return keep
 
-    def note(self, name: str, entered: int, left: int) -> None:
-        """Remember, for the report, the token numbers of the last forward."""
-        self.seen[name] = (entered, left)
-
-    def note_ragged(self, name: str, entered: tuple[int, ...], left: tuple[int, ...]) -> None:
-        """The same for each image, where they keep different numbers."""
-        if left:
-            self.seen_ragged[name] = (entered, left)
-
     def restored_blocks(self, model: nn.Module) -> frozenset[int]:
         """Blocks behind which the full grid is restored in a forward, because what follows them reads it."""
         if not self.active or self.restored is None:
@@ -107,20 +105,19 @@ class Patch:
     def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook: a forward of the whole model starts."""
         grid = self.grid_of(model, args[0]) if self.recordings and self.grid_of is not None and args else None
-        FLOW.entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
+        flow().entry = entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
         if self.method.adaptive:
-            FLOW.entry.last = max(index for index, name in enumerate(self.names) if _has(model, name))
+            entry.last = max(index for index, name in enumerate(self.names) if _has(model, name))
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: it has ended, by a result or an exception."""
-        FLOW.entry = None
-        FLOW.site = FLOW.state = FLOW.left = None
+        flow().end()
 
     def new_forward(self) -> Forward | None:
         """The recording of a forward that starts now, where one is wanted."""
         if not self.recordings:
             return None
-        entry = FLOW.entry
+        entry = flow().entry
         forward = Forward((entry.grid if entry is not None else None) or self.grid)
         for recording in self.recordings:
             recording.forwards.append(forward)

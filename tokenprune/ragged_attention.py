@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from tokenprune.errors import UnsupportedModel
 from tokenprune.kernels.packed_attention import packed_attention
 from tokenprune.ragged import Group, Pack
-from tokenprune.state import FLOW, TokenState
+from tokenprune.state import TokenState, flow
 
 if TYPE_CHECKING:
     from tokenprune.host import Caught
@@ -71,10 +71,11 @@ class AnswerAttention(TorchFunctionMode):
 
 def attend_here(forward: Forward, x: Tensor, **kwargs: Any) -> Tensor:
     """An attention's own `forward` on x, within each image where x [1, T, C] is a ragged batch."""
-    site, state = FLOW.site, FLOW.state
+    now = flow()
+    site, state = now.site, now.state
     if site is None or state is None or state.pack is None:
         return forward(x, **kwargs)
-    FLOW.attended = True
+    now.attended = True
     out = _answered(site, state.pack, forward, x, **kwargs) if site.intercepts else None
     return out if out is not None else _per_length(site, state, state.pack, forward, x, **kwargs)
 
@@ -97,16 +98,17 @@ def _answered(site: Site, pack: Pack, forward: Forward, x: Tensor, **kwargs: Any
 
 def _per_length(site: Site, state: TokenState, pack: Pack, forward: Forward, x: Tensor, **kwargs: Any) -> Tensor:
     """One call for the images of each length, each as if they were a batch of their own."""
+    now = flow()
     outputs, captured = [], []
-    inputs, values = FLOW.inputs, FLOW.values  # caught before the call
+    inputs, values = now.inputs, now.values  # caught before the call
     for group in pack.groups:
-        FLOW.state = state_of(group, pack, state)
-        FLOW.queries = FLOW.keys = FLOW.bias = FLOW.rope = None
-        FLOW.inputs, FLOW.values = _part(group, inputs), _part(group, values)
-        own = site._reindexed(of_images(site, kwargs, group), FLOW.state, x.dtype)
+        now.state = state_of(group, pack, state)
+        now.queries = now.keys = now.bias = now.rope = None
+        now.inputs, now.values = _part(group, inputs), _part(group, values)
+        own = site._reindexed(of_images(site, kwargs, group), now.state, x.dtype)
         outputs.append(forward(group.of(x[0]), **own).flatten(0, 1))
-        captured.append((site.captured(), FLOW.bias, FLOW.rope) if site.reduces else None)
-    FLOW.state, FLOW.groups = state, captured
+        captured.append((site.captured(), now.bias, now.rope) if site.reduces else None)
+    now.state, now.groups = state, captured
     return torch.cat(outputs)[None] if outputs else x
 
 
@@ -116,7 +118,7 @@ def _part(group: Group, caught: Caught | None) -> Caught | None:
 
 def each_image_here(draw: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """x times what `draw` makes of a one for each image: a random factor [B, 1, 1], where x [1, T, C] is packed."""
-    state = FLOW.state
+    state = flow().state
     if state is None or state.pack is None:
         return draw(x)
     lengths = torch.tensor(state.pack.lengths, device=x.device)

@@ -15,7 +15,7 @@ from tokenprune.kernels.matching import cosine_match
 from tokenprune.ragged import Group, Pack, Repacking, pack_batch, repack
 from tokenprune.ragged_attention import of_images, state_of
 from tokenprune.recording import PlaceRecord
-from tokenprune.state import FLOW, TokenState, in_backward
+from tokenprune.state import TokenState, flow, in_backward
 
 if TYPE_CHECKING:
     from tokenprune.site import Site
@@ -28,15 +28,16 @@ def _records(site: Site, x: Tensor, state: TokenState) -> Iterator[AttentionReco
         if x.shape[0]:
             yield site._record(x, state)
         return
-    captured = site.captured() if FLOW.groups is None else (None, None, None)
+    now = flow()
+    captured = site.captured() if now.groups is None else (None, None, None)
     for index, group in enumerate(pack.groups):
         own = state_of(group, pack, state)
-        if FLOW.groups is not None:
-            parts, FLOW.bias, FLOW.rope = FLOW.groups[index]
+        if now.groups is not None:
+            parts, now.bias, now.rope = now.groups[index]
         else:
             parts = tuple(part if part is None else _heads_of(group, part) for part in captured)
-            FLOW.bias = FLOW.rope = None
-            site._reindexed(of_images(site, FLOW.kwargs, group), own, x.dtype)
+            now.bias = now.rope = None
+            site._reindexed(of_images(site, now.kwargs or {}, group), own, x.dtype)
         yield site._record(group.of(x[0]), own, parts)
 
 
@@ -75,9 +76,14 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
         state = replace(state, source=repacking.follow(_rows(state.source, state, pack)))
         place = _place(site.name, repacking.after, state)
         state.forward.places.append(place)  # type: ignore[union-attr]
-    patch.note_ragged(site.name, pack.counts(), counts)
-    FLOW.state = replace(
-        state, pack=repacking.after, tokens=max(counts, default=0), origin=None, sizes=None, reduced=None
+    flow().state = replace(
+        state,
+        pack=repacking.after,
+        tokens=max(counts, default=0),
+        counts=(*state.counts, (site.index, counts)),
+        origin=None,
+        sizes=None,
+        reduced=None,
     )
     return repacking(x.reshape(-1, x.shape[-1]))[None]
 
@@ -126,8 +132,9 @@ def restore_packed(x: Tensor, state: TokenState, pack: Pack) -> Tensor:
 def unpack_for_head(x: Tensor, pack: Pack) -> Tensor:
     """What a model's head is given behind its last block: x [1, T, C] by image, [B, longest, C], zeros behind the
     last token of each, to be read by `head_by_length`."""
-    if FLOW.entry is not None:
-        FLOW.entry.pack = pack
+    entry = flow().entry
+    if entry is not None:
+        entry.pack = pack
     return pack.padded(x[0])
 
 

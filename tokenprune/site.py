@@ -21,7 +21,7 @@ from tokenprune.host import BlockHost, gather_bias, gather_rope
 from tokenprune.ragged_blocks import reduce_ragged, restore_packed, unpack_for_head
 from tokenprune.recording import PlaceRecord
 from tokenprune.restore import follow_source, restore_tokens, stand_ins
-from tokenprune.state import FLOW, TokenState, in_backward, recall, remember
+from tokenprune.state import TokenState, flow, in_backward, recall, remember
 
 if TYPE_CHECKING:
     from tokenprune.patch import Patch
@@ -67,9 +67,9 @@ class Site:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the block: find the tokens that are left and re-index what else is indexed by token."""
         x = args[0] if args else next(iter(kwargs.values()))
-        FLOW.site, FLOW.state = self, None
-        FLOW.queries = FLOW.keys = FLOW.inputs = FLOW.values = FLOW.bias = FLOW.rope = None
-        FLOW.kwargs, FLOW.groups, FLOW.attended = kwargs, None, True
+        now = flow()
+        now.clear()
+        now.site = self
         if not self.patch.active:
             return None
         if not isinstance(x, Tensor):
@@ -83,7 +83,7 @@ class Site:
                 " without them, or unpatch it first"
             )
         state = self._incoming(x)
-        FLOW.state = state
+        now.state = state
         self.patch.mark(self, "enter")
         if state.reduced is not None:
             if x.requires_grad and not state.reduced.requires_grad:
@@ -95,17 +95,18 @@ class Site:
         elif self.patch.probe is not None and self.index == 0:
             left = self.patch.probe.tokens
             origin = torch.arange(left, device=x.device).expand(x.shape[0], -1)
-            FLOW.state = state = replace(state, tokens=left, origin=origin)
+            now.state = state = replace(state, tokens=left, origin=origin)
             args, kwargs = _with_hidden(x[:, : self.patch.num_prefix_tokens + left], args, kwargs)
         if state.pack is not None:  # re-indexed where the attention is called
-            FLOW.attended = False
+            now.kwargs, now.attended = kwargs, False
             return args, kwargs
         return args, self._reindexed(kwargs, state, x.dtype)
 
     def _incoming(self, x: Tensor) -> TokenState:
+        now = flow()
         state = recall(x) if self.index or in_backward() else None
-        if state is None and self.index and FLOW.left is not None:
-            site, left, shape = FLOW.left
+        if state is None and self.index and now.left is not None:
+            site, left, shape = now.left
             # A hook of the user's replaced the tensor between two blocks.
             if site.patch is self.patch and site.index == self.index - 1 and shape == x.shape[:2]:
                 state = left
@@ -115,7 +116,7 @@ class Site:
             if self.index == 0:
                 self.patch.entered = tokens
                 forward = self.patch.new_forward()
-            entry = FLOW.entry
+            entry = now.entry
             last = entry.last if entry is not None and entry.last is not None else self.patch.depth - 1
             if entry is not None:
                 dense = entry.dense
@@ -127,19 +128,20 @@ class Site:
         return state
 
     def _reindexed(self, kwargs: dict[str, Any], state: TokenState, dtype: torch.dtype) -> dict[str, Any]:
+        now = flow()
         kwargs = dict(kwargs)
         if self.rope_argument is not None and kwargs.get(self.rope_argument) is not None:
             if state.origin is not None:
                 kwargs[self.rope_argument] = gather_rope(kwargs[self.rope_argument], state.origin)
-            FLOW.rope = kwargs[self.rope_argument]
+            now.rope = kwargs[self.rope_argument]
         for name in self.bias_arguments:
             if kwargs.get(name) is not None:
                 if state.origin is not None:
                     kwargs[name] = gather_bias(kwargs[name], state.origin, self.patch.num_prefix_tokens)
-                FLOW.bias = kwargs[name]
+                now.bias = kwargs[name]
         if self.patch.method.proportional and state.sizes is not None and self.key_bias is not None:
             bias = self.size_bias(state.sizes, dtype)
-            kwargs[self.key_bias] = FLOW.bias = bias if FLOW.bias is None else FLOW.bias + bias
+            kwargs[self.key_bias] = now.bias = bias if now.bias is None else now.bias + bias
         return kwargs
 
     def size_bias(self, sizes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,35 +151,36 @@ class Site:
 
     def own_bias(self, bias: Tensor) -> Tensor:
         """The bias [1, H, N, N] that an attention computes for itself, for the tokens that are left."""
-        state = FLOW.state
+        now = flow()
+        state = now.state
         if state is None:
             return bias
         if state.origin is not None:
             bias = gather_bias(bias, state.origin, self.patch.num_prefix_tokens)
         if self.patch.method.proportional and state.sizes is not None and self.key_bias is None:
             bias = bias + self.size_bias(state.sizes, bias.dtype)
-        FLOW.bias = bias if FLOW.bias is None else FLOW.bias + bias
+        now.bias = bias if now.bias is None else now.bias + bias
         return bias
 
     def catch_queries(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Keep the queries of this block until it ends."""
-        FLOW.queries = output
+        flow().queries = output
 
     def catch_keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Keep the keys of this block until it ends."""
-        FLOW.keys = output
+        flow().keys = output
 
     def catch_values(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Keep what holds the values of this block until it ends."""
-        FLOW.values = (module, output)
+        flow().values = (module, output)
 
     def catch_value_inputs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Keep the attention's input, where values are recomputed from it."""
-        FLOW.values = (module, args[0])
+        flow().values = (module, args[0])
 
     def catch_inputs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Keep the attention's input, where queries and keys are recomputed from it."""
-        FLOW.inputs = (module, args[0])
+        flow().inputs = (module, args[0])
 
     def reduce_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Behind the block, where it cannot be done between attention and MLP."""
@@ -185,7 +188,7 @@ class Site:
 
     def reduce(self, x: Tensor) -> Tensor:
         """Score, select and reduce the tokens of x [B, P + n, C], and note what went where."""
-        state = FLOW.state
+        state = flow().state
         if not self.reduces or state is None:
             return x
         keep = self.patch.leaving(self.index, state)
@@ -213,21 +216,22 @@ class Site:
         if self.patch.probe is not None:  # counted, not removed
             self.patch.mark(self, "reduced")
             return x
-        self.patch.note(self.name, state.tokens, keep)
-        FLOW.state = replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
+        flow().state = replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
         return torch.cat([x[:, :prefix], leaving], 1) if prefix else _in_layout_of(x, leaving)
 
     def captured(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Queries, keys and values [B, H, N, D] of this block, those that were caught."""
-        queries, keys = self.read(FLOW.queries, FLOW.keys, FLOW.inputs)
-        values = self.values(*FLOW.values) if self.values is not None and FLOW.values is not None else None
+        now = flow()
+        queries, keys = self.read(now.queries, now.keys, now.inputs)
+        values = self.values(*now.values) if self.values is not None and now.values is not None else None
         return queries, keys, values
 
     def _record(self, x: Tensor, state: TokenState, captured: Any = None) -> AttentionRecord:
+        now = flow()
         queries, keys, values = self.captured() if captured is None else captured
         rotate: Callable[[Tensor], Tensor] | None = None
-        if FLOW.rope is not None and self.rotate is not None:
-            rotate = partial(_rotated, self.rotate, FLOW.rope)
+        if now.rope is not None and self.rotate is not None:
+            rotate = partial(_rotated, self.rotate, now.rope)
         return AttentionRecord(
             hidden=x.detach(),
             origin=state.origins(x),
@@ -241,16 +245,15 @@ class Site:
             keys=keys.detach() if keys is not None else None,
             values=values.detach() if values is not None else None,
             sizes=state.sizes,
-            bias=FLOW.bias.detach() if FLOW.bias is not None else None,
+            bias=now.bias.detach() if now.bias is not None else None,
             rotate=rotate,
         )
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After the block: hand the state to the next one, and restore the full grid where it is read here."""
-        state, site = FLOW.state, FLOW.site
-        FLOW.site = FLOW.state = None
-        FLOW.queries = FLOW.keys = FLOW.inputs = FLOW.values = FLOW.bias = FLOW.rope = None
-        FLOW.kwargs, FLOW.groups = {}, None
+        now = flow()
+        state, site, attended = now.state, now.site, now.attended
+        now.clear()
         if site is not self and self.patch.active:
             raise UnsupportedModel(
                 f"another patched model, or another block of this one, ran inside {self.name} (a hook on one of its"
@@ -258,14 +261,14 @@ class Site:
             )
         if state is None or not isinstance(output, Tensor):
             return None
-        if not FLOW.attended:
+        if not attended:
             raise UnsupportedModel(
                 f"the attention of {self.name} was replaced after the patch and mixed the tokens of different images;"
                 " patch the model again"
             )
         self.patch.mark(self, "leave")
         last = self.index == self.patch.depth - 1
-        FLOW.left = None if last else (self, state, (output.shape[0], output.shape[1]))
+        now.left = None if last else (self, state, (output.shape[0], output.shape[1]))
         if last and self.patch.probe is not None and state.dense:
             return pad_tokens(output, self.patch.num_prefix_tokens + state.entering)
         if state.reduced is not None:
@@ -285,6 +288,8 @@ class Site:
 
     def _leave_packed(self, output: Tensor, state: TokenState, pack: Pack) -> Tensor | None:
         last = self.index == state.last
+        if last and pack.images:
+            self.patch.seen = state.counts
         merged_tail = last and -1 in state.dense and pack.sizes is not None
         if self.index in state.dense or merged_tail:
             full = restore_packed(output, state, pack)
@@ -315,11 +320,11 @@ def _with_hidden(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 def reduce_here(x: Tensor) -> Tensor:
     """The reduction point inside a block: reduces x [B, N, C] at the site whose block runs now in this thread."""
-    site = FLOW.site
+    site = flow().site
     return x if site is None else site.reduce(x)
 
 
 def own_bias_here(bias: Tensor) -> Tensor:
     """The bias that an attention computed for itself, re-indexed for the block that runs now in this thread."""
-    site = FLOW.site
+    site = flow().site
     return bias if site is None else site.own_bias(bias)

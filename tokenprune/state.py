@@ -9,9 +9,9 @@ the state rides on the traced tensor instead.
 from __future__ import annotations
 
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ class TokenState:
     restores each original patch (for dense outputs). reduced: the reduced tensor behind a restored one. forward: the
     recording that follows this forward. dense: blocks whose output is restored in this forward. last: the block behind
     which the model's own tail follows. pack: where the images keep different numbers of tokens, which then holds origin
-    and sizes; tokens is the largest number, and source and stand_in hold rows of the pack.
+    and sizes; tokens is the largest number, and source and stand_in hold rows of the pack. counts: (block, tokens that
+    left it of each image).
     """
 
     entering: int
@@ -48,6 +49,7 @@ class TokenState:
     dense: frozenset[int] = frozenset()
     last: int | None = None
     pack: Pack | None = None
+    counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def origins(self, x: Tensor) -> Tensor:
         """[B, n] original patch of each token of x [B, N, C]."""
@@ -56,25 +58,27 @@ class TokenState:
         return torch.arange(self.tokens, device=x.device).expand(x.shape[0], -1)
 
 
+@dataclass(eq=False)
 class Entry:
-    """How the model was entered. whole: by its forward, and not yet passed on to its features. dense: blocks whose
-    output is restored. grid: (rows, columns) of the input, where it is recorded. last: the last block that the model
-    has. pack: how the tokens lay behind it, where the images had different numbers of them.
+    """How the model was entered. dense: blocks whose output is restored. whole: by its forward, and not yet passed on
+    to its features. grid: (rows, columns) of the input, where it is recorded. last: the last block that the model has.
+    pack: how the tokens lay behind it, where the images had different numbers of them."""
 
-    An object that is changed in place: torch.compile loses plain values that are set anew in thread-local storage.
-    """
-
-    def __init__(self, dense: frozenset[int], *, whole: bool, grid: tuple[int, int] | None = None) -> None:
-        self.whole = whole
-        self.dense = dense
-        self.grid = grid
-        self.last: int | None = None
-        self.pack: Pack | None = None
+    dense: frozenset[int]
+    whole: bool
+    grid: tuple[int, int] | None = None
+    last: int | None = None
+    pack: Pack | None = None
 
 
-class Flow(threading.local):
+@dataclass(eq=False)
+class Flow:
     """What the block that runs now in this thread has captured, emptied when the block ends; and how the forward was
-    entered, emptied when the entry point returns."""
+    entered and what the last block left, emptied when the entry point returns.
+
+    Of a ragged batch also: the block's arguments, what each group of images captured where they ran one by one, and
+    whether an attention has kept them apart.
+    """
 
     site: Site | None = None
     state: TokenState | None = None
@@ -84,14 +88,41 @@ class Flow(threading.local):
     values: Caught | None = None
     bias: Tensor | None = None
     rope: Tensor | None = None
-    kwargs: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+    kwargs: dict[str, Any] | None = None
     groups: list[Any] | None = None
     attended: bool = True
     left: tuple[Site, TokenState, tuple[int, int]] | None = None
     entry: Entry | None = None
 
+    def clear(self) -> None:
+        """Let go of what a block has captured."""
+        self.site = self.state = self.kwargs = self.groups = None
+        self.queries = self.keys = self.inputs = self.values = self.bias = self.rope = None
+        self.attended = True
 
-FLOW = Flow()
+    def end(self) -> None:
+        """Let go of everything: the entry point has returned, or was left by an exception in the middle of a block."""
+        self.clear()
+        self.left = self.entry = None
+
+
+class _OfThread(threading.local):
+    """One Flow for each thread, made once and changed in place: torch.compile loses what a compiled block sets anew in
+    thread-local storage."""
+
+    def __init__(self) -> None:
+        self.flow = Flow()
+
+
+_THREAD = _OfThread()
+
+
+def flow() -> Flow:
+    """The Flow of this thread."""
+    return _THREAD.flow
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 _STATES: MutableMapping[Any, TokenState] = WeakIdKeyDictionary()
 _ATTRIBUTE = "_tokenprune_state"
 
@@ -119,3 +150,10 @@ def in_backward() -> bool:
 def _is_wrapped(x: Tensor) -> bool:
     """Whether x is a tensor of torch.func's transforms, which has no storage of its own."""
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Call `function` while torch.compile traces, and build its result into the graph: its arguments are constants
+    that the graph is guarded by (torch.compiler.assume_constant_result, without its import of the compiler)."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

@@ -21,7 +21,7 @@ from tokenprune.errors import UnsupportedModel
 from tokenprune.host import BlockHost, Caught, Host, tokens_first
 from tokenprune.ragged_blocks import head_by_length
 from tokenprune.registry import register_adapter
-from tokenprune.state import FLOW, Entry
+from tokenprune.state import Entry, flow
 
 _MODELS = (
     vision_transformer.VisionTransformer,
@@ -43,7 +43,7 @@ class DenseOutputs(Mixin):
         run = super().forward_features  # type: ignore[misc]
         if torch.compiler.is_compiling():  # what the model's own hook set is not seen there: a whole forward is taken
             return _dense(_read_as_grid(self), run, *args, **kwargs)
-        entry = FLOW.entry
+        entry = flow().entry
         if entry is not None and entry.whole:
             entry.whole = False
             return run(*args, **kwargs)
@@ -56,7 +56,8 @@ class DenseOutputs(Mixin):
 
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         head = super().forward_head  # type: ignore[misc]
-        pack = FLOW.entry.pack if FLOW.entry is not None else None
+        entry = flow().entry
+        pack = entry.pack if entry is not None else None
         if pack is None or _reads_prefix(self):
             return head(x, *args, **kwargs)
         return head_by_length(lambda images: head(images, *args, **kwargs), x, pack)
@@ -70,12 +71,11 @@ def _read_as_grid(model: Any) -> frozenset[int]:
 
 
 def _dense(blocks: frozenset[int], run: Any, *args: Any, **kwargs: Any) -> Any:
-    FLOW.entry = Entry(blocks, whole=False)
+    flow().entry = Entry(blocks, whole=False)
     try:
         return run(*args, **kwargs)
     finally:
-        FLOW.entry = None
-        FLOW.site = FLOW.state = FLOW.left = None
+        flow().end()
 
 
 @register_adapter
