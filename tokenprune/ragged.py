@@ -46,7 +46,9 @@ class Pack:
     """A ragged batch of B images as one sequence of T tokens, the shorter images first.
 
     images: which of the batch each stretch is. lengths: its tokens, prefix included. origin: [T] original patch of
-    each token, -1 for prefix tokens. sizes: [T] original patches in each (None: one each).
+    each token, -1 for prefix tokens. sizes: [T] original patches in each (None: one each). by_channel: whether the
+    model stores its tokens by channel, as a patch embedding without prefix tokens does: a sum over them runs in memory
+    order, and its last bits would differ.
     """
 
     images: tuple[int, ...]
@@ -54,6 +56,7 @@ class Pack:
     num_prefix_tokens: int
     origin: Tensor
     sizes: Tensor | None = None
+    by_channel: bool = False
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -96,7 +99,7 @@ class Pack:
         return pad_sequence(self.by_image(x), batch_first=True, padding_value=fill)
 
 
-def pack_batch(origin: Tensor, sizes: Tensor | None, num_prefix_tokens: int) -> Pack:
+def pack_batch(origin: Tensor, sizes: Tensor | None, num_prefix_tokens: int, *, by_channel: bool = False) -> Pack:
     """A batch whose images have equally many tokens, with `origin` [B, n] and `sizes` [B, n], as a pack."""
     batch, tokens = origin.shape
     return Pack(
@@ -105,6 +108,7 @@ def pack_batch(origin: Tensor, sizes: Tensor | None, num_prefix_tokens: int) -> 
         num_prefix_tokens=num_prefix_tokens,
         origin=_with_prefix(origin, num_prefix_tokens, -1),
         sizes=None if sizes is None else _with_prefix(sizes, num_prefix_tokens, 1),
+        by_channel=by_channel,
     )
 
 
@@ -173,6 +177,7 @@ def repack(before: Pack, reductions: Sequence[RaggedReduction], *, merges: bool)
         num_prefix_tokens=before.num_prefix_tokens,
         origin=before.origin[rows],
         sizes=_summed(_sizes(before), place, rows.shape[0]) if merges else None,
+        by_channel=before.by_channel,
     )
     return Repacking(before, after, rows, place)
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tokenprune.errors import UnsupportedModel
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from tokenprune.site import Site
 
 Forward = Callable[..., Tensor]
+# By its home: torch.nn.functional's name for it is what users replace.
+_ATTENTION = torch._C._nn.scaled_dot_product_attention
 
 
 class AnswerAttention(TorchFunctionMode):
@@ -40,7 +41,7 @@ class AnswerAttention(TorchFunctionMode):
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
+        if func is not _ATTENTION:
             return func(*args, **(kwargs or {}))
         self.calls += 1
         return self.attend(*args, **(kwargs or {}))

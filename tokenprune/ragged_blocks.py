@@ -64,7 +64,8 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
             patch.mark(site, "reduced")
             return x
         if pack is None:
-            pack = pack_batch(state.origins(x), state.sizes, patch.num_prefix_tokens)
+            prefix, by_channel = patch.num_prefix_tokens, x.stride(-1) != 1
+            pack = pack_batch(state.origins(x), state.sizes, prefix, by_channel=by_channel)
         repacking = repack(pack, reductions, merges=method.merges)
     counts = repacking.after.counts()
     if max(counts, default=0) > keep:
@@ -135,7 +136,12 @@ def unpack_for_head(x: Tensor, pack: Pack) -> Tensor:
     entry = flow().entry
     if entry is not None:
         entry.pack = pack
-    return pack.padded(x[0])
+    padded = pack.padded(x[0])
+    return _by_channel(padded) if pack.by_channel else padded
+
+
+def _by_channel(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def head_by_length(head: Callable[[Tensor], Tensor], x: Tensor, pack: Pack) -> Tensor:
@@ -143,5 +149,7 @@ def head_by_length(head: Callable[[Tensor], Tensor], x: Tensor, pack: Pack) -> T
     that its pooling sees the tokens of each image and no other."""
     if not pack.images:
         return head(x)
-    outputs = [head(x[list(group.images), : group.length]) for group in pack.groups]
+    by_channel = x.stride(-1) != 1
+    parts = (x[list(group.images), : group.length] for group in pack.groups)
+    outputs = [head(_by_channel(part) if by_channel else part) for part in parts]
     return torch.cat(outputs)[torch.tensor(pack.images, device=x.device).argsort()]
