@@ -10,13 +10,13 @@ demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
 
 # One thread: the models of the tests are so small that a second one only waits.
-test test-full: export OMP_NUM_THREADS = 1
+test test-full test-hosts: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not full and not hosts"
+	$(PYTEST) -m "not full and not hosts"
 
 test-full: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not hosts"
+	$(PYTEST) -m "not hosts"
 
 test-hosts: $(VENV)/.installed
 	$(BIN)/python -m pytest -m hosts tests/hosts

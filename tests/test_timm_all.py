@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import tokenprune
 
 BUDGET = 0.6
 REFUSED: dict[str, str] = {}  # name: why; at most 10
-PINNED = Path(__file__).with_name("counts.json")
+PINNED = json.loads(Path(__file__).with_name("counts.json").read_text())
 
 outcomes: dict[str, dict[str, str]] = {"shrunk": {}, "real size": {}}
+reduced_at: dict[str, dict[str, str]] = {}  # name: {block class: "between" attention and MLP or "behind" the block}
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,47 @@ def ratio(model: nn.Module, x: Tensor, unpatched: Cost) -> float:
     return counted
 
 
+def block_classes(model: nn.Module) -> dict[str, str]:
+    """The class of each block, with its module: two of timm's have the same name."""
+    classes = {f"blocks.{i}": type(block) for i, block in enumerate(model.blocks)}
+    return {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__qualname__}" for name, cls in classes.items()}
+
+
+def where_reduced(model: nn.Module, x: Tensor, classes: dict[str, str]) -> dict[str, str]:
+    """Class of each reducing block: "between" where a part of such a block saw the tokens that are left, "behind" where
+    all its parts ran on those that entered. The report must say the same."""
+    seen: dict[str, set[int]] = defaultdict(set)
+
+    def note(name: str, part: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(args[0], Tensor) and args[0].ndim == 3:
+            seen[name].add(args[0].shape[1])
+
+    handles = [
+        part.register_forward_pre_hook(partial(note, name))
+        for name in classes
+        for part in model.get_submodule(name).modules()
+        if part is not model.get_submodule(name)
+    ]
+    run(model, x)
+    for handle in handles:
+        handle.remove()
+    report = tokenprune.report(model).to_dict()
+    where: dict[str, str] = {}
+    for place in report["places"]:
+        name = place["name"]
+        if place["tokens_out"] == place["tokens_in"]:
+            continue
+        how = "between" if report["num_prefix_tokens"] + place["tokens_out"] in seen[name] else "behind"
+        assert (name in report["skipped"]) == (how == "behind")
+        assert where.setdefault(classes[name], how) == how
+    return where
+
+
 @pytest.mark.parametrize("name", zoo.names())
 def test_shrunk(name: str) -> None:
     model = zoo.create(name)
     x = zoo.inputs(model)
-    reference, before = run(model, x), list(state(model))
+    reference, before, classes = run(model, x), list(state(model)), block_classes(model)
     one = x[:1]  # relative position tables are computed once in a forward, whatever its batch
     unpatched = cost(model, one)
 
@@ -132,6 +170,9 @@ def test_shrunk(name: str) -> None:
         assert not torch.equal(reduced, reference)
         counted = ratio(model, one, unpatched)
         assert abs(counted - BUDGET) * unpatched.total <= unpatched.token
+        reduced_at[name] = where_reduced(model, one, classes)
+        for block, how in reduced_at[name].items():
+            assert how == ("behind" if block in PINNED["behind"] else "between"), block
     if outcome != "refused":
         tokenprune.patch(model, keep=1.0)
         assert torch.equal(run(model, x), reference)
@@ -153,17 +194,31 @@ def test_real_size(name: str) -> None:
     outcomes["real size"][name] = outcome
 
 
-def test_counts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts(record_property: Callable[[str, object], None]) -> None:
     """The table over the names that ran before this test; with all of them it must be the pinned one."""
     assert len(REFUSED) <= 10
-    pinned = json.loads(PINNED.read_text())
     for size, seen in outcomes.items():
         counts = Counter(seen.values())
         table = {outcome: counts[outcome] for outcome in ("passed", "floor", "refused")}
-        with capsys.disabled():
-            print(f"\ntimm names at flops={BUDGET}, {size}: {table} of {len(zoo.names())}")
+        record_property(f"timm names at flops={BUDGET}, {size}", f"{table} of {len(zoo.names())}")
         assert sorted(name for name in seen if seen[name] == "floor") == sorted(
-            seen.keys() & set(pinned["floor"][size])
+            seen.keys() & set(PINNED["floor"][size])
         )
-        if len(seen) == len(zoo.names()) and timm.__version__ == pinned["timm"]:
-            assert table == pinned[size]
+        if len(seen) == len(zoo.names()) and timm.__version__ == PINNED["timm"]:
+            assert table == PINNED[size]
+
+
+def test_reduction_points(record_property: Callable[[str, object], None]) -> None:
+    """Only blocks that run attention and MLP in parallel are reduced behind them: a silent slide from between to
+    behind would cost a share of the saving in every block."""
+    by_block: dict[str, dict[str, list[str]]] = {"between": defaultdict(list), "behind": defaultdict(list)}
+    for name, where in reduced_at.items():
+        for block, how in where.items():
+            by_block[how][block].append(name)
+    for how, blocks in by_block.items():
+        for block, names in blocks.items():
+            listed = f": {', '.join(names)}" if how == "behind" else ""
+            record_property(f"timm names reduced {how} {block}", f"{len(names)}{listed}")
+    if len(reduced_at) == len(zoo.names()) and timm.__version__ == PINNED["timm"]:
+        assert {block: sorted(names) for block, names in by_block["behind"].items()} == PINNED["behind"]
+        assert {block: len(names) for block, names in by_block["between"].items()} == PINNED["between"]

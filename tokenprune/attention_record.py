@@ -17,8 +17,9 @@ class AttentionRecord:
     queries, keys: [B, H, N, D] after their norms and before rotary embedding (None where the host exposes none; with
     grouped queries keys have fewer heads). values: [B, H, N, D], only for a method that needs them. hidden: [B, N, C]
     at the place. sizes: [B, n] original patches per token (None: one each). origin: [B, n] original patch of each
-    token. bias: additive attention bias [B or 1, H, N, N] of the host, or None. scale: multiplies q.k. place: index of
-    the place, of `depth`.
+    token. grid: (rows, columns) of the original patches, None where they fill none (the host dropped some, or was given
+    patches instead of images). bias: additive attention bias [B or 1, H, N, N] of the host, or None. scale: multiplies
+    q.k. place: index of the place, of `depth`.
     """
 
     hidden: Tensor
@@ -26,7 +27,7 @@ class AttentionRecord:
     num_prefix_tokens: int
     place: int
     depth: int
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     has_class_token: bool = True
     scale: float = 1.0
     queries: Tensor | None = None

@@ -25,6 +25,10 @@ def ghost(module: nn.Module, *, on_meta: bool = False, memo: dict[int, nn.Module
     memo = {} if memo is None else memo
     if id(module) in memo:
         return memo[id(module)]
+    if on_meta and type(module).__module__.startswith("torch.ao.nn.quantized") and hasattr(module, "in_features"):
+        # Its operators know no meta device; it stands for a layer of as many multiply-adds.
+        features: Any = module
+        return nn.Linear(features.in_features, features.out_features, device="meta")
     copy: nn.Module = module.__class__.__new__(module.__class__)
     memo[id(module)] = copy
     state: dict[str, Any] = dict(module.__dict__)

@@ -40,7 +40,7 @@ class BlockHost:
     mask_argument: name of the caller's attention mask, under which nothing is reduced. bias_arguments: names of
     arguments of shape [B or 1, H, N, N] to be re-indexed. rope_argument: the rotary table's. rotate: (x [B, H, N, D],
     table) -> rotated. mid: the block's class with a reduction point between attention and MLP, or None and
-    why not; check_tokens: prunable tokens that the block can be tried on by itself.
+    why not; width, check_tokens: channels and prunable tokens that the block can be tried on by itself.
     swaps: (module, class) to be exchanged while the patch is on.
 
     For methods that keep a different number of tokens in each image:
@@ -63,6 +63,7 @@ class BlockHost:
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None
     mid: type[nn.Module] | None = None
     mid_refused: str = ""
+    width: int = 0
     check_tokens: int = 4
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
     ragged_swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
@@ -77,10 +78,10 @@ class Host:
     """One model: blocks in order, the tokens of the model's usual input, and what its outputs need.
 
     num_prefix_tokens: tokens in front that are never dropped. tokens: prunable tokens at the usual input. grid: (rows,
-    columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, input) ->
-    grid of another input. restored: (model, whether tokens are merged) -> the blocks behind which a forward reads
-    the patch tokens as the full grid (None: never any). swaps: as in BlockHost. ragged_head: whether the model's tail
-    goes through `tokenprune.ragged_blocks.head_by_length`.
+    columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, then what
+    its forward is called with) -> grid of that input, or None where it has none. restored: (model, whether tokens are
+    merged) -> the blocks behind which a forward reads the patch tokens as the full grid (None: never any). swaps: as
+    in BlockHost. ragged_head: whether the model's tail goes through `tokenprune.ragged_blocks.head_by_length`.
     """
 
     model: nn.Module
@@ -89,7 +90,7 @@ class Host:
     tokens: int
     grid: tuple[int, int]
     example: Callable[[], Any]
-    grid_of: Callable[[nn.Module, Any], tuple[int, int]] | None = None
+    grid_of: Callable[..., tuple[int, int] | None] | None = None
     restored: Callable[[nn.Module, bool], frozenset[int]] | None = None
     has_class_token: bool = True
     ragged_head: bool = False

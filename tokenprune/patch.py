@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
+import torch
 from torch import nn
 
 from tokenprune.budget import Budget
@@ -102,9 +103,11 @@ class Patch:
             return frozenset()
         return self.restored(model, self.method.merges)
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: a forward of the whole model starts."""
-        grid = self.grid_of(model, args[0]) if self.recordings and self.grid_of is not None and args else None
+        grid: tuple[int, int] | None = self.grid
+        if self.grid_of is not None and not torch.compiler.is_compiling():  # there it would be a graph for each size
+            grid = self.grid_of(model, *args, **kwargs)
         flow().entry = entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
         if self.method.adaptive:
             entry.last = max(index for index, name in enumerate(self.names) if _has(model, name))
@@ -113,12 +116,11 @@ class Patch:
         """Hook: it has ended, by a result or an exception."""
         flow().end()
 
-    def new_forward(self) -> Forward | None:
+    def new_forward(self, grid: tuple[int, int] | None) -> Forward | None:
         """The recording of a forward that starts now, where one is wanted."""
         if not self.recordings:
             return None
-        entry = flow().entry
-        forward = Forward((entry.grid if entry is not None else None) or self.grid)
+        forward = Forward(grid)
         for recording in self.recordings:
             recording.forwards.append(forward)
         return forward
@@ -198,7 +200,7 @@ def attach(host: Host, patch: Patch) -> list[Site]:
         sites.append(site)
     for module, swapped in host.swaps:
         module.__class__ = swapped
-    host.model.register_forward_pre_hook(patch.begin, prepend=True)
+    host.model.register_forward_pre_hook(patch.begin, with_kwargs=True, prepend=True)
     host.model.register_forward_hook(patch.end, always_call=True)
     return sites
 

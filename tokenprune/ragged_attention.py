@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tokenprune.errors import UnsupportedModel
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from tokenprune.site import Site
 
 Forward = Callable[..., Tensor]
-# By its home: torch.nn.functional's name for it is what users replace.
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
 
 
@@ -77,7 +77,8 @@ def attend_here(forward: Forward, x: Tensor, **kwargs: Any) -> Tensor:
     if site is None or state is None or state.pack is None:
         return forward(x, **kwargs)
     now.attended = True
-    out = _answered(site, state.pack, forward, x, **kwargs) if site.intercepts else None
+    replaced = F.scaled_dot_product_attention is not _ATTENTION  # by the user, with one that nothing can answer for
+    out = _answered(site, state.pack, forward, x, **kwargs) if site.intercepts and not replaced else None
     return out if out is not None else _per_length(site, state, state.pack, forward, x, **kwargs)
 
 

@@ -15,6 +15,7 @@ from tokenprune.kernels.matching import cosine_match
 from tokenprune.ragged import Group, Pack, Repacking, pack_batch, repack
 from tokenprune.ragged_attention import of_images, state_of
 from tokenprune.recording import PlaceRecord
+from tokenprune.restore import placed
 from tokenprune.state import TokenState, flow, in_backward
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
         metrics, reductions = [], []
         for record in _records(site, x, state):
             reductions.append(method.reduce_ragged(record, keep))
-            metrics.append(record.metric if state.dense else None)
+            if state.dense:
+                own = replace(state, origin=record.origin, pack=None)
+                metrics.append(placed(record.hidden[:, patch.num_prefix_tokens :], own))
         if patch.probe is not None:  # counted, not removed
             patch.mark(site, "reduced")
             return x
@@ -97,18 +100,17 @@ def _rows(rows: Tensor | None, state: TokenState, pack: Pack) -> Tensor:
     return first[:, None] + torch.arange(state.entering, device=first.device)
 
 
-def _near_rows(repacking: Repacking, metrics: list[Tensor | None]) -> Tensor:
-    """Row of the new pack whose value restores each token of the old one, [T]: a dropped one is restored by the kept
-    one with the most similar key (similarity-based recovery, AT-EDM section 3.3)."""
+def _near_rows(repacking: Repacking, metrics: list[Tensor]) -> Tensor:
+    """Row of the new pack whose value restores each token of the old one, [T]: a dropped one is restored by the most
+    similar kept one (see `tokenprune.restore.stand_ins`). metrics: [g, n, D] of each group of the old pack."""
     near, prefix = repacking.place.clone(), repacking.before.num_prefix_tokens
     for group, metric in zip(repacking.before.groups, metrics, strict=True):
-        assert metric is not None
         places = group.of(repacking.place)[:, prefix:]
         leaving = group.of(repacking.leaves())[:, prefix:]
         rows = group.of(torch.arange(near.shape[0], device=near.device))[:, prefix:]
-        for place, kept, row, keys in zip(places, leaving, rows, metric, strict=True):
+        for place, kept, row, tokens in zip(places, leaving, rows, metric, strict=True):
             lost = place < 0
-            match = cosine_match(keys[lost][None], keys[kept][None])[1][0]
+            match = cosine_match(tokens[lost][None], tokens[kept][None])[1][0]
             near[row[lost]] = place[kept][match]
     return near
 

@@ -24,9 +24,10 @@ class PlaceRecord:
 
 @dataclass
 class Forward:
-    """One forward: grid is (rows, columns) of original patches."""
+    """One forward: grid is (rows, columns) of original patches, None where they fill none (the host dropped some, or
+    was given patches instead of images)."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     places: list[PlaceRecord] = field(default_factory=list)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import nn
 
 from tokenprune.errors import UnsupportedModel
 from tokenprune.ghost import ghost
-from tokenprune.host import Host
+from tokenprune.host import BlockHost, Host
 from tokenprune.ragged_attention import AnswerAttention
 
 
@@ -22,19 +24,25 @@ def check_blocks(host: Host) -> None:
             continue
         if "forward" in vars(block.module):
             block.mid, block.mid_refused = None, "its forward is replaced on the instance"
-        elif not _equal(block.module, block.mid, host.num_prefix_tokens + block.check_tokens):
+        elif not _equal(host, block, block.mid):
             block.mid, block.mid_refused = None, "run through its own parts it gives another output"
 
 
-def _equal(module: nn.Module, mid: type[nn.Module], tokens: int) -> bool:
-    weight = next(p for p in module.parameters() if p.is_floating_point())
+def _weight(host: Host, block: BlockHost) -> nn.Parameter:
+    """A parameter of the block, or of the model, that says device and dtype."""
+    parameters = chain(block.module.parameters(), host.model.parameters())
+    return next(p for p in parameters if p.is_floating_point())
+
+
+def _equal(host: Host, block: BlockHost, mid: type[nn.Module]) -> bool:
+    weight = _weight(host, block)
     if weight.device.type == "meta":
         return True
-    plain, swapped = ghost(module), ghost(module)
+    plain, swapped = ghost(block.module), ghost(block.module)
     swapped.__class__ = mid
     generator = torch.Generator(device=weight.device).manual_seed(0)
-    width = next(p.shape[-1] for name, p in module.named_parameters() if "norm1" in name and p.ndim == 1)
-    x = torch.randn(1, tokens, width, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
+    shape = 1, host.num_prefix_tokens + block.check_tokens, block.width
+    x = torch.randn(shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
     with torch.no_grad():
         return bool(torch.equal(plain(x), swapped(x)))
 
@@ -54,19 +62,19 @@ def check_packing(host: Host) -> None:
                     f"the forward of an attention in {block.name} is replaced on the instance (offloading, a cache?);"
                     " remove that first, or use a method with a fixed number of tokens"
                 )
-        block.intercepts = all(_packs(attention, host.num_prefix_tokens + 4) for attention in block.attentions)
+        block.intercepts = all(_packs(host, block, attention) for attention in block.attentions)
 
 
-def _packs(attention: nn.Module, tokens: int) -> bool:
-    projection = next(module for module in attention.modules() if isinstance(module, nn.Linear))
-    weight, width = projection.weight, projection.in_features
+def _packs(host: Host, block: BlockHost, attention: nn.Module) -> bool:
+    weight = _weight(host, block)
     if weight.device.type == "meta":
         return False
     alone = ghost(attention)
     generator = torch.Generator(device=weight.device).manual_seed(0)
-    lengths = (tokens, tokens + 3)
-    x = torch.randn(1, sum(lengths), width, generator=generator, device=weight.device).to(weight.dtype)
-    starts = torch.tensor([0, tokens, sum(lengths)], dtype=torch.int32, device=weight.device)
+    lengths = (host.num_prefix_tokens + 4, host.num_prefix_tokens + 7)
+    shape = 1, sum(lengths), block.width
+    x = torch.randn(shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
+    starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=weight.device)
     try:
         with torch.no_grad(), AnswerAttention(lengths, starts) as answer:
             packed = alone(x)

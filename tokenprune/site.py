@@ -79,8 +79,8 @@ class Site:
             )
         if kwargs.get("is_causal") or (self.mask_argument and kwargs.get(self.mask_argument) is not None):
             raise UnsupportedModel(
-                "tokens cannot be reduced under the caller's attention mask or causal attention; call the model"
-                " without them, or unpatch it first"
+                "tokens cannot be reduced under an attention mask (the caller's own, a causal one, or that of padded"
+                " patches); call the model with images of one size and no mask, or unpatch it first"
             )
         state = self._incoming(x)
         now.state = state
@@ -112,17 +112,19 @@ class Site:
                 state = left
         if state is None:
             tokens = x.shape[1] - self.patch.num_prefix_tokens
+            entry = now.entry
+            dense = entry.dense if entry is not None else frozenset()
+            grid = entry.grid if entry is not None else self.patch.grid
+            if grid is not None and grid[0] * grid[1] != tokens:  # some were dropped before the first block
+                grid = None
             forward = None
             if self.index == 0:
                 self.patch.entered = tokens
-                forward = self.patch.new_forward()
-            entry = now.entry
+                forward = self.patch.new_forward(grid)
             last = entry.last if entry is not None and entry.last is not None else self.patch.depth - 1
-            if entry is not None:
-                dense = entry.dense
-            else:  # a loop of the user's own over the blocks
-                dense = frozenset({last}) if self.patch.method.adaptive else frozenset()
-            state = TokenState(tokens, tokens, forward=forward, dense=dense, last=last)
+            if entry is None and self.patch.method.adaptive:  # a loop of the user's own over the blocks
+                dense = frozenset({last})
+            state = TokenState(tokens, tokens, grid=grid, forward=forward, dense=dense, last=last)
             if torch.is_grad_enabled() or x.requires_grad:
                 remember(x, state)  # found again when checkpointing re-runs the first block
         return state
@@ -208,7 +210,7 @@ class Site:
         if self.patch.method.merges:
             sizes = reduction.merged_sizes(sizes if sizes is not None else origin.new_ones(body.shape[:2]).float())
         if state.dense:
-            state = replace(state, stand_in=stand_ins(state, reduction, record.metric))
+            state = replace(state, stand_in=stand_ins(state, reduction, body.detach()))
         if state.forward is not None and not in_backward():
             source = follow_source(state, reduction.source(state.tokens))
             state = replace(state, source=source)
@@ -238,7 +240,7 @@ class Site:
             num_prefix_tokens=self.patch.num_prefix_tokens,
             place=self.index,
             depth=self.patch.depth,
-            grid=self.patch.grid,
+            grid=state.grid,
             has_class_token=self.patch.has_class_token,
             scale=self.scale,
             queries=queries.detach() if queries is not None else None,

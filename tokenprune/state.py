@@ -31,11 +31,11 @@ class TokenState:
     entering: tokens that entered the first place. tokens: how many are left, n. origin: [B, n] original patch of each
     (None: all, in order). sizes: [B, n] patches in each (None: one each). source: [B, entering] position that holds
     each original patch, -1 where it was dropped (for recordings). stand_in: [B, entering] position whose value
-    restores each original patch (for dense outputs). reduced: the reduced tensor behind a restored one. forward: the
-    recording that follows this forward. dense: blocks whose output is restored in this forward. last: the block behind
-    which the model's own tail follows. pack: where the images keep different numbers of tokens, which then holds origin
-    and sizes; tokens is the largest number, and source and stand_in hold rows of the pack. counts: (block, tokens that
-    left it of each image).
+    restores each original patch (for dense outputs). reduced: the reduced tensor behind a restored one. grid: (rows,
+    columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward.
+    dense: blocks whose output is restored in this forward. last: the block behind which the model's own tail follows.
+    pack: where the images keep different numbers of tokens, which then holds origin and sizes; tokens is the largest
+    number, and source and stand_in hold rows of the pack. counts: (block, tokens that left it of each image).
     """
 
     entering: int
@@ -45,6 +45,7 @@ class TokenState:
     source: Tensor | None = None
     stand_in: Tensor | None = None
     reduced: Tensor | None = None
+    grid: tuple[int, int] | None = None
     forward: Forward | None = None
     dense: frozenset[int] = frozenset()
     last: int | None = None
@@ -61,12 +62,12 @@ class TokenState:
 @dataclass(eq=False)
 class Entry:
     """How the model was entered. dense: blocks whose output is restored. whole: by its forward, and not yet passed on
-    to its features. grid: (rows, columns) of the input, where it is recorded. last: the last block that the model has.
-    pack: how the tokens lay behind it, where the images had different numbers of them."""
+    to its features. grid: (rows, columns) of the input, None where it has none. last: the last block that the model
+    has. pack: how the tokens lay behind it, where the images had different numbers of them."""
 
     dense: frozenset[int]
     whole: bool
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, int] | None
     last: int | None = None
     pack: Pack | None = None
 

@@ -1,3 +1,4 @@
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -83,7 +84,6 @@ def test_tensors_with_and_without_labels():
 
 
 def test_loaded_hugging_face_data_set():
-    datasets = pytest.importorskip("datasets")
     features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])})
     rows = {"picture": [Image.new("RGB", (3, 3), (50 * i, 0, 0)) for i in range(3)], "kind": [1, 0, 1]}
     data = open_data(datasets.Dataset.from_dict(rows, features=features), to_tensor)
@@ -97,7 +97,6 @@ def test_loaded_hugging_face_data_set():
 
 
 def test_a_name_that_cannot_be_loaded_is_one_clear_error(monkeypatch):
-    datasets = pytest.importorskip("datasets")
 
     def offline(name):
         raise ConnectionError("no network")
@@ -108,7 +107,6 @@ def test_a_name_that_cannot_be_loaded_is_one_clear_error(monkeypatch):
 
 
 def test_the_split_is_validation_or_test_by_default(monkeypatch):
-    datasets = pytest.importorskip("datasets")
     loaded = []
     rows = datasets.Dataset.from_dict(
         {"image": [Image.new("RGB", (3, 3))]}, features=datasets.Features({"image": datasets.Image()})

@@ -9,6 +9,7 @@ import functools
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ NAMES = {
 # Tests of these modules that take no single model name.
 TESTS = ("test_naflexvit_", "test_eva_", "test_relpos_", "test_hybrid_vit_", "test_radio_")
 
-counts: Counter[str] = Counter()
+counts: Counter[str] = Counter({"created": 0, "patched": 0, "refused": 0})
 refusals: dict[str, str] = {}
 
 
@@ -68,12 +69,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--counts", type=Path, default=None, help="write the counts to this JSON file")
 
 
+def counted(init: Callable[..., None]) -> Callable[..., None]:
+    """`init`, counting the models that it has made: whoever made them, each is to be patched."""
+
+    @functools.wraps(init)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        counts["created"] += 1
+
+    return wrapper
+
+
 def pytest_configure(config: pytest.Config) -> None:
     keep = config.getoption("--keep")
     if keep is None:
         return
     import tokenprune
+    from tokenprune.adapters.timm_vit import PLAIN_VITS
 
+    for cls in PLAIN_VITS:
+        cls.__init__ = counted(cls.__init__)
     original = timm.create_model
 
     @functools.wraps(original)
@@ -108,7 +123,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     for outcome in ("passed", "failed", "error", "skipped"):
         counts[outcome] = len(terminalreporter.stats.get(outcome, []))
-    terminalreporter.write_line(f"tokenprune: {counts['patched']} models patched, {counts['refused']} refused")
+    terminalreporter.write_line(
+        f"tokenprune: {counts['created']} models created, {counts['patched']} patched, {counts['refused']} refused"
+    )
     for name, reason in refusals.items():
         terminalreporter.write_line(f"  {name}: {reason}")
     if config.getoption("--counts"):

@@ -23,7 +23,7 @@ from tokenprune.ragged_blocks import head_by_length
 from tokenprune.registry import register_adapter
 from tokenprune.state import Entry, flow
 
-_MODELS = (
+PLAIN_VITS = (
     vision_transformer.VisionTransformer,
     beit.Beit,
     eva.Eva,
@@ -41,18 +41,16 @@ class DenseOutputs(Mixin):
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         run = super().forward_features  # type: ignore[misc]
-        if torch.compiler.is_compiling():  # what the model's own hook set is not seen there: a whole forward is taken
-            return _dense(_read_as_grid(self), run, *args, **kwargs)
         entry = flow().entry
         if entry is not None and entry.whole:
             entry.whole = False
             return run(*args, **kwargs)
-        return _dense(frozenset({len(self.blocks) - 1}), run, *args, **kwargs)  # type: ignore[arg-type]
+        return _dense(self, frozenset({len(self.blocks) - 1}), run, *args, **kwargs)  # type: ignore[arg-type]
 
     def forward_intermediates(self, x: Any, indices: Any = None, *args: Any, **kwargs: Any) -> Any:
         depth = len(self.blocks)  # type: ignore[arg-type]
         wanted = frozenset(feature_take_indices(depth, indices)[0]) | {depth - 1}
-        return _dense(wanted, super().forward_intermediates, x, indices, *args, **kwargs)  # type: ignore[misc]
+        return _dense(self, wanted, super().forward_intermediates, x, indices, *args, **kwargs)  # type: ignore[misc]
 
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         head = super().forward_head  # type: ignore[misc]
@@ -63,15 +61,8 @@ class DenseOutputs(Mixin):
         return head_by_length(lambda images: head(images, *args, **kwargs), x, pack)
 
 
-def _read_as_grid(model: Any) -> frozenset[int]:
-    """What a whole forward restores: the last block's output, always or (-1) where tokens were merged."""
-    if _needs_grid(model, False):
-        return frozenset({len(model.blocks) - 1})
-    return frozenset({-1}) if _needs_grid(model, True) else frozenset()
-
-
-def _dense(blocks: frozenset[int], run: Any, *args: Any, **kwargs: Any) -> Any:
-    flow().entry = Entry(blocks, whole=False)
+def _dense(model: nn.Module, blocks: frozenset[int], run: Any, *args: Any, **kwargs: Any) -> Any:
+    flow().entry = Entry(blocks, whole=False, grid=_grid_of(model, *args, **kwargs))
     try:
         return run(*args, **kwargs)
     finally:
@@ -86,7 +77,7 @@ class TimmVisionTransformer:
 
     def find(self, target: object) -> nn.Module | None:
         assert isinstance(target, nn.Module)
-        found = [module for module in target.modules() if isinstance(module, _MODELS)]
+        found = [module for module in target.modules() if isinstance(module, PLAIN_VITS)]
         if len(found) > 1:
             raise UnsupportedModel(
                 f"{type(target).__name__} holds {len(found)} vision transformers; patch each of them by itself"
@@ -99,7 +90,10 @@ class TimmVisionTransformer:
         in_blocks = 0 if isinstance(model, cait.Cait) else int(parts.num_prefix_tokens)
         return Host(
             model=model,
-            blocks=[_block(f"blocks.{i}", block, in_blocks, grid[0] * grid[1]) for i, block in enumerate(parts.blocks)],
+            blocks=[
+                _block(f"blocks.{i}", block, int(parts.embed_dim), in_blocks, grid[0] * grid[1])
+                for i, block in enumerate(parts.blocks)
+            ],
             num_prefix_tokens=in_blocks,
             tokens=grid[0] * grid[1],
             grid=grid,
@@ -152,11 +146,17 @@ def _grid(model: Any) -> tuple[int, int]:
 
 def _grid_at(model: Any, size: tuple[int, int]) -> tuple[int, int]:
     embed = getattr(model, "patch_embed", None) or model.embeds
+    if not hasattr(embed, "dynamic_feat_size"):  # an embedding of the user's own, of one size
+        return int(embed.grid_size[0]), int(embed.grid_size[1])
     rows, columns = embed.dynamic_feat_size(size)
-    return int(rows), int(columns)
+    return rows, columns
 
 
-def _grid_of(model: nn.Module, image: Any) -> tuple[int, int]:
+def _grid_of(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[int, int] | None:
+    """The grid of an image, by whichever entry point it comes; NaFlexViT also takes patches, which fill none."""
+    image = args[0] if args else kwargs.get("x", kwargs.get("patches"))
+    if not isinstance(image, Tensor) or image.ndim != 4:
+        return None
     return _grid_at(model, (image.shape[-2], image.shape[-1]))
 
 
@@ -168,8 +168,8 @@ def _example(model: nn.Module) -> Tensor:
     return torch.empty(1, channels, *_image_size(model), device=reference.device, dtype=reference.dtype)
 
 
-def _block(name: str, block: nn.Module, prefix: int, tokens: int) -> BlockHost:
-    facts = BlockHost(name, block)
+def _block(name: str, block: nn.Module, width: int, prefix: int, tokens: int) -> BlockHost:
+    facts = BlockHost(name, block, width=width)
     inner: Any = block
     if isinstance(block, _PARALLEL_BLOCKS):
         facts.taps = (("queries", inner.q_norm), ("keys", inner.k_norm))

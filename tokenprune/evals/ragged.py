@@ -8,6 +8,7 @@ images, and how that is run, differs.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +44,7 @@ def spread_counts(batch: int, tokens: int, place: int) -> list[int]:
 def keep_spread(scores: Tensor | None, record: AttentionRecord, keep: int, *, batch: int) -> RaggedReduction:
     """Keep the highest scores, as many as the image's turn in a batch of `batch` says."""
     assert scores is not None
-    tokens, place, device = record.grid[0] * record.grid[1], PLACES.index(record.place), scores.device
+    tokens, place, device = math.prod(record.grid or ()), PLACES.index(record.place), scores.device
     counts = spread_counts(batch, tokens, place)
     if place > 0:  # the number of tokens says whose turn it is
         before = spread_counts(batch, tokens, place - 1)
@@ -68,7 +69,7 @@ class Padded(Reduction):
 def keep_padded(scores: Tensor | None, record: AttentionRecord, keep: int, *, batch: int) -> Reduction:
     """Keep as many of every image as of the one that keeps most, and mask what is too many."""
     assert scores is not None
-    tokens, place = record.grid[0] * record.grid[1], PLACES.index(record.place)
+    tokens, place = math.prod(record.grid or ()), PLACES.index(record.place)
     counts = torch.tensor(spread_counts(batch, tokens, place)[: len(scores)], device=scores.device)
     real = (torch.arange(keep, device=scores.device) < counts[:, None]).float()
     return Padded(ranked(scores)[:, :keep], real=real)

@@ -68,6 +68,7 @@ def place_panels(
     with tokenprune.record(model) as recording, torch.inference_mode():
         model(inputs)
     forward = recording.forwards[-1]
+    assert forward.grid is not None, "inputs are images"
     canvas = fit_to_grid(picture, forward.grid, pixels)
     panels = [(title, _bytes(canvas))]
     for index in _evenly(len(forward.places), places):

@@ -47,7 +47,7 @@ def _attention_mass(
     tile = max(1, memory_limit // (2 * 4 * tokens * tokens))
     for start in range(0, batch * heads, tile):
         rows = slice(start, min(start + tile, batch * heads))
-        logits = torch.bmm(flat_q[rows] * scale, flat_k[rows].transpose(1, 2)).float()
+        logits = torch.bmm(flat_q[rows].float() * scale, flat_k[rows].float().transpose(1, 2))
         if bias is not None:
             pairs = torch.arange(rows.start, rows.stop, device=q.device)
             logits += bias[pairs // heads, pairs % heads].float()
