@@ -15,10 +15,11 @@ class AttentionRecord:
     """One block's view of its tokens, N = num_prefix_tokens + n of them, of which the last n are prunable.
 
     queries, keys: [B, H, N, D] after their norms and before rotary embedding (None where the host exposes none; with
-    grouped queries keys have fewer heads). hidden: [B, N, C] at the place. sizes: [B, n] original patches per token
-    (None: one each). origin: [B, n] original patch of each token. grid: (rows, columns) of the original patches, None
-    where they fill none (the host dropped some, or was given patches instead of images). bias: additive attention bias
-    [B or 1, H, N, N] of the host, or None. scale: multiplies q.k. place: index of the place, of `depth`.
+    grouped queries keys have fewer heads). values: [B, H, N, D], only for a method that needs them. hidden: [B, N, C]
+    at the place. sizes: [B, n] original patches per token (None: one each). origin: [B, n] original patch of each
+    token. grid: (rows, columns) of the original patches, None where they fill none (the host dropped some, or was given
+    patches instead of images). bias: additive attention bias [B or 1, H, N, N] of the host, or None. scale: multiplies
+    q.k. place: index of the place, of `depth`.
     """
 
     hidden: Tensor
@@ -31,6 +32,7 @@ class AttentionRecord:
     scale: float = 1.0
     queries: Tensor | None = None
     keys: Tensor | None = None
+    values: Tensor | None = None
     sizes: Tensor | None = None
     bias: Tensor | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
@@ -63,6 +65,17 @@ class AttentionRecord:
         if self.queries is not None and self.queries.shape[1] != self.keys.shape[1]:
             return self.keys.repeat_interleave(self.queries.shape[1] // self.keys.shape[1], dim=1)
         return self.keys
+
+    @property
+    def v(self) -> Tensor:
+        """Values [B, H, N, D].
+
+        Raises:
+            UnsupportedMethod: the host exposes no values here.
+        """
+        if self.values is None:
+            raise UnsupportedMethod("this method weighs by values, and the block exposes none; try 'top_k'")
+        return self.values
 
     @property
     def metric(self) -> Tensor:

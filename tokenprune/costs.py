@@ -58,15 +58,15 @@ class CostModel:
     head: Curve
     head_sees_all: bool
 
-    def total(self, tokens: int, leaving: Mapping[int, int] | None = None) -> float:
+    def total(self, tokens: int, leaving: Mapping[int, int] | None = None, *, adaptive: bool = False) -> float:
         """Multiply-adds with `tokens` entering the first block and leaving[block] leaving each place; unpatched
-        without `leaving`."""
+        without `leaving`. adaptive: a place that keeps every token has scored them all the same."""
         cost = self.stem * tokens / self.tokens
         left = tokens
         for index, block in enumerate(self.blocks):
             cost += block.before(left)
             keep = left if leaving is None else leaving.get(index, left)
-            if keep < left:
+            if keep < left or (adaptive and leaving is not None and index in leaving):
                 cost += block.score(left)
                 left = keep
             cost += block.behind(left)

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# A tap says what to catch ("queries", "keys": the output of a module; "inputs": the input of one) and where.
+# A tap says what to catch and where: "queries", "keys", "values" the output of a module, "inputs" and "value_inputs"
+# the input of one.
 Taps = tuple[tuple[str, nn.Module], ...]
 # The module whose input was caught and that input: a copy of a model runs modules of its own under the same hooks.
 Caught = tuple[nn.Module, Tensor]
@@ -41,6 +42,12 @@ class BlockHost:
     table) -> rotated. mid: the block's class with a reduction point between attention and MLP, or None and
     why not; width, check_tokens: channels and prunable tokens that the block can be tried on by itself.
     swaps: (module, class) to be exchanged while the patch is on.
+
+    For methods that keep a different number of tokens in each image:
+    attentions: the modules that mix tokens. ragged_swaps: in the place of `swaps`, classes whose attentions go through
+    `tokenprune.ragged_attention.attend_here` (empty: such methods are refused). values: (module, what a tap for values
+    caught there) -> values [B, H, N, D]. rope_identity: rotary table [..., D] -> the row [D] that rotates nothing.
+    intercepts: whether the attentions may run once on a packed sequence (found out when a model is patched).
     """
 
     name: str
@@ -59,6 +66,11 @@ class BlockHost:
     width: int = 0
     check_tokens: int = 4
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
+    ragged_swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
+    attentions: tuple[nn.Module, ...] = ()
+    values: Callable[[nn.Module, Tensor], Tensor] | None = None
+    rope_identity: Callable[[Tensor], Tensor] | None = None
+    intercepts: bool = False
 
 
 @dataclass
@@ -69,7 +81,7 @@ class Host:
     columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, then what
     its forward is called with) -> grid of that input, or None where it has none. restored: (model, whether tokens are
     merged) -> the blocks behind which a forward reads the patch tokens as the full grid (None: never any). swaps: as
-    in BlockHost.
+    in BlockHost. ragged_head: whether the model's tail goes through `tokenprune.ragged_blocks.head_by_length`.
     """
 
     model: nn.Module
@@ -81,6 +93,7 @@ class Host:
     grid_of: Callable[..., tuple[int, int] | None] | None = None
     restored: Callable[[nn.Module, bool], frozenset[int]] | None = None
     has_class_token: bool = True
+    ragged_head: bool = False
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
     notes: list[str] = field(default_factory=list)
 

@@ -9,11 +9,13 @@ from typing import Literal
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.errors import UnsupportedMethod
+from tokenprune.ragged import RaggedReduction
 from tokenprune.reduction import Reduction
 from tokenprune.schedule import Schedule
 
 Score = Callable[[AttentionRecord], Tensor]
-Select = Callable[[Tensor | None, AttentionRecord, int], Reduction]
+Select = Callable[[Tensor | None, AttentionRecord, int], Reduction | RaggedReduction]
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,12 @@ class Method:
     """A small immutable recipe; it knows tensors and no library.
 
     score: AttentionRecord -> importance [B, n] of the prunable tokens (None: the selection needs none).
-    select: (scores, record, K) -> the Reduction to K tokens. schedule: in which blocks, how much at each.
+    select: (scores, record, K) -> the Reduction to K tokens, or of an `adaptive` method the RaggedReduction to at most
+    K, a number of its own for each image (a record then holds images of equal length). schedule: in which blocks, how
+    much at each.
     position: "mid" reduces between attention and MLP, "post" after the block. merges: whether leaving tokens stand for
     several patches (sizes are tracked). proportional: whether log(size) is added to the attention logits of a key.
-    needs: what must be captured ("queries", "keys").
+    needs: what must be captured ("queries", "keys", "values").
     """
 
     name: str
@@ -35,9 +39,22 @@ class Method:
     position: Literal["mid", "post"] = "mid"
     merges: bool = False
     proportional: bool = False
+    adaptive: bool = False
     needs: frozenset[str] = frozenset()
 
     def reduce(self, record: AttentionRecord, keep: int) -> Reduction:
         """The Reduction of the record's n prunable tokens to `keep`."""
+        reduction = self._selected(record, keep)
+        assert isinstance(reduction, Reduction)
+        return reduction
+
+    def reduce_ragged(self, record: AttentionRecord, keep: int) -> RaggedReduction:
+        """The RaggedReduction of the record's n prunable tokens to at most `keep` in each image."""
+        reduction = self._selected(record, keep)
+        if not isinstance(reduction, RaggedReduction):
+            raise UnsupportedMethod(f"{self.name} is adaptive, and its selection must return a RaggedReduction")
+        return reduction
+
+    def _selected(self, record: AttentionRecord, keep: int) -> Reduction | RaggedReduction:
         scores = self.score(record) if self.score is not None else None
         return self.select(scores, record, keep)

@@ -14,11 +14,11 @@ from tokenprune.budget import Budget
 from tokenprune.costs import CostModel, Curve, Probe, cost_model, count_flops, probe_sizes
 from tokenprune.errors import BudgetError, UnsupportedMethod
 from tokenprune.ghost import ghost
-from tokenprune.host import Adapter, Host
+from tokenprune.host import Adapter, BlockHost, Host
 from tokenprune.method import Method
 from tokenprune.recording import Forward, Recording
 from tokenprune.schedule import Layout
-from tokenprune.self_check import check_blocks
+from tokenprune.self_check import check_blocks, check_packing
 from tokenprune.site import Site
 from tokenprune.solver import Counts, follow_shares, solve
 from tokenprune.state import Entry, TokenState, constant_in_graphs, flow
@@ -27,7 +27,8 @@ from tokenprune.state import Entry, TokenState, constant_in_graphs, flow
 class Patch:
     """What a patch knows for as long as it is on: plain data and the sites, no module.
 
-    active: whether anything is reduced (not at a budget of 1.0).
+    active: whether anything is reduced (not at a budget of 1.0). seen: of an adaptive method, (block, tokens that left
+    it of each image) of the last forward.
     """
 
     def __init__(self, host: Host, adapter: str, method: Method, budget: Budget) -> None:
@@ -51,6 +52,7 @@ class Patch:
         self.costs: CostModel | None = None
         self.solved: dict[int, Counts] = {}
         self.counted: int | None = None
+        self.seen: tuple[tuple[int, tuple[int, ...]], ...] = ()
         self.entered = host.tokens
         self.probe: Probe | None = None
         self.recordings: list[Recording] = []
@@ -84,11 +86,13 @@ class Patch:
     def leaving(self, index: int, state: TokenState) -> int | None:
         """How many tokens leave place `index`, None where it is to be passed over.
 
-        An explicit schedule runs its places even where it keeps every token.
+        An explicit schedule runs its places even where it keeps every token. Of an adaptive method it is the most.
         """
         if self.probe is not None:
             return self.probe.leaving(state)
         keep = self.counts(state.entering)[index]
+        if self.method.adaptive:
+            return keep
         if keep > state.tokens or (keep == state.tokens and self.shares is None):
             return None
         return keep
@@ -104,7 +108,9 @@ class Patch:
         grid: tuple[int, int] | None = self.grid
         if self.grid_of is not None and not torch.compiler.is_compiling():  # there it would be a graph for each size
             grid = self.grid_of(model, *args, **kwargs)
-        flow().entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
+        flow().entry = entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
+        if self.method.adaptive:
+            entry.last = max(index for index, name in enumerate(self.names) if _has(model, name))
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: it has ended, by a result or an exception."""
@@ -141,8 +147,10 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget) -> Pat
             f"{method.name} adds log(size) to the attention logits, and {type(host.blocks[0].module).__name__} takes no"
             f" bias; patch(model, {method.name!r}, proportional=False, ...) works"
         )
+    if patch.active and method.adaptive:
+        _check_adaptive(host, method, budget)
     if patch.active:
-        missing = method.needs - {kind for block in host.blocks for kind in _caught(block.taps)}
+        missing = method.needs - {kind for block in host.blocks for kind in _caught(block)}
         if missing:
             raise UnsupportedMethod(
                 f"{method.name} needs {', '.join(sorted(missing))}, which this model does not expose"
@@ -153,9 +161,25 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget) -> Pat
         counts = patch.counts(host.tokens)
         if budget.kind == "flops":
             patch.solved[host.tokens] = _corrected(host, adapter, patch, counts)
-        copy, _ = _ghosted(host, adapter, patch, None)
-        patch.counted = count_flops(copy.model, copy.example)
+        if not method.adaptive:  # what an image costs is known when it is there
+            copy, _ = _ghosted(host, adapter, patch, None)
+            patch.counted = count_flops(copy.model, copy.example)
     return patch
+
+
+def _check_adaptive(host: Host, method: Method, budget: Budget) -> None:
+    if budget.kind == "flops":
+        raise BudgetError(
+            f"{method.name} keeps a different number of tokens in each image, and what that costs on average is not"
+            f" known without calibration, which is not there yet: {budget} cannot be met. keep=, tokens= and schedule="
+            f" work, as the most that is kept of an image, and so do the method's own options"
+        )
+    if not host.ragged_head or not all(block.ragged_swaps for block in host.blocks):
+        raise UnsupportedMethod(
+            f"{method.name} keeps a different number of tokens in each image, which {type(host.model).__name__} cannot"
+            " run; a method with a fixed number works, such as 'top_k'"
+        )
+    check_packing(host)
 
 
 def attach(host: Host, patch: Patch) -> list[Site]:
@@ -170,7 +194,8 @@ def attach(host: Host, patch: Patch) -> list[Site]:
         site.attach(block)
         if mid and block.mid is not None:
             block.module.__class__ = block.mid
-        for module, swapped in block.swaps:
+        ragged = patch.active and patch.method.adaptive
+        for module, swapped in block.ragged_swaps if ragged else block.swaps:
             module.__class__ = swapped
         sites.append(site)
     for module, swapped in host.swaps:
@@ -180,9 +205,17 @@ def attach(host: Host, patch: Patch) -> list[Site]:
     return sites
 
 
-def _caught(taps: tuple[tuple[str, nn.Module], ...]) -> set[str]:
-    kinds = {kind for kind, _ in taps}
-    return kinds | ({"queries", "keys"} if "inputs" in kinds else set())
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _caught(block: BlockHost) -> set[str]:
+    kinds = {kind for kind, _ in block.taps}
+    return kinds | ({"queries", "keys"} if "inputs" in kinds else set()) | ({"values"} if block.values else set())
 
 
 def _shares(budget: Budget, host: Host) -> dict[int, float] | None:

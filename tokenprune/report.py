@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenprune.patch import Patch
+    from tokenprune.solver import Counts
 
 
 @dataclass(frozen=True)
 class Report:
-    """Live view of one patch; multiply-adds are those of one image at the size of the last forward."""
+    """Live view of one patch; multiply-adds are those of one image at the size of the last forward, of an adaptive
+    method the mean over its images."""
 
     patch: Patch
 
     def to_dict(self) -> dict[str, Any]:
         """method, budget, flops_before and flops_after (multiply-adds of one image; 1 of them = 2 FLOPs),
-        flops_ratio, places (name, tokens_in, tokens_out), skipped {place: why}."""
+        flops_ratio, places (name, tokens_in, tokens_out; of an adaptive method means, with the fewest and the most
+        that left an image), skipped {place: why}."""
         patch = self.patch
         tokens = patch.entered
-        counts = patch.counts(tokens) if patch.active else {}
+        images = _images(patch)
         assert patch.costs is not None
         before = patch.costs.total(tokens)
-        after: float = patch.costs.total(tokens, counts)
+        adaptive = patch.method.adaptive
+        after = fmean(patch.costs.total(tokens, counts, adaptive=adaptive) for counts in images)
         if patch.counted is not None and tokens == patch.tokens:
             after = patch.counted  # of the very forward, not of the model of its cost
+        notes = list(patch.notes)
+        if adaptive and patch.active and not patch.seen:
+            notes.append("adaptive: these are the most tokens; what is kept is known after a forward")
         return {
             "method": patch.method.name,
             "paper": patch.method.paper,
@@ -36,12 +44,9 @@ class Report:
             "flops_before": round(before),
             "flops_after": round(after),
             "flops_ratio": after / before,
-            "places": [
-                {"name": name, "tokens_in": tokens_in, "tokens_out": tokens_out}
-                for name, tokens_in, tokens_out in _places(patch, counts)
-            ],
+            "places": _places(patch, images),
             "skipped": dict(patch.skipped),
-            "notes": list(patch.notes),
+            "notes": notes,
         }
 
     def __str__(self) -> str:
@@ -58,10 +63,24 @@ class Report:
         return "\n".join(lines)
 
 
-def _places(patch: Patch, counts: dict[int, int]) -> list[tuple[str, int, int]]:
+def _images(patch: Patch) -> list[Counts]:
+    """Tokens leaving each place: of each image of the last forward, or of any where all keep the same number."""
+    if not patch.active:
+        return [{}]
+    if not patch.seen:
+        return [patch.counts(patch.entered)]
+    return [{index: left[image] for index, left in patch.seen} for image in range(len(patch.seen[0][1]))]
+
+
+def _places(patch: Patch, images: list[Counts]) -> list[dict[str, Any]]:
     """(name, tokens in, tokens out) of each place at the size of the last forward."""
-    places, tokens = [], patch.entered
-    for index in sorted(counts):
-        places.append((patch.names[index], tokens, counts[index]))
-        tokens = counts[index]
+    places: list[dict[str, Any]] = []
+    entered: float = patch.entered
+    for index in sorted(images[0]):
+        left = [counts[index] for counts in images]
+        mean = left[0] if len(images) == 1 else round(fmean(left), 1)
+        places.append({"name": patch.names[index], "tokens_in": entered, "tokens_out": mean})
+        if patch.method.adaptive:
+            places[-1].update(fewest=min(left), most=max(left))
+        entered = mean
     return places

@@ -37,14 +37,15 @@ def stand_ins(state: TokenState, reduction: Reduction, x: Tensor) -> Tensor:
         near = Reduction(reduction.kept).source(count)
         gone = count - reduction.kept.shape[1]
         lost = (near < 0).to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :gone]
-        metric = _placed(x, state)
+        metric = placed(x, state)
         match = cosine_match(gather_tokens(metric, lost), gather_tokens(metric, reduction.kept))[1]
         near = near.scatter(1, lost, match)
     return near if state.stand_in is None else near.gather(1, state.stand_in)
 
 
-def _placed(x: Tensor, state: TokenState) -> Tensor:
-    """Directions of x [B, n, C] with the direction of each token's place appended, [B, n, C + 4]."""
+def placed(x: Tensor, state: TokenState) -> Tensor:
+    """What similarity is measured on: directions of x [B, n, C] with the direction of each token's place appended,
+    [B, n, C + 4]."""
     if state.grid is None:
         return x
     rows, columns = state.grid

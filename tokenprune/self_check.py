@@ -7,8 +7,10 @@ from itertools import chain
 import torch
 from torch import nn
 
+from tokenprune.errors import UnsupportedModel
 from tokenprune.ghost import ghost
 from tokenprune.host import BlockHost, Host
+from tokenprune.ragged_attention import AnswerAttention
 
 
 def check_blocks(host: Host) -> None:
@@ -26,9 +28,14 @@ def check_blocks(host: Host) -> None:
             block.mid, block.mid_refused = None, "run through its own parts it gives another output"
 
 
-def _equal(host: Host, block: BlockHost, mid: type[nn.Module]) -> bool:
+def _weight(host: Host, block: BlockHost) -> nn.Parameter:
+    """A parameter of the block, or of the model, that says device and dtype."""
     parameters = chain(block.module.parameters(), host.model.parameters())
-    weight = next(p for p in parameters if p.is_floating_point())
+    return next(p for p in parameters if p.is_floating_point())
+
+
+def _equal(host: Host, block: BlockHost, mid: type[nn.Module]) -> bool:
+    weight = _weight(host, block)
     if weight.device.type == "meta":
         return True
     plain, swapped = ghost(block.module), ghost(block.module)
@@ -38,3 +45,42 @@ def _equal(host: Host, block: BlockHost, mid: type[nn.Module]) -> bool:
     x = torch.randn(shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
     with torch.no_grad():
         return bool(torch.equal(plain(x), swapped(x)))
+
+
+def check_packing(host: Host) -> None:
+    """Find out which attentions may run once on the tokens of several images, with scaled_dot_product_attention
+    answered by the packed kernel: those that then give what they give for each image alone. The others run once for
+    each length.
+
+    Raises:
+        UnsupportedModel: an attention's forward is replaced on the instance, so that neither would be noticed.
+    """
+    for block in host.blocks:
+        for attention in block.attentions:
+            if "forward" in vars(attention):
+                raise UnsupportedModel(
+                    f"the forward of an attention in {block.name} is replaced on the instance (offloading, a cache?);"
+                    " remove that first, or use a method with a fixed number of tokens"
+                )
+        block.intercepts = all(_packs(host, block, attention) for attention in block.attentions)
+
+
+def _packs(host: Host, block: BlockHost, attention: nn.Module) -> bool:
+    weight = _weight(host, block)
+    if weight.device.type == "meta":
+        return False
+    alone = ghost(attention)
+    generator = torch.Generator(device=weight.device).manual_seed(0)
+    lengths = (host.num_prefix_tokens + 4, host.num_prefix_tokens + 7)
+    shape = 1, sum(lengths), block.width
+    x = torch.randn(shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
+    starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=weight.device)
+    try:
+        with torch.no_grad(), AnswerAttention(lengths, starts) as answer:
+            packed = alone(x)
+        with torch.no_grad():
+            expected = torch.cat([alone(part) for part in torch.split(x, list(lengths), 1)], 1)
+    except Exception:  # whatever it is that an attention cannot do with a packed sequence
+        return False
+    tolerance = 100 * torch.finfo(weight.dtype).eps * float(expected.abs().max())
+    return answer.calls > 0 and torch.allclose(packed, expected, rtol=0, atol=tolerance)

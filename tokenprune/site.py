@@ -18,12 +18,14 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.costs import pad_tokens
 from tokenprune.errors import UnsupportedModel
 from tokenprune.host import BlockHost, gather_bias, gather_rope
+from tokenprune.ragged_blocks import reduce_ragged, restore_packed, unpack_for_head
 from tokenprune.recording import PlaceRecord
 from tokenprune.restore import follow_source, restore_tokens, stand_ins
-from tokenprune.state import TokenState, flow, recall, remember
+from tokenprune.state import TokenState, flow, in_backward, recall, remember
 
 if TYPE_CHECKING:
     from tokenprune.patch import Patch
+    from tokenprune.ragged import Pack
 
 
 class Site:
@@ -42,6 +44,9 @@ class Site:
         self.rope_argument = facts.rope_argument
         self.rotate = facts.rotate
         self.mask_argument = facts.mask_argument
+        self.values = facts.values
+        self.rope_identity = facts.rope_identity
+        self.intercepts = facts.intercepts
 
     def attach(self, facts: BlockHost) -> None:
         """Put the hooks on the block: innermost, so that the user's own hooks see the reduced tokens."""
@@ -49,8 +54,10 @@ class Site:
         block.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True)
         if self.reduces:
             for kind, module in facts.taps:
-                if kind == "inputs":
-                    module.register_forward_pre_hook(self.catch_inputs)
+                if kind in ("values", "value_inputs") and "values" not in self.patch.method.needs:
+                    continue
+                if kind in ("inputs", "value_inputs"):
+                    module.register_forward_pre_hook(getattr(self, f"catch_{kind}"))
                 else:
                     module.register_forward_hook(getattr(self, f"catch_{kind}"))
             if not self.mid:
@@ -60,8 +67,9 @@ class Site:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the block: find the tokens that are left and re-index what else is indexed by token."""
         x = args[0] if args else next(iter(kwargs.values()))
-        flow().site, flow().state = self, None
-        flow().queries = flow().keys = flow().inputs = flow().bias = flow().rope = None
+        now = flow()
+        now.clear()
+        now.site = self
         if not self.patch.active:
             return None
         if not isinstance(x, Tensor):
@@ -75,7 +83,7 @@ class Site:
                 " patches); call the model with images of one size and no mask, or unpatch it first"
             )
         state = self._incoming(x)
-        flow().state = state
+        now.state = state
         self.patch.mark(self, "enter")
         if state.reduced is not None:
             if x.requires_grad and not state.reduced.requires_grad:
@@ -87,13 +95,16 @@ class Site:
         elif self.patch.probe is not None and self.index == 0:
             left = self.patch.probe.tokens
             origin = torch.arange(left, device=x.device).expand(x.shape[0], -1)
-            flow().state = state = replace(state, tokens=left, origin=origin)
+            now.state = state = replace(state, tokens=left, origin=origin)
             args, kwargs = _with_hidden(x[:, : self.patch.num_prefix_tokens + left], args, kwargs)
+        if state.pack is not None:  # re-indexed where the attention is called
+            now.kwargs, now.attended = kwargs, False
+            return args, kwargs
         return args, self._reindexed(kwargs, state, x.dtype)
 
     def _incoming(self, x: Tensor) -> TokenState:
         now = flow()
-        state = recall(x) if self.index or _in_backward() else None
+        state = recall(x) if self.index or in_backward() else None
         if state is None and self.index and now.left is not None:
             site, left, shape = now.left
             # A hook of the user's replaced the tensor between two blocks.
@@ -110,7 +121,10 @@ class Site:
             if self.index == 0:
                 self.patch.entered = tokens
                 forward = self.patch.new_forward(grid)
-            state = TokenState(tokens, tokens, grid=grid, forward=forward, dense=dense)
+            last = entry.last if entry is not None and entry.last is not None else self.patch.depth - 1
+            if entry is None and self.patch.method.adaptive:  # a loop of the user's own over the blocks
+                dense = frozenset({last})
+            state = TokenState(tokens, tokens, grid=grid, forward=forward, dense=dense, last=last)
             if torch.is_grad_enabled() or x.requires_grad:
                 remember(x, state)  # found again when checkpointing re-runs the first block
         return state
@@ -158,6 +172,14 @@ class Site:
         """Keep the keys of this block until it ends."""
         flow().keys = output
 
+    def catch_values(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what holds the values of this block until it ends."""
+        flow().values = (module, output)
+
+    def catch_value_inputs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep the attention's input, where values are recomputed from it."""
+        flow().values = (module, args[0])
+
     def catch_inputs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Keep the attention's input, where queries and keys are recomputed from it."""
         flow().inputs = (module, args[0])
@@ -175,6 +197,8 @@ class Site:
         if keep is None:
             return x
         self.patch.mark(self, "score")
+        if self.patch.method.adaptive:
+            return reduce_ragged(self, x, state, keep)
         with torch.no_grad():
             record = self._record(x, state)
             reduction = self.patch.method.reduce(record, keep)
@@ -187,7 +211,7 @@ class Site:
             sizes = reduction.merged_sizes(sizes if sizes is not None else origin.new_ones(body.shape[:2]).float())
         if state.dense:
             state = replace(state, stand_in=stand_ins(state, reduction, body.detach()))
-        if state.forward is not None and not _in_backward():
+        if state.forward is not None and not in_backward():
             source = follow_source(state, reduction.source(state.tokens))
             state = replace(state, source=source)
             state.forward.places.append(PlaceRecord(self.name, origin, source, sizes))  # type: ignore[union-attr]
@@ -197,9 +221,16 @@ class Site:
         flow().state = replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
         return torch.cat([x[:, :prefix], leaving], 1) if prefix else _in_layout_of(x, leaving)
 
-    def _record(self, x: Tensor, state: TokenState) -> AttentionRecord:
+    def captured(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Queries, keys and values [B, H, N, D] of this block, those that were caught."""
         now = flow()
         queries, keys = self.read(now.queries, now.keys, now.inputs)
+        values = self.values(*now.values) if self.values is not None and now.values is not None else None
+        return queries, keys, values
+
+    def _record(self, x: Tensor, state: TokenState, captured: Any = None) -> AttentionRecord:
+        now = flow()
+        queries, keys, values = self.captured() if captured is None else captured
         rotate: Callable[[Tensor], Tensor] | None = None
         if now.rope is not None and self.rotate is not None:
             rotate = partial(_rotated, self.rotate, now.rope)
@@ -214,6 +245,7 @@ class Site:
             scale=self.scale,
             queries=queries.detach() if queries is not None else None,
             keys=keys.detach() if keys is not None else None,
+            values=values.detach() if values is not None else None,
             sizes=state.sizes,
             bias=now.bias.detach() if now.bias is not None else None,
             rotate=rotate,
@@ -221,9 +253,9 @@ class Site:
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After the block: hand the state to the next one, and restore the full grid where it is read here."""
-        state, site = flow().state, flow().site
-        flow().site = flow().state = None
-        flow().queries = flow().keys = flow().inputs = flow().bias = flow().rope = None
+        now = flow()
+        state, site, attended = now.state, now.site, now.attended
+        now.clear()
         if site is not self and self.patch.active:
             raise UnsupportedModel(
                 f"another patched model, or another block of this one, ran inside {self.name} (a hook on one of its"
@@ -231,13 +263,20 @@ class Site:
             )
         if state is None or not isinstance(output, Tensor):
             return None
+        if not attended:
+            raise UnsupportedModel(
+                f"the attention of {self.name} was replaced after the patch and mixed the tokens of different images;"
+                " patch the model again"
+            )
         self.patch.mark(self, "leave")
         last = self.index == self.patch.depth - 1
-        flow().left = None if last else (self, state, (output.shape[0], output.shape[1]))
+        now.left = None if last else (self, state, (output.shape[0], output.shape[1]))
         if last and self.patch.probe is not None and state.dense:
             return pad_tokens(output, self.patch.num_prefix_tokens + state.entering)
         if state.reduced is not None:
             state = replace(state, reduced=None)
+        if state.pack is not None:
+            return self._leave_packed(output, state, state.pack)
         if state.stand_in is not None and (
             self.index in state.dense or (last and -1 in state.dense and state.sizes is not None)
         ):
@@ -247,6 +286,21 @@ class Site:
             return full
         if not last:
             remember(output, state)
+        return None
+
+    def _leave_packed(self, output: Tensor, state: TokenState, pack: Pack) -> Tensor | None:
+        last = self.index == state.last
+        if last and pack.images:
+            self.patch.seen = state.counts
+        merged_tail = last and -1 in state.dense and pack.sizes is not None
+        if self.index in state.dense or merged_tail:
+            full = restore_packed(output, state, pack)
+            if not last:
+                remember(full, replace(state, reduced=output))
+            return full
+        if last:
+            return unpack_for_head(output, pack)
+        remember(output, state)
         return None
 
 
@@ -264,10 +318,6 @@ def _with_hidden(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     if args:
         return (x, *args[1:]), kwargs
     return args, {**kwargs, next(iter(kwargs)): x}
-
-
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def reduce_here(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
     from tokenprune.host import Caught
+    from tokenprune.ragged import Pack
     from tokenprune.recording import Forward
     from tokenprune.site import Site
 
@@ -32,7 +33,9 @@ class TokenState:
     each original patch, -1 where it was dropped (for recordings). stand_in: [B, entering] position whose value
     restores each original patch (for dense outputs). reduced: the reduced tensor behind a restored one. grid: (rows,
     columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward.
-    dense: blocks whose output is restored in this forward.
+    dense: blocks whose output is restored in this forward. last: the block behind which the model's own tail follows.
+    pack: where the images keep different numbers of tokens, which then holds origin and sizes; tokens is the largest
+    number, and source and stand_in hold rows of the pack. counts: (block, tokens that left it of each image).
     """
 
     entering: int
@@ -45,6 +48,9 @@ class TokenState:
     grid: tuple[int, int] | None = None
     forward: Forward | None = None
     dense: frozenset[int] = frozenset()
+    last: int | None = None
+    pack: Pack | None = None
+    counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def origins(self, x: Tensor) -> Tensor:
         """[B, n] original patch of each token of x [B, N, C]."""
@@ -56,32 +62,49 @@ class TokenState:
 @dataclass(eq=False)
 class Entry:
     """How the model was entered. dense: blocks whose output is restored. whole: by its forward, and not yet passed on
-    to its features. grid: (rows, columns) of the input, None where it has none."""
+    to its features. grid: (rows, columns) of the input, None where it has none. last: the last block that the model
+    has. pack: how the tokens lay behind it, where the images had different numbers of them."""
 
     dense: frozenset[int]
     whole: bool
     grid: tuple[int, int] | None
+    last: int | None = None
+    pack: Pack | None = None
 
 
 @dataclass(eq=False)
 class Flow:
     """What the block that runs now in this thread has captured, emptied when the block ends; and how the forward was
-    entered and what the last block left, emptied when the entry point returns."""
+    entered and what the last block left, emptied when the entry point returns.
+
+    Of a ragged batch also: the block's arguments, what each group of images captured where they ran one by one, and
+    whether an attention has kept them apart.
+    """
 
     site: Site | None = None
     state: TokenState | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
     inputs: Caught | None = None
+    values: Caught | None = None
     bias: Tensor | None = None
     rope: Tensor | None = None
+    kwargs: dict[str, Any] | None = None
+    groups: list[Any] | None = None
+    attended: bool = True
     left: tuple[Site, TokenState, tuple[int, int]] | None = None
     entry: Entry | None = None
 
+    def clear(self) -> None:
+        """Let go of what a block has captured."""
+        self.site = self.state = self.kwargs = self.groups = None
+        self.queries = self.keys = self.inputs = self.values = self.bias = self.rope = None
+        self.attended = True
+
     def end(self) -> None:
         """Let go of everything: the entry point has returned, or was left by an exception in the middle of a block."""
-        self.site = self.state = self.left = self.entry = None
-        self.queries = self.keys = self.inputs = self.bias = self.rope = None
+        self.clear()
+        self.left = self.entry = None
 
 
 class _OfThread(threading.local):
@@ -118,6 +141,11 @@ def recall(x: Tensor) -> TokenState | None:
     if torch.compiler.is_compiling() or _is_wrapped(x):
         return getattr(x, _ATTRIBUTE, None)
     return _STATES.get(x.untyped_storage())
+
+
+def in_backward() -> bool:
+    """Whether a block runs because gradient checkpointing runs it once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _is_wrapped(x: Tensor) -> bool:

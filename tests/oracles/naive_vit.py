@@ -38,7 +38,8 @@ class Place:
     class_token: bool
     attention: Sequence[Matrix]  # [head][query][key], N x N, as used by the block
     keys: Sequence[Matrix]  # [head][token][channel], after the key norm and before rotary
-    keep: int
+    keep: int  # of an adaptive method the most
+    values: Sequence[Matrix] = ()  # [head][token][channel]
     margins: list[float] = field(default_factory=list)  # how close each decision was; 0 would be a tie
 
 
@@ -80,8 +81,9 @@ def _rotate(x: Tensor, row: Tensor) -> Tensor:
 
 def _attend(
     attn: nn.Module, x: Tensor, rows: Sequence[Tensor | None], sizes: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention over x [N, C] with log(size) on each key's logit: the output [N, C], A [H, N, N], keys [H, N, d]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention over x [N, C] with log(size) on each key's logit: the output [N, C], A [H, N, N], keys and values
+    [H, N, d]."""
     n = x.shape[0]
     q, k, v = attn.qkv(x).reshape(n, 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
     q, k = attn.q_norm(q), attn.k_norm(k)
@@ -96,7 +98,7 @@ def _attend(
     out = attn.norm(out)
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
-    return attn.proj(out), attention, keys
+    return attn.proj(out), attention, keys, v
 
 
 def _branch(block: nn.Module, number: int, y: Tensor) -> Tensor:
@@ -116,6 +118,7 @@ def _run_image(
     after_block: bool,
     proportional: bool,
     weighted_pool: bool,
+    adaptive: bool,
     margins: list[float],
 ) -> tuple[Tensor, dict[int, Passage]]:
     embedded = model._pos_embed(model.patch_embed(image[None]))
@@ -132,19 +135,18 @@ def _run_image(
         x = torch.cat([prefix, torch.stack([token.hidden for token in tokens])])
         rows = [None] * p + [None if rope is None else rope[token.representative] for token in tokens]
         sizes = [1] * p + [token.size if proportional else 1 for token in tokens]
-        out, attention, keys = _attend(block.attn, block.norm1(x), rows, sizes)
+        out, attention, keys, values = _attend(block.attn, block.norm1(x), rows, sizes)
         x = x + _branch(block, 1, out)
         if after_block:
             x = x + _branch(block, 2, block.mlp(block.norm2(x)))
         prefix = x[:p]
         tokens = [Token(x[p + j], token.members, token.representative) for j, token in enumerate(tokens)]
         if index in schedule:
-            place = Place(
-                index, tokens, p, class_token, attention.tolist(), keys.tolist(), schedule[index](len(tokens))
-            )
-            if place.keep < len(tokens):
+            keep = schedule[index](len(tokens))
+            place = Place(index, tokens, p, class_token, attention.tolist(), keys.tolist(), keep, values.tolist())
+            if keep < len(tokens) or adaptive:
                 tokens = reduce(place)
-            assert len(tokens) == place.keep
+            assert 1 <= len(tokens) <= keep if adaptive else len(tokens) == keep
             margins.extend(place.margins)
             passages[index] = _passage(tokens, patches)
         if not after_block:
@@ -184,11 +186,13 @@ def run(
     after_block: bool = False,
     proportional: bool = False,
     weighted_pool: bool = False,
+    adaptive: bool = False,
 ) -> Outcome:
     """Runs `model` on `images` [B, 3, H, W], reducing in each block of `schedule`.
 
     `after_block`: behind the MLP of the block instead of between its attention and its MLP. `proportional`: log(size)
-    on the logits of later blocks. `weighted_pool`: a final mean weights each token by its size.
+    on the logits of later blocks. `weighted_pool`: a final mean weights each token by its size. `adaptive`: each image
+    keeps a number of its own, at most what the schedule says.
     """
     exact = copy.deepcopy(model).double().eval()
     margins: list[float] = [math.inf]
@@ -205,6 +209,7 @@ def run(
                 after_block=after_block,
                 proportional=proportional,
                 weighted_pool=weighted_pool,
+                adaptive=adaptive,
                 margins=margins,
             )
             logits.append(one)

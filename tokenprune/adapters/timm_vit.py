@@ -16,8 +16,10 @@ from torch.nn import functional as F
 
 from tokenprune.adapters.swapping import Mixin, mixed
 from tokenprune.adapters.timm_blocks import MID_BLOCKS, ReindexedBeitAttention, ReindexedBias
+from tokenprune.adapters.timm_ragged import ragged_facts
 from tokenprune.errors import UnsupportedModel
 from tokenprune.host import BlockHost, Caught, Host, tokens_first
+from tokenprune.ragged_blocks import head_by_length
 from tokenprune.registry import register_adapter
 from tokenprune.state import Entry, flow
 
@@ -49,6 +51,14 @@ class DenseOutputs(Mixin):
         depth = len(self.blocks)  # type: ignore[arg-type]
         wanted = frozenset(feature_take_indices(depth, indices)[0]) | {depth - 1}
         return _dense(self, wanted, super().forward_intermediates, x, indices, *args, **kwargs)  # type: ignore[misc]
+
+    def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        head = super().forward_head  # type: ignore[misc]
+        entry = flow().entry
+        pack = entry.pack if entry is not None else None
+        if pack is None or _reads_prefix(self):
+            return head(x, *args, **kwargs)
+        return head_by_length(lambda images: head(images, *args, **kwargs), x, pack)
 
 
 def _dense(model: nn.Module, blocks: frozenset[int], run: Any, *args: Any, **kwargs: Any) -> Any:
@@ -89,6 +99,7 @@ class TimmVisionTransformer:
             grid=grid,
             grid_of=_grid_of,
             example=partial(_example, model),
+            ragged_head=True,
             has_class_token=in_blocks > 0 and _has_class_token(model),
             restored=_restored,
             swaps=((model, mixed(DenseOutputs, type(model))),),
@@ -112,6 +123,11 @@ def _needs_grid(model: Any, merges: bool) -> bool:
     if model.global_pool == "token" and not isinstance(model, cait.Cait):
         return False
     return merges or not model.global_pool
+
+
+def _reads_prefix(model: Any) -> bool:
+    """Whether pooling takes prefix tokens alone."""
+    return model.global_pool == "token" and getattr(model, "attn_pool", None) is None
 
 
 def _image_size(model: Any) -> tuple[int, int]:
@@ -184,6 +200,7 @@ def _block(name: str, block: nn.Module, width: int, prefix: int, tokens: int) ->
     facts.mid = MID_BLOCKS.get(type(block))
     if facts.mid is None and not facts.mid_refused:
         facts.mid_refused = f"{type(block).__name__} is not a block whose parts are known"
+    ragged_facts(facts)
     return facts
 
 

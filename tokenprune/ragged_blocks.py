@@ -1,0 +1,157 @@
+"""Blocks and heads of a model on a ragged batch: norms and MLPs take the packed tokens [1, T, C] as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tokenprune.attention_record import AttentionRecord
+from tokenprune.errors import UnsupportedMethod
+from tokenprune.kernels.matching import cosine_match
+from tokenprune.ragged import Group, Pack, Repacking, pack_batch, repack
+from tokenprune.ragged_attention import of_images, state_of
+from tokenprune.recording import PlaceRecord
+from tokenprune.restore import placed
+from tokenprune.state import TokenState, flow, in_backward
+
+if TYPE_CHECKING:
+    from tokenprune.site import Site
+
+
+def _records(site: Site, x: Tensor, state: TokenState) -> Iterator[AttentionRecord]:
+    """What a method may look at, for each group of images."""
+    pack = state.pack
+    if pack is None:
+        if x.shape[0]:
+            yield site._record(x, state)
+        return
+    now = flow()
+    captured = site.captured() if now.groups is None else (None, None, None)
+    for index, group in enumerate(pack.groups):
+        own = state_of(group, pack, state)
+        if now.groups is not None:
+            parts, now.bias, now.rope = now.groups[index]
+        else:
+            parts = tuple(part if part is None else _heads_of(group, part) for part in captured)
+            now.bias = now.rope = None
+            site._reindexed(of_images(site, now.kwargs or {}, group), own, x.dtype)
+        yield site._record(group.of(x[0]), own, parts)
+
+
+def _heads_of(group: Group, x: Tensor) -> Tensor:
+    """The group's part of x [1, H, T, D], as [g, H, length, D]."""
+    return group.of(x[0].transpose(0, 1)).transpose(1, 2)
+
+
+def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor:
+    """Score, select and reduce: x [B, P + n, C], or packed [1, T, C], to packed [1, T', C].
+
+    keep: the most tokens that may leave an image.
+    """
+    patch, method = site.patch, site.patch.method
+    if torch._C._get_tracing_state() is not None:
+        raise UnsupportedMethod(f"{method.name} keeps a different number of tokens in each image: it cannot be traced")
+    pack = state.pack
+    with torch.no_grad():
+        metrics, reductions = [], []
+        for record in _records(site, x, state):
+            reductions.append(method.reduce_ragged(record, keep))
+            if state.dense:
+                own = replace(state, origin=record.origin, pack=None)
+                metrics.append(placed(record.hidden[:, patch.num_prefix_tokens :], own))
+        if patch.probe is not None:  # counted, not removed
+            patch.mark(site, "reduced")
+            return x
+        if pack is None:
+            prefix, by_channel = patch.num_prefix_tokens, x.stride(-1) != 1
+            pack = pack_batch(state.origins(x), state.sizes, prefix, by_channel=by_channel)
+        repacking = repack(pack, reductions, merges=method.merges)
+    counts = repacking.after.counts()
+    if max(counts, default=0) > keep:
+        raise UnsupportedMethod(f"{method.name} left {max(counts)} tokens of an image at {site.name}, more than {keep}")
+    if state.dense:
+        near = _near_rows(repacking, metrics)
+        state = replace(state, stand_in=near[_rows(state.stand_in, state, pack)])
+    if state.forward is not None and not in_backward():
+        state = replace(state, source=repacking.follow(_rows(state.source, state, pack)))
+        place = _place(site.name, repacking.after, state)
+        state.forward.places.append(place)  # type: ignore[union-attr]
+    flow().state = replace(
+        state,
+        pack=repacking.after,
+        tokens=max(counts, default=0),
+        counts=(*state.counts, (site.index, counts)),
+        origin=None,
+        sizes=None,
+        reduced=None,
+    )
+    return repacking(x.reshape(-1, x.shape[-1]))[None]
+
+
+def _rows(rows: Tensor | None, state: TokenState, pack: Pack) -> Tensor:
+    """Row of the pack of each original patch [B, entering], where nothing has been reduced before: in order."""
+    if rows is not None:
+        return rows
+    first = pack.first_rows + pack.num_prefix_tokens
+    return first[:, None] + torch.arange(state.entering, device=first.device)
+
+
+def _near_rows(repacking: Repacking, metrics: list[Tensor]) -> Tensor:
+    """Row of the new pack whose value restores each token of the old one, [T]: a dropped one is restored by the most
+    similar kept one (see `tokenprune.restore.stand_ins`). metrics: [g, n, D] of each group of the old pack."""
+    near, prefix = repacking.place.clone(), repacking.before.num_prefix_tokens
+    for group, metric in zip(repacking.before.groups, metrics, strict=True):
+        places = group.of(repacking.place)[:, prefix:]
+        leaving = group.of(repacking.leaves())[:, prefix:]
+        rows = group.of(torch.arange(near.shape[0], device=near.device))[:, prefix:]
+        for place, kept, row, tokens in zip(places, leaving, rows, metric, strict=True):
+            lost = place < 0
+            match = cosine_match(tokens[lost][None], tokens[kept][None])[1][0]
+            near[row[lost]] = place[kept][match]
+    return near
+
+
+def _place(name: str, pack: Pack, state: TokenState) -> PlaceRecord:
+    prefix = pack.num_prefix_tokens
+    source = state.source
+    assert source is not None
+    first = (pack.first_rows + prefix)[:, None]
+    sizes = pack.padded(pack.sizes)[:, prefix:] if pack.sizes is not None else None
+    kept = pack.padded(pack.origin, fill=-1)[:, prefix:]
+    return PlaceRecord(name, kept, torch.where(source < 0, -1, source - first), sizes)
+
+
+def restore_packed(x: Tensor, state: TokenState, pack: Pack) -> Tensor:
+    """The full sequence [B, P + entering, C] behind the packed one x [1, T, C]."""
+    prefix = torch.arange(pack.num_prefix_tokens, device=x.device)
+    rows = torch.cat([pack.first_rows[:, None] + prefix, _rows(state.stand_in, state, pack)], 1)
+    return x[0][rows]
+
+
+def unpack_for_head(x: Tensor, pack: Pack) -> Tensor:
+    """What a model's head is given behind its last block: x [1, T, C] by image, [B, longest, C], zeros behind the
+    last token of each, to be read by `head_by_length`."""
+    entry = flow().entry
+    if entry is not None:
+        entry.pack = pack
+    padded = pack.padded(x[0])
+    return _by_channel(padded) if pack.by_channel else padded
+
+
+def _by_channel(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def head_by_length(head: Callable[[Tensor], Tensor], x: Tensor, pack: Pack) -> Tensor:
+    """A model's head on x [B, longest, C] as `unpack_for_head` has left it, once for the images of each length, so
+    that its pooling sees the tokens of each image and no other."""
+    if not pack.images:
+        return head(x)
+    by_channel = x.stride(-1) != 1
+    parts = (x[list(group.images), : group.length] for group in pack.groups)
+    outputs = [head(_by_channel(part) if by_channel else part) for part in parts]
+    return torch.cat(outputs)[torch.tensor(pack.images, device=x.device).argsort()]
