@@ -15,9 +15,7 @@ PATHS = ["tiled", "matrix_free"]
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("cached", [2**13, 2**18, 2**21])
-def test_every_tiling_gives_the_formula(
-    tokens: int, path: str, cached: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_tiling_gives_the_formula(tokens: int, path: str, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "CACHED", cached)
     q, k, weights = attention_inputs(3, 2, tokens, 20)
     expected = naive(q, k, weights, iterations=3)
@@ -249,6 +247,10 @@ def test_autocast_does_not_round_the_map() -> None:
     ids=lambda value: str(list(value)) if isinstance(value, dict) else value,
 )
 def test_what_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
-    inputs: dict[str, object] = {"q": torch.ones(2, 3, 9, 4), "k": torch.ones(2, 3, 9, 4), "weights": torch.ones(2, 3, 9)}
+    inputs: dict[str, object] = {
+        "q": torch.ones(2, 3, 9, 4),
+        "k": torch.ones(2, 3, 9, 4),
+        "weights": torch.ones(2, 3, 9),
+    }
     with pytest.raises(TokenPruneError, match=message):
         attention_mass(**{**inputs, **change})  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ def bucket(size: int) -> int:
 
 def padded_dim(dim: int) -> int:
     """The head dimension as a block: a power of two, which a product needs to be at least 16."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, bucket(dim))
 
 
 def inner_contiguous(x: Tensor) -> Tensor:

@@ -34,10 +34,11 @@ class Tile:
             return torch.softmax(logits, -1, out=out)
         bias = additive(self.bias if self.bias.shape[2] == 1 else self.bias[:, :, rows])
         pairs = (self.images.stop - self.images.start, self.heads.stop - self.heads.start)
-        logits.unflatten(0, pairs)[..., :keys].add_(bias)
+        logits.unflatten(0, pairs)[..., :keys].add_(bias)  # type: ignore[no-untyped-call]
         torch.softmax(logits, -1, out=out)
         # A query that may attend to nothing pays nothing.
-        out.unflatten(0, pairs).masked_fill_(bias.amax(-1, keepdim=True) == float("-inf"), 0.0)
+        silent = bias.amax(-1, keepdim=True) == float("-inf")
+        out.unflatten(0, pairs).masked_fill_(silent, 0.0)  # type: ignore[no-untyped-call]
         return out
 
 

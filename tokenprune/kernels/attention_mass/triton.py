@@ -185,7 +185,8 @@ def attention_mass(
     q, k = inner_contiguous(q), inner_contiguous(k)
     batch, heads, rows, dim = q.shape
     keys = k.shape[2]
-    mode, strides = 0, (0, 0, 0)
+    mode = 0
+    strides: tuple[int, ...] = (0, 0, 0)
     if bias is not None:
         bias = inner_contiguous(additive(bias))
         mode = 1 if bias.shape[2] == 1 else 2

@@ -38,8 +38,8 @@ def cosine_match_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """value, index [B, M]: the largest cosine of each row of a with the rows of b in its window (WINDOW: it has one), and the
-    lowest such row; one over their norms [B, M] and [B, N] is given. NaN counts as the largest."""
+    """value, index [B, M]: the largest cosine of each row of a with the rows of b in its window (WINDOW: it has one),
+    and the lowest such row; one over their norms [B, M] and [B, N] is given. NaN counts as the largest."""
     blocks = tl.cdiv(rows, BLOCK_M)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     start = tl.program_id(0) % blocks * BLOCK_M
