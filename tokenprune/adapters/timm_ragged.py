@@ -76,20 +76,21 @@ def _values(facts: BlockHost, attention: Any) -> None:
     else:
         tap, heads = "values", getattr(attention, "num_kv_heads", attention.num_heads)
         if getattr(attention, "v_proj", None) is not None:
-            module, width = attention.v_proj, attention.v_proj.out_features
+            module, width = attention.v_proj, None
         elif hasattr(attention, "in_split"):
             module, width = attention.in_proj, attention.in_split[-1]
         else:
-            module, width = attention.qkv, attention.qkv.out_features // 3
-        facts.values = partial(_last, heads, width)
+            module, width = attention.qkv, None
+        facts.values = partial(_last, heads, width, 1 if module is getattr(attention, "v_proj", None) else 3)
     facts.taps += ((tap, module),)
 
 
-def _last(heads: int, width: int, module: nn.Module, output: Tensor) -> Tensor:
-    """[B, H, N, D] out of the last `width` channels of a projection [B, N, ...]."""
+def _last(heads: int, width: int | None, parts: int, module: nn.Module, output: Tensor) -> Tensor:
+    """[B, H, N, D] out of the last `width` channels of a projection [B, N, ...], None for the last of equal `parts`."""
+    width = output.shape[-1] // parts if width is None else width
     return output[..., -width:].reshape(*output.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _project(attention: Any, x: Tensor) -> Tensor:
     rows = attention.qkv.weight.shape[0] // 3
-    return _last(attention.num_heads, rows, attention, F.linear(x, attention.qkv.weight[-rows:], attention.v_bias))
+    return _last(attention.num_heads, rows, 1, attention, F.linear(x, attention.qkv.weight[-rows:], attention.v_bias))

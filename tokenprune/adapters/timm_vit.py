@@ -44,6 +44,8 @@ class DenseOutputs(Mixin):
         entry = flow().entry
         if entry is not None and entry.whole:
             entry.whole = False
+            if torch.compiler.is_compiling():  # in the model's own hook it would be a graph for each size
+                entry.grid = _grid_of(self, *args, **kwargs)
             return run(*args, **kwargs)
         return _dense(self, frozenset({len(self.blocks) - 1}), run, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -52,13 +54,13 @@ class DenseOutputs(Mixin):
         wanted = frozenset(feature_take_indices(depth, indices)[0]) | {depth - 1}
         return _dense(self, wanted, super().forward_intermediates, x, indices, *args, **kwargs)  # type: ignore[misc]
 
-    def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_head(self, *args: Any, **kwargs: Any) -> Tensor:
         head = super().forward_head  # type: ignore[misc]
         entry = flow().entry
         pack = entry.pack if entry is not None else None
         if pack is None or _reads_prefix(self):
-            return head(x, *args, **kwargs)
-        return head_by_length(lambda images: head(images, *args, **kwargs), x, pack)
+            return head(*args, **kwargs)
+        return head_by_length(lambda images: head(images, *args[1:], **kwargs), args[0], pack)
 
 
 def _dense(model: nn.Module, blocks: frozenset[int], run: Any, *args: Any, **kwargs: Any) -> Any:
