@@ -16,7 +16,8 @@ def test_the_rows_are_those_of_the_full_map(tokens: int, rows: int | slice, cont
     if contiguous:
         q, k = q.contiguous(), k.contiguous()
     full = torch.randn(1, 3, tokens, tokens)
-    for bias in (None, full, full[:, :, :1], full > -1):
+    mask = (full > -1) | torch.eye(tokens, dtype=torch.bool)  # every query may attend to itself at least
+    for bias in (None, full, full[:, :, :1], mask):
         got = class_attention(q, k, scale=0.2, bias=bias, rows=rows)
         torch.testing.assert_close(got, naive(q, k, scale=0.2, bias=bias, rows=rows), rtol=1e-4, atol=1e-6)
 
