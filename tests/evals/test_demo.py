@@ -27,7 +27,10 @@ def test_demo_writes_a_table_and_two_pictures(quick, tmp_path, capsys):
     names = {method.name for method in tokenprune.methods()}
     assert {row["method"] for row in table.rows} == names | {"unpatched", "smaller input"}
     for row in table.rows:
-        assert row["note"] is None or row["method"] in ("smaller input", "ats"), row
+        if row["method"] == "ats":  # adaptive: no flops= before it is calibrated, and the row says so
+            assert "calibration" in row["note"]
+            continue
+        assert row["note"] is None or row["method"] == "smaller input", row
         assert 0 <= row["top1"] <= 1
         assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
         assert row["control"] > 0
