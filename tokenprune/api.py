@@ -13,7 +13,7 @@ from torch import nn
 from tokenprune import registry
 from tokenprune.budget import Budget, parse_budget
 from tokenprune.defaults import default_methods
-from tokenprune.errors import UnsupportedMethod, UnsupportedModel
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.host import Adapter, Host
 from tokenprune.patch import Patch, active_patch, attach, detach, prepare
 from tokenprune.recording import Recording
@@ -42,18 +42,22 @@ def patch(
     place. flops: share in (0, 1] of the unpatched multiply-adds of a forward, scoring counted, met within 1%.
     tokens: prunable tokens leaving the last place. schedule: {block: share of the entering tokens that leave}.
 
-    options: of the method, see `methods()`. An earlier patch of the same model is replaced. At another input size the
+    options: of the method, see `methods()`; one of them is a budget of its own (`r` of tome, `rate` of the others), and
+    then the only one. An earlier patch of the same model is replaced. At another input size the
     budget is solved anew, at the first forward of that size.
 
     Raises:
         UnsupportedModel: nothing in `target` is recognised.
-        UnsupportedMethod: the method or an option is unknown, or the model lacks what it needs.
+        UnsupportedMethod: the method, an option or its value is unknown, or the model lacks what the method needs.
         BudgetError: the budget is malformed or cannot be met; the message names what can be.
     """
-    budget = parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule)
     named = registry.make_method(method, options) if method is not None else None
     if named is None and options:
         raise UnsupportedMethod(f"options {sorted(options)} need a method to belong to; name one")
+    own = (named.schedule.option, options.get(named.schedule.option)) if named is not None else None
+    budget = parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule, own=own)
+    if schedule is not None and options.get("places") is not None:
+        raise BudgetError("schedule= names the places itself; leave out places=")
     model, adapter = _find(target)
     earlier = active_patch(model)
     detach(model, earlier)

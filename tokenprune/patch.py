@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
@@ -224,12 +225,14 @@ def _shares(budget: Budget, host: Host) -> dict[int, float] | None:
     names = {block.name: index for index, block in enumerate(host.blocks)}
     shares: dict[int, float] = {}
     for place, share in budget.shares:
-        index = int(place) if place.lstrip("-").isdigit() else names.get(place)
+        index = names.get(place, int(place) if re.fullmatch(r"-?[0-9]+", place) else None)
         if index is None or not -len(names) <= index < len(names):
             raise BudgetError(
                 f"schedule names the place {place!r}; the model has blocks 0 to {len(names) - 1}"
                 f" ({host.blocks[0].name} ...)"
             )
+        if index % len(names) in shares:
+            raise BudgetError(f"schedule names block {index % len(names)} twice; give each block one share")
         shares[index % len(names)] = share
     return shares
 

@@ -37,6 +37,7 @@ def methods(options: argparse.Namespace) -> int:
             "paper": info.paper,
             "needs": ", ".join(info.needs) or "nothing",
             "families": ", ".join(info.families),
+            "options": ", ".join(f"{name}={default!r}" for name, default in info.options.items()),
         }
         for info in tokenprune.methods(model)
     ]
