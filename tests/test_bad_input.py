@@ -279,3 +279,24 @@ def test_symbolic_tracing_is_refused_with_a_reason(works: nn.Module) -> None:
     tokenprune.patch(works, "top_k", flops=0.6)
     with pytest.raises(UnsupportedModel, match="symbolic"):
         torch.fx.symbolic_trace(works)
+
+
+def test_a_report_of_several_patched_models_is_asked_for_one_by_one(works: nn.Module) -> None:
+    other = timm.create_model("test_vit").eval()
+    both = nn.ModuleDict({"first": works, "second": other})
+    tokenprune.patch(works, "tome", keep=0.5)
+    tokenprune.patch(other, "top_k", keep=0.5)
+    with pytest.raises(UnsupportedModel, match=r"2 patched models, at first\..*, second\."):
+        tokenprune.report(both)
+    assert tokenprune.report(both["second"]).to_dict()["method"] == "top_k"
+    tokenprune.unpatch(both)
+    with pytest.raises(UnsupportedModel, match="nothing here is patched"):
+        tokenprune.report(both)
+
+
+def test_a_block_that_stands_at_two_places_is_refused(works: nn.Module) -> None:
+    blocks = list(works.blocks)
+    works.blocks = nn.Sequential(*blocks[:3], *blocks[:3])
+    with pytest.raises(UnsupportedModel, match="one and the same module"):
+        tokenprune.patch(works, "top_k", keep=0.5)
+    works.blocks = nn.Sequential(*blocks)

@@ -104,11 +104,15 @@ def report(target: object) -> Report:
     """What was patched on `target`, where, and what it costs; `print` it or take `.to_dict()`.
 
     Raises:
-        UnsupportedModel: `target` is not patched.
+        UnsupportedModel: `target` is not patched, or holds several models that are.
     """
     found = active_patch(_module(target))
     if not found:
         raise UnsupportedModel("nothing here is patched; call tokenprune.patch(model, flops=0.6) first")
+    if len(found) > 1:
+        raise UnsupportedModel(
+            f"{type(target).__name__} holds {len(found)} patched models, at {', '.join(found)}; ask for each by itself"
+        )
     return Report(next(iter(found.values())))
 
 

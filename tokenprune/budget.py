@@ -11,6 +11,9 @@ from tokenprune.errors import BudgetError
 
 Kind = Literal["default", "own", "keep", "flops", "tokens", "schedule"]
 
+BUDGETS = ("keep", "flops", "tokens", "schedule")
+"""The keywords of `patch` that are a budget with every method."""
+
 
 @dataclass(frozen=True)
 class Budget:

@@ -13,7 +13,7 @@ from torch import nn
 
 from tokenprune.budget import Budget
 from tokenprune.costs import CostModel, Curve, Probe, cost_model, count_flops, probe_sizes
-from tokenprune.errors import BudgetError, UnsupportedMethod
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.ghost import ghost
 from tokenprune.host import Adapter, BlockHost, Host
 from tokenprune.method import Method
@@ -139,9 +139,15 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget) -> Pat
     """The patch of `host`, its budget solved at the model's usual input; nothing is attached yet.
 
     Raises:
+        UnsupportedModel: a block stands at several places.
         UnsupportedMethod: the method needs what the model does not have.
         BudgetError: the budget cannot be met.
     """
+    if len({id(block.module) for block in host.blocks}) < len(host.blocks):
+        raise UnsupportedModel(
+            f"blocks of {type(host.model).__name__} are one and the same module, run several times in a forward; give"
+            " each place a module of its own (copy.deepcopy)"
+        )
     patch = Patch(host, adapter.name, method, budget)
     if method.proportional and not all(block.takes_bias for block in host.blocks):
         raise UnsupportedMethod(

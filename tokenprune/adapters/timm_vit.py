@@ -120,11 +120,22 @@ def _restored(model: Any, merges: bool) -> frozenset[int]:
 
 def _needs_grid(model: Any, merges: bool) -> bool:
     """Whether what follows the blocks in a forward reads patch tokens as the full grid."""
+    if _forward_is_users(model):
+        return True
     if getattr(model, "attn_pool", None) is not None:
         return merges or getattr(model.attn_pool, "pos_embed", None) is not None
     if model.global_pool == "token" and not isinstance(model, cait.Cait):
         return False
     return merges or not model.global_pool
+
+
+def _forward_is_users(model: nn.Module) -> bool:
+    """Whether a subclass or an instance has a forward of its own, which may read any token."""
+    original = getattr(type(model), "_tokenprune_original", type(model))
+    parts = ("forward", "forward_features", "forward_head", "pool")
+    return "forward" in vars(model) or any(
+        not getattr(original, part).__module__.startswith("timm.") for part in parts if hasattr(original, part)
+    )
 
 
 def _reads_prefix(model: Any) -> bool:
