@@ -70,6 +70,8 @@ def patch(
     except BaseException:
         _reattach(model, adapter, earlier)
         raise
+    for replaced in earlier.values():
+        prepared.recordings += replaced.recordings
     attach(host, prepared)
     _forget_compiled()
     return target
@@ -121,12 +123,14 @@ def record(target: object) -> Iterator[Recording]:
     """Keep, for each forward in the with block, which original token went where.
 
     Compiled code of the whole process runs eagerly inside the block: a graph would have to be made anew for each
-    forward. A traced or exported program is a model of its own and is not seen.
+    forward. A patch that takes the place of this one in the block is recorded as well. A traced or exported program is
+    a model of its own and is not seen.
 
     Raises:
         UnsupportedModel: `target` is not patched.
     """
-    found = active_patch(_module(target))
+    module = _module(target)
+    found = active_patch(module)
     if not found:
         raise UnsupportedModel("nothing here is patched; call tokenprune.patch(model, flops=0.6) first")
     recording = Recording()
@@ -136,8 +140,9 @@ def record(target: object) -> Iterator[Recording]:
         with torch.compiler.set_stance("force_eager"):
             yield recording
     finally:
-        for one in found.values():
-            one.recordings.remove(recording)
+        for one in (*found.values(), *active_patch(module).values()):
+            if recording in one.recordings:
+                one.recordings.remove(recording)
 
 
 def methods(target: object | None = None) -> list[MethodInfo]:

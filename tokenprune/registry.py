@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -131,4 +132,11 @@ def _load_entry_points(group: str) -> None:
     if group not in _loaded:
         _loaded.add(group)
         for point in entry_points(group=group):
-            point.load()
+            try:
+                point.load()
+            except Exception as error:  # another package's fault must not take every method with it
+                warnings.warn(
+                    f"the entry point {point.name} = {point.value} of {group} could not be loaded:"
+                    f" {type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
