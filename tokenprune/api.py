@@ -31,6 +31,7 @@ def patch(
     flops: float | None = None,
     tokens: int | None = None,
     schedule: Mapping[int | str, float] | None = None,
+    prefix_only_last: bool = True,
     **options: Any,
 ) -> Target:
     """Make `target` compute fewer tokens, in place, and return it.
@@ -41,6 +42,13 @@ def patch(
     keep: share in (0, 1] of the prunable tokens (never class, register or other prefix tokens) that leave the last
     place. flops: share in (0, 1] of the unpatched multiply-adds of a forward, scoring counted, met within 1%.
     tokens: prunable tokens leaving the last place. schedule: {block: share of the entering tokens that leave}.
+
+    prefix_only_last: where nothing but prefix tokens is read behind the last block (a class-token head, no feature map
+    asked for), run its queries and MLP on them alone: the same output but for rounding, with fewer multiply-adds, which
+    count towards a flops budget. It is left off at a budget of 1.0, in a forward that is recorded, and while there is a
+    hook on the last block, on a part of it, or on the norm behind it, which would see the other tokens missing (add
+    such a hook before compiling). What the method itself would do in that block is then done in a recording only, as
+    nothing depends on it.
 
     options: of the method, see `methods()`. An earlier patch of the same model is replaced. At another input size the
     budget is solved anew, at the first forward of that size.
@@ -60,9 +68,9 @@ def patch(
     try:
         host = adapter.host(model)
         if named is not None:
-            prepared = prepare(host, adapter, named, budget)
+            prepared = prepare(host, adapter, named, budget, prefix_only_last=prefix_only_last)
         else:
-            prepared = _prepare_default(host, adapter, budget)
+            prepared = _prepare_default(host, adapter, budget, prefix_only_last)
     except BaseException:
         _reattach(model, adapter, earlier)
         raise
@@ -179,15 +187,15 @@ def _find(target: object) -> tuple[nn.Module, Adapter]:
     )
 
 
-def _prepare_default(host: Host, adapter: Adapter, budget: Budget) -> Patch:
+def _prepare_default(host: Host, adapter: Adapter, budget: Budget, prefix_only_last: bool) -> Patch:
     """The best method of the shipped table that this model can run."""
     ranked = default_methods(adapter.name, budget)
     for name in ranked[:-1]:
         try:
-            return prepare(host, adapter, registry.make_method(name, {}), budget)
+            return prepare(host, adapter, registry.make_method(name, {}), budget, prefix_only_last=prefix_only_last)
         except UnsupportedMethod:
             continue
-    return prepare(host, adapter, registry.make_method(ranked[-1], {}), budget)
+    return prepare(host, adapter, registry.make_method(ranked[-1], {}), budget, prefix_only_last=prefix_only_last)
 
 
 def _reattach(model: nn.Module, adapter: Adapter, patches: Mapping[str, Patch]) -> None:
