@@ -48,7 +48,8 @@ def patch(
     count towards a flops budget. It is left off at a budget of 1.0, in a forward that is recorded, and while there is a
     hook on the last block, on a part of it, or on the norm behind it, which would see the other tokens missing (add
     such a hook before compiling). What the method itself would do in that block is then done in a recording only, as
-    nothing depends on it.
+    nothing depends on it. Dense outputs (`forward_features`, `forward_intermediates`) still have every token, and so
+    cost more than the forward that a flops budget is about: switch this off where they are what is run.
 
     options: of the method, see `methods()`. An earlier patch of the same model is replaced. At another input size the
     budget is solved anew, at the first forward of that size.
@@ -156,7 +157,7 @@ def methods(target: object | None = None) -> list[MethodInfo]:
         host, usable = adapter.host(model), []
         for name in registry.method_names():
             try:
-                prepare(host, adapter, registry.make_method(name, {}), parse_budget(keep=0.5))
+                prepare(host, adapter, registry.make_method(name, {}), parse_budget(keep=0.5), prefix_only_last=False)
             except UnsupportedMethod:
                 continue
             usable.append(registry.method_info(name, (adapter.name,)))

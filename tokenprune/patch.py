@@ -149,7 +149,7 @@ class Patch:
         return {**self.__dict__, "recordings": []}
 
 
-def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, prefix_only_last: bool = True) -> Patch:
+def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, prefix_only_last: bool) -> Patch:
     """The patch of `host`, its budget solved at the model's usual input; nothing is attached yet.
 
     prefix_only_last: see `tokenprune.patch`.

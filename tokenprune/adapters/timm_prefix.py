@@ -54,7 +54,7 @@ class FrontAttention(Mixin):
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         front = front_here(x)
         if front is x or not _projects_by_rows(self):
-            return super().forward(x, **kwargs)  # type: ignore[misc]
+            return super().forward(x, **kwargs)
         bias = kwargs.get("attn_mask", kwargs.get("shared_rel_pos"))
         relative: Any = getattr(self, "rel_pos", None)
         if relative is not None:
