@@ -38,9 +38,9 @@ class BlockHost:
     block's argument that takes an additive bias of the attention logits, None where there is none (an attention that
     computes its own bias gets it through one of the swaps: `takes_bias` says whether either way exists).
     mask_argument: name of the caller's attention mask, under which nothing is reduced. bias_arguments: names of
-    arguments of shape [B or 1, H, N, N] to be re-indexed. rope_argument: the rotary table's. rotate: (x [B, H, N, D],
-    table) -> rotated. mid: the block's class with a reduction point between attention and MLP, or None and
-    why not; width, check_tokens: channels and prunable tokens that the block can be tried on by itself.
+    arguments of shape [B or 1, H, N, N] or [H, N, N] to be re-indexed. rope_argument: the rotary table's. rotate:
+    (x [B, H, N, D], table) -> rotated. mid: the block's class with a reduction point between attention and MLP, or
+    None and why not; width, check_tokens: channels and prunable tokens that the block can be tried on by itself.
     swaps: (module, class) to be exchanged while the patch is on. front_swaps: further ones where the block is the last
     and only prefix tokens are read behind it: classes whose attentions take the queries of
     `tokenprune.site.front_here` alone (none: it attends from all tokens, and only the MLP runs on fewer).

@@ -140,6 +140,8 @@ class Site:
             now.rope = kwargs[self.rope_argument]
         for name in self.bias_arguments:
             if kwargs.get(name) is not None:
+                if kwargs[name].ndim == 3:  # one for all images, without a batch dimension
+                    kwargs[name] = kwargs[name].unsqueeze(0)
                 if state.origin is not None:
                     kwargs[name] = gather_bias(kwargs[name], state.origin, self.patch.num_prefix_tokens)
                 now.bias = kwargs[name]
