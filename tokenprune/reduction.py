@@ -113,7 +113,9 @@ class Reduction:
             batch, count = self.kept.shape
             offset = torch.arange(batch, device=full.device).unsqueeze(1) * full.shape[1]
             rows = full.reshape(-1, full.shape[-1])
-            return rows.index_copy(0, (self.kept + offset).reshape(-1), reduced.reshape(batch * count, -1)).view_as(full)
+            return rows.index_copy(0, (self.kept + offset).reshape(-1), reduced.reshape(batch * count, -1)).view_as(
+                full
+            )
         source = self.source(full.shape[1])
         gained = gather_tokens(reduced - entered, source.clamp(min=0))
         return torch.where((source >= 0).unsqueeze(-1), full + gained, full)

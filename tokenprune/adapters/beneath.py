@@ -86,5 +86,3 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, whether or not it has been exchanged."""
     cls: type[nn.Module] = getattr(type(module), "_tokenprune_original", type(module))
     return cls
-
-

@@ -195,7 +195,9 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
             f"{name}: the forward of {cls.__name__} takes {parameters}, and {row.parameters} is what is known of it"
         )
     if getattr(block, "pos_embed", None) is not None:
-        raise UnsupportedModel(f"{name} adds positions by a token's place in the sequence, so that none can be left out")
+        raise UnsupportedModel(
+            f"{name} adds positions by a token's place in the sequence, so that none can be left out"
+        )
     attention: Any = getattr(block, row.attention)
     queries, keys = _output_of(attention, "q"), _output_of(attention, "k")
     heads = attention.heads

@@ -167,7 +167,9 @@ class DenoiserPatch:
             return data
         plan, positions = self.latest
         after = plan.mean(positions)
-        data.update(flops_before=round(plan.costs.total), flops_after=round(after), flops_ratio=after / plan.costs.total)
+        data.update(
+            flops_before=round(plan.costs.total), flops_after=round(after), flops_ratio=after / plan.costs.total
+        )
         data.update(places=_places(plan, positions), skipped=plan.skipped(positions))
         return data
 
@@ -190,7 +192,9 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
     """
     host = describe(model)
     if method.adaptive:
-        raise UnsupportedMethod(f"{method.name} keeps a different number of tokens in each image, which no denoiser runs")
+        raise UnsupportedMethod(
+            f"{method.name} keeps a different number of tokens in each image, which no denoiser runs"
+        )
     if method.proportional:
         raise UnsupportedMethod(
             f"{method.name} adds log(size) to the attention logits, and these attentions take no bias;"
@@ -203,7 +207,9 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
         raise BudgetError(f"{request.budget}: behind each stack all tokens are there again; use keep= or flops=")
     patch = DenoiserPatch(describe, host, adapter, method, request)
     if patch.active and len(patch.barred) == len(divided(host, method)):
-        raise UnsupportedMethod(f"{method.name} can be applied nowhere: " + "; ".join(map(" ".join, patch.barred.items())))
+        raise UnsupportedMethod(
+            f"{method.name} can be applied nowhere: " + "; ".join(map(" ".join, patch.barred.items()))
+        )
     if patch.active and host.example is not None:
         whole = patch._scheduled()
         first = whole[0] if whole else patch.last_timestep

@@ -80,7 +80,9 @@ def parse_steps(steps: Any) -> Steps:
         raise wrong
     parts = []
     for key, value in steps.items():
-        if not (isinstance(key, tuple) and len(key) == 2 and all(_number(k) for k in key) and 0 <= key[0] < key[1] <= 1):
+        if not (
+            isinstance(key, tuple) and len(key) == 2 and all(_number(k) for k in key) and 0 <= key[0] < key[1] <= 1
+        ):
             raise wrong
         for only, strength in value.items() if isinstance(value, Mapping) else [(None, value)]:
             names = () if only is None else (only,)
