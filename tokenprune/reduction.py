@@ -105,7 +105,8 @@ class Reduction:
         return source.scatter(1, self.moved, target)
 
     def bring_back(self, reduced: Tensor, entered: Tensor, full: Tensor) -> Tensor:
-        """full [B, n, C] after something was computed on its reduction: `entered` [B, K, C] went in, `reduced` came out.
+        """full [B, n, C] after something was computed on its reduction: `entered` [B, K, C] went in, `reduced` came
+        out.
 
         A kept token takes its new value, a dropped one keeps its old one; a merged one gains what its group gained.
         """

@@ -31,7 +31,7 @@ class TokenBlock(Mixin):
 
     @staticmethod
     def _tokenprune_restore(module: nn.Module) -> None:
-        _exchange(module, type(module)._tokenprune_original)  # type: ignore[arg-type]
+        _exchange(module, original_class(module))
 
 
 def token_block(original: type[nn.Module]) -> type[nn.Module]:

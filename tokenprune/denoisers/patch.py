@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 from uuid import uuid4
@@ -130,7 +131,7 @@ class DenoiserPatch:
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 probe.counter = counter
                 copy(**inputs)
-            return counter.get_total_flops() // 2
+            return int(counter.get_total_flops()) // 2
 
         return count_costs(run, batch, self.fewest)
 
@@ -271,7 +272,7 @@ def _places(plan: Plan, positions: tuple[float, ...]) -> list[dict[str, Any]]:
     borders, rows = plan.steps.borders(), []
     for stack, cost in plan.costs.stacks.items():
         told: list[tuple[float, float, float]] = []
-        for first, end in zip(borders, borders[1:], strict=False):
+        for first, end in pairwise(borders):
             kept = [plan.keep(p).get(stack, cost.tokens) for p in positions if first <= p < end]
             if not kept:
                 continue

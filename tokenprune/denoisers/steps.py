@@ -55,6 +55,8 @@ class Steps:
         return tuple(sorted({0.0, 1.0, *(p.start for p in self.parts), *(p.end for p in self.parts)}))
 
 
+EVERY_STEP = Steps()
+
 # AT-EDM's denoising-steps-aware pruning: for the first 15 of 50 steps, in which attention maps are chaotic, the first
 # stack of each stage on the way down and the last of each on the way up stay whole.
 PRUNE_LESS = Steps((Part(0.0, 0.3, 0.0, 0.0, only=("edges",)),))
@@ -73,8 +75,8 @@ def parse_steps(steps: Any) -> Steps:
     if isinstance(steps, Steps):
         return steps
     wrong = BudgetError(
-        f"steps must map ranges of the run to strengths in [0, 1], got {steps!r}; for example {{(0.0, 0.3): 0.0}} leaves"
-        " the first 30% of the steps alone"
+        f"steps must map ranges of the run to strengths in [0, 1], got {steps!r}; for example {{(0.0, 0.3): 0.0}}"
+        " leaves the first 30% of the steps alone"
     )
     if not isinstance(steps, Mapping):
         raise wrong
