@@ -22,7 +22,7 @@ class BlockFacts:
     returned: where the image tokens are in the block's output, None where they are the output. slices: (argument,
     how its value is taken at the computed tokens) of all else that is indexed by token. queries, keys: modules that
     put out [B, N, H D], [B, N, H, D] or [B, H, N, D]; heads, scale: of the attention. text_first: whether the text
-    stands before the image where they put out both. before: (block, its arguments) -> the same outputs, before the block
+    stands before the image where both come out. before: (block, its arguments) -> the same outputs, before the block
     has run, None where it cannot be said. swapped: the block's class with the site in front.
     """
 
