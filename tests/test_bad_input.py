@@ -286,7 +286,7 @@ def test_a_report_of_several_patched_models_is_asked_for_one_by_one(works: nn.Mo
     both = nn.ModuleDict({"first": works, "second": other})
     tokenprune.patch(works, "tome", keep=0.5)
     tokenprune.patch(other, "top_k", keep=0.5)
-    with pytest.raises(UnsupportedModel, match=r"2 patched models, at first\..*, second\."):
+    with pytest.raises(UnsupportedModel, match="2 patched models"):
         tokenprune.report(both)
     assert tokenprune.report(both["second"]).to_dict()["method"] == "top_k"
     tokenprune.unpatch(both)
