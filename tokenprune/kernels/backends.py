@@ -69,7 +69,7 @@ def triton_on_gpu(*tensors: Tensor) -> bool:
 
 def refuse_triton(*tensors: Tensor) -> str | None:
     """Why Triton cannot take these tensors; None if it can."""
-    device, dtypes = tensors[0].device, {tensor.dtype for tensor in tensors}
+    device, dtypes = tensors[0].device, {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if not dtypes <= {torch.float16, torch.bfloat16, torch.float32}:
         return "Triton takes float16, bfloat16 and float32 here"
     if not _has_triton():
