@@ -1,7 +1,7 @@
 """Tokens picked, merged and given back by index: what `Reduction` and the restoration of a full grid run on.
 
-Outside a GPU, and wherever a compiler or an export traces, these are torch's own operations, which a compiler fuses with
-what is around them. A Triton path is one opaque operator, with a backward of its own.
+Without Triton these are torch's own operations, which a compiler fuses with what is around them; so is every compiled
+gather. A Triton path is one opaque operator, with a backward of its own.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def gather(
         choice = choose_gather(tokens, backend=backend or "")
         log_once("gather", choice)
         if choice.backend == "triton":
-            return _gather(tokens, index, dim)
+            return _gather(tokens, index, dim)  # type: ignore[no-any-return]
     return eager.gather(tokens, index, dim)
 
 

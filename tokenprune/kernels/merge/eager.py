@@ -13,7 +13,8 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """
     batch, count = index.shape
     if x.shape[0] == 1:
-        return x[0].index_select(dim - 1, index.reshape(-1)).unflatten(dim - 1, (batch, count)).movedim(dim - 1, 0)
+        rows = x[0].index_select(dim - 1, index.reshape(-1))
+        return rows.reshape(*x.shape[1:dim], batch, count, *x.shape[dim + 1 :]).movedim(dim - 1, 0)
     if dim == 1 and x.ndim > 2:
         offset = torch.arange(batch, device=index.device).unsqueeze(1) * x.shape[1]
         rows = x.reshape(-1, *x.shape[2:]).index_select(0, (index + offset).reshape(-1))

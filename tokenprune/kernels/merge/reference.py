@@ -8,7 +8,8 @@ from torch import Tensor
 
 def gather(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     """Entries `index` [B, K] of x [B, ..., N, ...] along `dim`."""
-    return torch.stack([torch.stack([own.select(dim - 1, i) for i in row], dim - 1) for own, row in zip(x, index)])
+    images = zip(x, index, strict=True)
+    return torch.stack([torch.stack([own.select(dim - 1, i) for i in row], dim - 1) for own, row in images])
 
 
 def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,8 +18,9 @@ def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor)
     for image in range(x.shape[0]):
         for place in range(kept.shape[1]):
             group = [kept[image, place], *moved[image][target[image] == place]]
-            total = sum(sizes[image, i] for i in group)
-            values.append(sum(sizes[image, i] * x[image, i] for i in group) / total)
+            own = sizes[image, group]
+            total = own.sum()
+            values.append((own[:, None] * x[image, group]).sum(0) / total)
             totals.append(total)
     return torch.stack(values).reshape(*kept.shape, -1), torch.stack(totals).reshape(kept.shape)
 
