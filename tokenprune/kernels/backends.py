@@ -33,7 +33,8 @@ class Choice:
 def use_backend(name: str) -> Iterator[None]:
     """Ask every operation inside for "eager" (torch, any device) or "triton" (CUDA, or a CPU under TRITON_INTERPRET=1).
 
-    It is read when an operation runs, so models compiled before obey it as well; another thread needs its own.
+    It is read when an operation runs, so models compiled before obey it as well, but for what was compiled to torch's
+    own operations (`tokenprune.kernels.merge`); another thread needs its own.
 
     Raises:
         TokenPruneError: there is no such implementation; an operation that cannot do as asked raises the same.
