@@ -19,7 +19,8 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
 from tokenprune.denoisers.run import Chosen, Pass, running
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
-from tokenprune.reduction import Reduction, gather_tokens
+from tokenprune.kernels.merge import gather
+from tokenprune.reduction import Reduction
 from tokenprune.restore import stand_ins
 from tokenprune.state import TokenState, in_backward, recall, remember
 
@@ -150,7 +151,7 @@ class BlockSite:
         output = forward(**bound)
         reduced = self._image(output)
         if self.last and chosen.near is not None:
-            full = gather_tokens(reduced, chosen.near)
+            full = gather(reduced, chosen.near)
         else:
             full = reduction.bring_back(reduced, entered, x)
         if self.returned is None:
