@@ -1,5 +1,7 @@
 """Weighted PageRank on the attention graph (Zero-TPrune, Wang et al., CVPR 2024, section 3.2)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,8 +9,11 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.kernels.attention_mass import attention_mass
 
 
-def weighted_pagerank(record: AttentionRecord, iterations: int, *, class_start: bool = True) -> Tensor:
-    """Importance of every token per head, [B, H, N]: s <- A_hᵀ s, `iterations` times (Algorithm 1).
+def weighted_pagerank(
+    record: AttentionRecord, iterations: int | float | Sequence[int], *, class_start: bool = True
+) -> Tensor:
+    """Importance of every token per head, [B, H, N]: s <- A_hᵀ s, `iterations` times (Algorithm 1); or until it has
+    settled, or after each of several counts [len(iterations), B, H, N], as in `attention_mass`.
 
     The start is uniform but for the class token, which has sqrt(N) times the others' where `class_start`; it sums to
     one and so does the result.
