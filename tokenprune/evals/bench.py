@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.evals.arms import Arm, Budget, build_arms
-from tokenprune.evals.overhead import PARTS, profile_overhead
+from tokenprune.evals.overhead import overhead_cells
 from tokenprune.evals.progress import progress
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.table import Row, Table, environment, interval_cells
@@ -45,9 +45,7 @@ def bench(
     Raises TokenPruneError for a named method that is unknown or does not fit, or fewer than 20 rounds.
     """
     arms = build_arms(model, inputs, methods, budgets, baselines=baselines)
-    return bench_arms(
-        arms, inputs, batch_sizes, rounds=rounds, seed=seed, profile=profile, show_progress=show_progress
-    )
+    return bench_arms(arms, inputs, batch_sizes, rounds=rounds, seed=seed, profile=profile, show_progress=show_progress)
 
 
 def bench_arms(
@@ -67,8 +65,8 @@ def bench_arms(
         images = inputs[torch.arange(batch, device=inputs.device) % len(inputs)]
         for arm in progress(arms, f"bench, batch {batch}", show=show_progress):
             row = _row(arm, arms[0], images, rounds=rounds, seed=seed, attempts=attempts)
-            if profile and arm.is_patched:
-                row |= overhead_cells(arm, arms[0], images, rounds=rounds)
+            if profile and arm.is_patched and arm.model is not None and arms[0].model is not None:
+                row |= overhead_cells(arms[0].model, arm.model, images, rounds=rounds)
             rows.append(row)
     return Table(rows, environment(inputs.device, inputs.dtype))
 
@@ -105,15 +103,6 @@ def timing_cells(timing: Timing, batch: int) -> dict[str, Any]:
         "peak_mb": _megabytes(timing.peak_memory_patched),
         "unpatched_peak_mb": _megabytes(timing.peak_memory),
     }
-
-
-def overhead_cells(arm: Arm, base: Arm, images: Tensor, *, rounds: int = 20) -> Row:
-    """What choosing the tokens costs in a patched arm, as shares of the unpatched forward's time."""
-    assert arm.model is not None
-    assert base.model is not None
-    spent = profile_overhead(base.model, shared_copy(arm.model), images, rounds=rounds)
-    total = interval_cells("overhead", spent.total.estimate, spent.total.low, spent.total.high)
-    return {**total, **{part: getattr(spent, part) for part in PARTS}}
 
 
 def _row(arm: Arm, base: Arm, images: Tensor, *, rounds: int, seed: int, attempts: int) -> Row:

@@ -1,6 +1,8 @@
 """What flops=0.6 really saves in a DINOv2 ViT-S/14 at 257 tokens, and what choosing the tokens costs.
 
     python -m tokenprune.evals.dinov2_speed
+
+The weights decide which tokens go and not how long that takes.
 """
 
 from __future__ import annotations
@@ -8,28 +10,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tokenprune
-from tokenprune.evals.arms import Arm
-from tokenprune.evals.bench import overhead_cells, time_arm
+from tokenprune.evals.overhead import overhead_cells
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.table import Row, Table, environment, interval_cells
+from tokenprune.evals.throughput import measure
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "top_k": {},
     "tome": {},
     "zero_tprune": {"places": (1, 3, 6, 9)},  # 30 iterations at the first, 5 at the next two and 1 at the last
 }
-
-
-def compiled(model: nn.Module) -> nn.Module:
-    """`model` through inductor, as one graph."""
-    fast: nn.Module = torch.compile(model, fullgraph=True)
-    return fast
 
 
 def speed_table(
@@ -48,21 +45,24 @@ def speed_table(
     other), `control`, `trusted`, and from the profile of the eager model `overhead` of the unpatched forward's time
     with its parts (`tokenprune.evals.overhead`). With `compile_models` all are compiled, and nothing is profiled.
     """
-    run = compiled if compile_models else (lambda module: module)
-    base = Arm("unpatched", "", run(shared_copy(model)))
     rows: list[Row] = []
     for name, options in methods.items():
         patched = tokenprune.patch(shared_copy(model), name, flops=flops, **options)
         promised = 1 / tokenprune.report(patched).to_dict()["flops_ratio"]
-        arm = Arm(name, "", run(patched))
-        timing = time_arm(arm, base, images, rounds=rounds, attempts=attempts)
-        assert timing is not None
+        runs = [shared_copy(model), patched, shared_copy(model)]
+        if compile_models:
+            torch._dynamo.reset()
+            for module in runs:
+                module.compile(fullgraph=True)
+        with torch.inference_mode():
+            arms = [partial(module, images) for module in runs]
+            timing = measure(*arms, rounds=rounds, attempts=attempts, device=images.device)
         ratio = timing.speedup
         row: Row = {"method": name, **interval_cells("speedup", ratio.estimate, ratio.low, ratio.high)}
         row |= {"promised": promised, "kept_promise": ratio.estimate / promised}
         row |= {"control": timing.control, "trusted": timing.trusted}
         if not compile_models:
-            row |= overhead_cells(arm, base, images, rounds=rounds)
+            row |= overhead_cells(model, patched, images, rounds=rounds)
         rows.append(row)
     return Table(rows, {"batch": len(images), "compiled": compile_models, **environment(images.device, images.dtype)})
 

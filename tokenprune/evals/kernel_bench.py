@@ -1,6 +1,6 @@
 """Time and peak memory of every operation of `tokenprune.kernels` over the number of tokens.
 
-    python -m tokenprune.evals.kernel_bench --output bench-output
+python -m tokenprune.evals.kernel_bench --output bench-output
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ def _rows(
             if once > longest:
                 notes[name] = f"a call takes {once:.2g} s"
     timed = {name: way for name, way in case.ways.items() if name not in notes}
-    found = side_by_side(
-        timed, "torch", rounds=rounds, sample_seconds=sample_seconds, attempts=attempts, device=device
-    )
+    found = side_by_side(timed, "torch", rounds=rounds, sample_seconds=sample_seconds, attempts=attempts, device=device)
     rows: list[Row] = []
     for name, way in case.ways.items():
         row: Row = {"op": case.op, "tokens": case.tokens, "shape": case.shape, "way": name}

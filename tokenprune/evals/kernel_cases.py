@@ -34,7 +34,7 @@ ITERATIONS = (1, 5, 30)
 
 @dataclass(frozen=True)
 class Case:
-    """ways: by name. chosen: the backend that the dispatcher takes. naive_bytes: of the full maps that "naive" holds."""
+    """ways: by name. chosen: the backend that the dispatcher takes. naive_bytes: of the maps that "naive" holds."""
 
     op: str
     tokens: int
@@ -130,17 +130,17 @@ def packed_cases(tokens: int, device: torch.device, dtype: torch.dtype) -> Itera
     batch, heads = max(4, images_of(tokens)), heads_of(tokens)
     q, k, v = random_qkv(batch, tokens, heads, device, dtype)
     lengths = [round(tokens * share) for share in torch.linspace(0.3, 0.9, batch, dtype=torch.float64).tolist()]
-    packed = [torch.cat([x[i, :, :n].transpose(0, 1) for i, n in enumerate(lengths)]) for x in (q, k, v)]
+    pq, pk, pv = (torch.cat([x[i, :, :n].transpose(0, 1) for i, n in enumerate(lengths)]) for x in (q, k, v))
     starts, longest = cumulative(lengths, device), max(lengths)
     mask = (torch.arange(longest, device=device) < starts.diff()[:, None])[:, None, None]
-    padded = [x[:, :, :longest] for x in (q, k, v)]
+    q, k, v = (x[:, :, :longest] for x in (q, k, v))
     ways: dict[str, Callable[[], object]] = {
-        "naive": partial(naive_packed, *packed, lengths),
-        "torch": lambda: F.scaled_dot_product_attention(*padded, attn_mask=mask),
+        "naive": partial(naive_packed, pq, pk, pv, lengths),
+        "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
     }
-    chosen = choose_backend(packed[0], packed[2]).backend
+    chosen = choose_backend(pq, pv).backend
     for backend in dict.fromkeys(("per_length", chosen)):
-        ways[backend] = partial(packed_attention, *packed, starts, lengths=lengths, backend=backend)
+        ways[backend] = partial(packed_attention, pq, pk, pv, starts, lengths=lengths, backend=backend)
     shape = f"{batch} x {heads} heads of {DIM}"
     yield Case("packed_attention", tokens, shape, ways, chosen, 2 * longest**2 * q.element_size())
 

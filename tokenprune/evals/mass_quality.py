@@ -9,7 +9,7 @@ the PageRank from the weighted start, heads filtered and fused as in `zero_tprun
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import tokenprune
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.evals.table import Row, Table, environment
+from tokenprune.method import Method
 from tokenprune.registry import make_method, register_method
 from tokenprune.scores.pagerank import fuse_heads, passing_heads, start_mass, weighted_pagerank
 from tokenprune.scores.probes import probed_mass
@@ -36,7 +37,7 @@ def _keep_record(record: AttentionRecord) -> Tensor:
 
 
 @register_method("seen")
-def seen() -> tokenprune.Method:
+def seen() -> Method:
     """Keeps every token, and what the method was shown."""
     return replace(make_method("top_k", {}), name="seen", score=_keep_record)
 
@@ -95,7 +96,7 @@ def probes_table(shown: list[AttentionRecord]) -> Table:
                             record,
                             start_mass(record),
                             window=window,
-                            how=how,  # type: ignore[arg-type]
+                            how=how,
                             iterations=iterations,
                         )
                         cells.append(_against(_importance(record, mass), exact))
@@ -130,7 +131,7 @@ def _kept(scores: Tensor, keep: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
 
 
-def _means(cells: list[Mapping[str, float]]) -> Row:
+def _means(cells: Sequence[Mapping[str, float]]) -> Row:
     return {name: sum(cell[name] for cell in cells) / len(cells) for name in cells[0]}
 
 

@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.stats import Interval, bootstrap_median
+from tokenprune.evals.table import Row, interval_cells
 from tokenprune.patch import active_patch
 from tokenprune.site import Site
 
 PARTS = ("score", "select", "reduce")
 _OPERATORS = "tokenprune::"
-_REDUCTION, _UNPATCHED, _SCORE, _CHOOSE = (f"tokenprune.evals:{name}" for name in ("reduce", "plain", "score", "choose"))
+_REDUCTION, _UNPATCHED, _SCORE, _CHOOSE = (
+    f"tokenprune.evals:{name}" for name in ("reduce", "plain", "score", "choose")
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def profile_overhead(base: nn.Module, patched: nn.Module, images: Tensor, *, rou
     with torch.inference_mode():
         for turn in range(rounds + 2):
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
-                order = [partial(_ranged, _UNPATCHED, base), patched]
+                order: list[Callable[[Tensor], Any]] = [partial(_ranged, _UNPATCHED, base), patched]
                 for forward in order if turn % 2 else order[::-1]:
                     forward(images)
             if turn >= 2:  # the first ones warm up
@@ -64,8 +68,15 @@ def profile_overhead(base: nn.Module, patched: nn.Module, images: Tensor, *, rou
     return Overhead(bootstrap_median(shares["total"]), **medians)
 
 
+def overhead_cells(base: nn.Module, patched: nn.Module, images: Tensor, *, rounds: int = 20) -> Row:
+    """`profile_overhead` on a copy of `patched`, as the cells of a table row: `overhead` and each of PARTS."""
+    spent = profile_overhead(base, shared_copy(patched), images, rounds=rounds)
+    total = interval_cells("overhead", spent.total.estimate, spent.total.low, spent.total.high)
+    return {**total, **{part: getattr(spent, part) for part in PARTS}}
+
+
 def _shares(profiler: profile) -> dict[str, float]:
-    events = list(profiler.events() or ())
+    events = list(profiler.events())  # type: ignore[no-untyped-call]
     plain, total = _time(events, _UNPATCHED), _time(events, _REDUCTION)
     score, chosen = _time(events, _SCORE, _OPERATORS), _time(events, _SCORE, _CHOOSE)
     parts = {"total": total, "score": score, "select": chosen - score, "reduce": total - chosen}
@@ -86,7 +97,7 @@ def _time(events: Iterable[Any], *names: str) -> float:
 def _ranged(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with record_function(name):
         result = function(*args, **kwargs)
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
         return result
 

@@ -112,9 +112,7 @@ def repeats_for(arm: Arm, seconds: float, device: torch.device, clock: Callable[
     return max(1, math.ceil(seconds / once)) if once > 0 else 1
 
 
-def sample(
-    arm: Arm, repeats: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> float:
+def sample(arm: Arm, repeats: int, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of `repeats` calls of `arm`."""
     _synchronize(device)
     start = clock()

@@ -34,8 +34,8 @@ class ImportanceAndSimilarity:
     class_start: bool
 
     def rounds(self, place: int, depth: int) -> Rounds:
-        """PageRank iterations (or the tolerance) at a block: 30 in the first quarter, 1 in the last and 5 between (section 4.1 for 12
-        blocks: the first and the last three)."""
+        """PageRank iterations (or the tolerance) at a block: 30 in the first quarter, 1 in the last and 5 between
+        (section 4.1 for 12 blocks: the first and the last three)."""
         if isinstance(self.iterations, (int, float)):
             return self.iterations
         edge = max(1, depth // 4)
@@ -100,9 +100,10 @@ def zero_tprune(
 
     rate: share kept at each of `places`. iterations: of the PageRank, the same everywhere or {block: count} (the
     paper's by depth: 30, 5 and 1); a float such as 1e-3 goes on until a head's scores, which sum to one, change by less
-    in all (at most 200 times, which is what a FLOPs budget counts; the host waits for the device after each). similarity: tokens that the similarity stage takes of those removed at a place, or
-    its share of them at the first block and from three quarters of the depth on. variance: bounds of the head filter,
-    None for no filter. class_start: the class token starts with sqrt(N) times the weight of the others.
+    in all (at most 200 times, which is what a FLOPs budget counts; the host waits for the device after each).
+    similarity: tokens that the similarity stage takes of those removed at a place, or its share of them at the first
+    block and from three quarters of the depth on. variance: bounds of the head filter, None for no filter. class_start:
+    the class token starts with sqrt(N) times the weight of the others.
 
     The paper finds places, rates and the similarity stage's part by random search for each model, and prints them in
     part (10 tokens a stage in DeiT-S, with importance pruning growing with depth). The defaults here were found the
