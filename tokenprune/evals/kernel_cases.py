@@ -24,6 +24,9 @@ from tokenprune.kernels.class_attention.reference import class_attention as naiv
 from tokenprune.kernels.matching import choose as choose_match
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.matching.reference import cosine_match as naive_match
+from tokenprune.kernels.merge import choose_gather, choose_merge, gather, merge
+from tokenprune.kernels.merge.reference import gather as naive_gather
+from tokenprune.kernels.merge.reference import merge as naive_merge
 from tokenprune.kernels.packed_attention import choose_backend, packed_attention
 from tokenprune.kernels.packed_attention.fused import cumulative
 from tokenprune.kernels.packed_attention.reference import packed_attention as naive_packed
@@ -34,7 +37,7 @@ ITERATIONS = (1, 5, 30)
 
 @dataclass(frozen=True)
 class Case:
-    """ways: by name. chosen: the backend that the dispatcher takes. naive_bytes: of the maps that "naive" holds."""
+    """ways: by name. chosen: the backend that the dispatcher takes. naive_bytes: of the full maps in "naive"."""
 
     op: str
     tokens: int
@@ -65,7 +68,7 @@ def mass_cases(tokens: int, device: torch.device, dtype: torch.dtype) -> Iterato
     """attention_mass for one, five and thirty iterations; "torch" is one head of one image after another."""
     batch, heads = images_of(tokens), heads_of(tokens)
     q, k, _ = random_qkv(batch, tokens, heads, device, dtype)
-    start = torch.full((batch, heads, tokens), 1 / tokens, device=device)
+    start = torch.full((batch, heads, tokens), 1 / tokens, device=device, dtype=dtype)
     for iterations in ITERATIONS:
         ways = {
             "naive": partial(naive_mass, q, k, start, iterations=iterations),
@@ -125,22 +128,68 @@ def match_cases(tokens: int, device: torch.device, dtype: torch.dtype) -> Iterat
     yield Case("cosine_match", tokens, f"{batch} x {DIM}", ways, choose_match(a, b).backend, 0)
 
 
+def merge_cases(tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """merge of a quarter of the tokens into the others, and gather of half of them, each image its own."""
+    batch, channels = images_of(tokens), 6 * DIM
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(batch, tokens, channels, generator=generator).to(device, dtype)
+    order = torch.rand(batch, tokens, generator=generator).argsort(1).to(device)
+    moved, kept = order[:, : tokens // 4], order[:, tokens // 4 :]
+    target = torch.randint(0, kept.shape[1], moved.shape, generator=generator).to(device)
+    sizes = torch.ones(batch, tokens, device=device)
+    ways: dict[str, Callable[[], object]] = {
+        "naive": lambda: naive_merge(x, kept, moved, target, sizes)[0],
+        "torch": partial(scatter_merge, x, kept, moved, target, sizes),
+    }
+    for backend in ("eager", *_triton(x)):
+        ways[backend] = partial(first_of, partial(merge, x, kept, moved, target, sizes, backend=backend))
+    yield Case("merge", tokens, f"{batch} x {channels}", ways, choose_merge(x, sizes).backend, 0)
+    half = order[:, ::2].contiguous()
+    ways = {
+        "naive": partial(naive_gather, x, half),
+        "torch": lambda: x.gather(1, half.unsqueeze(-1).expand(-1, -1, channels)),
+    }
+    for backend in ("eager", *_triton(x)):
+        ways[backend] = partial(gather, x, half, backend=backend)
+    yield Case("gather", tokens, f"{batch} x {channels}", ways, choose_gather(x).backend, 0)
+
+
+def first_of(way: Callable[[], tuple[Tensor, ...]]) -> Tensor:
+    """The merged tokens without their sizes."""
+    return way()[0]
+
+
+def scatter_merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor) -> Tensor:
+    """Merging as ToMe's own code goes about it: everything weighted first, then scatter_reduce."""
+    channels = x.shape[2]
+    weighted = x * sizes.unsqueeze(-1)
+    out = weighted.gather(1, kept.unsqueeze(-1).expand(-1, -1, channels))
+    gone = weighted.gather(1, moved.unsqueeze(-1).expand(-1, -1, channels))
+    out = out.scatter_reduce(1, target.unsqueeze(-1).expand_as(gone), gone, "sum")
+    total = sizes.gather(1, kept).scatter_reduce(1, target, sizes.gather(1, moved), "sum")
+    return (out / total.unsqueeze(-1)).to(x.dtype)
+
+
 def packed_cases(tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """packed_attention of images that keep 30% to 90% of N tokens; "torch" is a padded batch under a mask."""
     batch, heads = max(4, images_of(tokens)), heads_of(tokens)
     q, k, v = random_qkv(batch, tokens, heads, device, dtype)
     lengths = [round(tokens * share) for share in torch.linspace(0.3, 0.9, batch, dtype=torch.float64).tolist()]
-    pq, pk, pv = (torch.cat([x[i, :, :n].transpose(0, 1) for i, n in enumerate(lengths)]) for x in (q, k, v))
+    q_packed, k_packed, v_packed = (
+        torch.cat([x[i, :, :n].transpose(0, 1) for i, n in enumerate(lengths)]) for x in (q, k, v)
+    )
     starts, longest = cumulative(lengths, device), max(lengths)
     mask = (torch.arange(longest, device=device) < starts.diff()[:, None])[:, None, None]
     q, k, v = (x[:, :, :longest] for x in (q, k, v))
     ways: dict[str, Callable[[], object]] = {
-        "naive": partial(naive_packed, pq, pk, pv, lengths),
+        "naive": partial(naive_packed, q_packed, k_packed, v_packed, lengths),
         "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
     }
-    chosen = choose_backend(pq, pv).backend
+    chosen = choose_backend(q_packed, v_packed).backend
     for backend in dict.fromkeys(("per_length", chosen)):
-        ways[backend] = partial(packed_attention, pq, pk, pv, starts, lengths=lengths, backend=backend)
+        ways[backend] = partial(
+            packed_attention, q_packed, k_packed, v_packed, starts, lengths=lengths, backend=backend
+        )
     shape = f"{batch} x {heads} heads of {DIM}"
     yield Case("packed_attention", tokens, shape, ways, chosen, 2 * longest**2 * q.element_size())
 
@@ -153,5 +202,6 @@ CASES: dict[str, Callable[[int, torch.device, torch.dtype], Iterator[Case]]] = {
     "attention_mass": mass_cases,
     "class_attention": class_cases,
     "cosine_match": match_cases,
+    "merge": merge_cases,
     "packed_attention": packed_cases,
 }
