@@ -19,7 +19,7 @@ from tokenprune.patch import active_patch
 from tokenprune.site import Site
 
 PARTS = ("score", "select", "reduce")
-_OPERATORS = "tokenprune::"
+_OPERATORS = ("tokenprune::attention_mass", "tokenprune::few_logits", "tokenprune::cosine_match")
 _REDUCTION, _UNPATCHED, _SCORE, _CHOOSE = (
     f"tokenprune.evals:{name}" for name in ("reduce", "plain", "score", "choose")
 )
@@ -28,7 +28,7 @@ _REDUCTION, _UNPATCHED, _SCORE, _CHOOSE = (
 @dataclass(frozen=True)
 class Overhead:
     """Shares of the unpatched forward's time: medians over rounds, of all (with a 95% bootstrap interval) and of each
-    of PARTS. score: the method's score and every operator of `tokenprune.kernels`. select: the rest of the choice.
+    of PARTS. score: the method's score, attention mass and matching. select: the rest of the choice.
     reduce: re-indexing, dropping or merging, and everything else at a place."""
 
     total: Interval
@@ -78,7 +78,7 @@ def overhead_cells(base: nn.Module, patched: nn.Module, images: Tensor, *, round
 def _shares(profiler: profile) -> dict[str, float]:
     events = list(profiler.events())  # type: ignore[no-untyped-call]
     plain, total = _time(events, _UNPATCHED), _time(events, _REDUCTION)
-    score, chosen = _time(events, _SCORE, _OPERATORS), _time(events, _SCORE, _CHOOSE)
+    score, chosen = _time(events, _SCORE, *_OPERATORS), _time(events, _SCORE, _CHOOSE)
     parts = {"total": total, "score": score, "select": chosen - score, "reduce": total - chosen}
     return {part: time / plain for part, time in parts.items()}
 
