@@ -208,7 +208,13 @@ class Site:
             reduction = self.patch.method.reduce(record, keep)
         prefix = self.patch.num_prefix_tokens
         body = x[:, prefix:]
-        leaving = reduction(body, state.sizes)
+        if prefix and reduction.matrix is None:  # the whole sequence, as a slice of it would be copied to be gathered
+            all_sizes = None if state.sizes is None else _with_ones(state.sizes, prefix)
+            leaving = reduction.with_prefix(prefix)(x, all_sizes)
+        elif prefix:
+            leaving = torch.cat([x[:, :prefix], reduction(body, state.sizes)], 1)
+        else:
+            leaving = _in_layout_of(x, reduction(body, state.sizes))
         origin = reduction.follow(record.origin)
         sizes = state.sizes
         if self.patch.method.merges:
@@ -223,7 +229,7 @@ class Site:
             self.patch.mark(self, "reduced")
             return x
         flow().state = replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
-        return torch.cat([x[:, :prefix], leaving], 1) if prefix else _in_layout_of(x, leaving)
+        return leaving
 
     def captured(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Queries, keys and values [B, H, N, D] of this block, those that were caught."""
@@ -310,6 +316,10 @@ class Site:
 
 def _rotated(rotate: Callable[[Tensor, Tensor], Tensor], table: Tensor, x: Tensor) -> Tensor:
     return rotate(x, table)
+
+
+def _with_ones(sizes: Tensor, prefix: int) -> Tensor:
+    return torch.cat([sizes.new_ones(sizes.shape[0], prefix), sizes], 1)
 
 
 def _in_layout_of(x: Tensor, leaving: Tensor) -> Tensor:
