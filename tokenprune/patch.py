@@ -12,7 +12,7 @@ from torch import nn
 
 from tokenprune.budget import Budget
 from tokenprune.costs import CostModel, Curve, Probe, cost_model, count_flops, probe_sizes
-from tokenprune.errors import BudgetError, UnsupportedMethod
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.ghost import ghost
 from tokenprune.host import Adapter, BlockHost, Host
 from tokenprune.method import Method
@@ -45,6 +45,7 @@ class Patch:
         self.active = not budget.is_full
         self.shares = _shares(budget, host)
         self.restored = host.restored
+        self.refused = host.refused
         self.grid_of = host.grid_of
         self.names = tuple(block.name for block in host.blocks)
         self.skipped: dict[str, str] = {}
@@ -97,18 +98,22 @@ class Patch:
             return None
         return keep
 
-    def restored_blocks(self, model: nn.Module) -> frozenset[int]:
+    def restored_blocks(self, model: nn.Module, kwargs: dict[str, Any]) -> frozenset[int]:
         """Blocks behind which the full grid is restored in a forward, because what follows them reads it."""
         if not self.active or self.restored is None:
             return frozenset()
-        return self.restored(model, self.method.merges)
+        return self.restored(model, self.method.merges, kwargs)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: a forward of the whole model starts."""
+        if self.active and self.refused is not None:
+            reason = self.refused(model, self.method.proportional, *args, **kwargs)
+            if reason:
+                raise UnsupportedModel(reason)
         grid: tuple[int, int] | None = self.grid
         if self.grid_of is not None and not torch.compiler.is_compiling():  # there it would be a graph for each size
             grid = self.grid_of(model, *args, **kwargs)
-        flow().entry = entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
+        flow().entry = entry = Entry(self.restored_blocks(model, kwargs), whole=True, grid=grid)
         if self.method.adaptive:
             entry.last = max(index for index, name in enumerate(self.names) if _has(model, name))
 
@@ -192,11 +197,11 @@ def attach(host: Host, patch: Patch) -> list[Site]:
         if block.mid_refused and patch.method.position == "mid" and index in reducing:
             patch.skipped[block.name] = f"reduced behind the block: {block.mid_refused}"
         site.attach(block)
-        if mid and block.mid is not None:
-            block.module.__class__ = block.mid
         ragged = patch.active and patch.method.adaptive
         for module, swapped in block.ragged_swaps if ragged else block.swaps:
             module.__class__ = swapped
+        if mid and block.mid is not None:
+            block.module.__class__ = block.mid
         sites.append(site)
     for module, swapped in host.swaps:
         module.__class__ = swapped
@@ -258,7 +263,7 @@ def _count_costs(host: Host, adapter: Adapter, patch: Patch) -> CostModel:
         probe = Probe(tokens, lambda n: max(schedule.fewest(n, patch.layout), n - n // 8))
         copy, _ = _ghosted(host, adapter, patch, probe)
         runs.append((probe, count_flops(copy.model, copy.example, probe)))
-    return cost_model(host.tokens, len(host.blocks), runs, head_sees_all=bool(patch.restored_blocks(host.model)))
+    return cost_model(host.tokens, len(host.blocks), runs, head_sees_all=bool(patch.restored_blocks(host.model, {})))
 
 
 def _corrected(host: Host, adapter: Adapter, patch: Patch, counts: Counts) -> Counts:

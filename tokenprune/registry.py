@@ -20,7 +20,7 @@ _METHODS: dict[str, Callable[..., Method]] = {}
 _ADAPTERS: dict[str, Adapter] = {}
 _BUILTIN_METHODS = ("baselines", "top_k", "evit", "tome", "zero_tprune", "ats")
 # Adapter modules by the package whose presence in the process makes them worth importing.
-_BUILTIN_ADAPTERS = {"timm": "tokenprune.adapters.timm_vit"}
+_BUILTIN_ADAPTERS = {"timm": "tokenprune.adapters.timm_vit", "transformers": "tokenprune.adapters.hf_vision"}
 _loaded: set[str] = set()
 
 
