@@ -12,7 +12,7 @@ from torch import Tensor, nn
 GRID = (6, 6)
 PATCH = 4
 WIDTH, HEADS, DEPTH = 48, 3, 4
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
+TEXT = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
 SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH,
     "num_hidden_layers": DEPTH,
