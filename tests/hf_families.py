@@ -12,7 +12,13 @@ from torch import Tensor, nn
 GRID = (6, 6)
 PATCH = 4
 WIDTH, HEADS, DEPTH = 48, 3, 4
-TEXT = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
+TEXT = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 99,
+}
 SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH,
     "num_hidden_layers": DEPTH,
@@ -48,7 +54,10 @@ TOWERS: dict[str, tuple[str, Any, int]] = {
     "beit_shared": (
         "BeitModel",
         lambda: transformers.BeitConfig(
-            **BEIT, use_shared_relative_position_bias=True, use_mean_pooling=False, use_absolute_position_embeddings=True
+            **BEIT,
+            use_shared_relative_position_bias=True,
+            use_mean_pooling=False,
+            use_absolute_position_embeddings=True,
         ),
         1,
     ),

@@ -39,7 +39,12 @@ def _empty(kind: str) -> tuple[nn.Module, nn.Module]:
         return original, transformers.CLIPVisionModel(config)
     if kind == "siglip":
         config = transformers.SiglipVisionConfig(**_config(SQUARE, vision_use_head=False, **wide))
-        kwargs: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False, "act_layer": "gelu_tanh"}
+        kwargs: dict[str, Any] = {
+            "class_token": False,
+            "global_pool": "avg",
+            "fc_norm": False,
+            "act_layer": "gelu_tanh",
+        }
         return VisionTransformer(**SQUARE, **kwargs), transformers.SiglipVisionModel(config)
     if kind == "dinov2_registers":
         config = transformers.Dinov2WithRegistersConfig(**_config(SQUARE, num_register_tokens=4, mlp_ratio=2))
@@ -101,7 +106,9 @@ def _copy_block(block: Any, layer: Any) -> None:
         biases: Any = block.attn.qkv.bias.chunk(3)
     else:
         biases = (block.attn.q_bias, None, block.attn.v_bias)
-    for projection, weight, bias in zip((attention.q_proj, attention.k_proj, attention.v_proj), weights, biases, strict=True):
+    for projection, weight, bias in zip(
+        (attention.q_proj, attention.k_proj, attention.v_proj), weights, biases, strict=True
+    ):
         projection.weight.copy_(weight)
         if bias is not None:
             projection.bias.copy_(bias)

@@ -35,7 +35,7 @@ def patch(
 ) -> Target:
     """Make `target` compute fewer tokens, in place, and return it.
 
-    target: a timm vision transformer, or a module that holds one. method: a name of `methods()`; None takes the best
+    target: a timm vision transformer or an image tower of transformers, or a module that holds one. method: a name of `methods()`; None takes the best
     one of the shipped table for this family and budget. One budget at most, none is the method's published setting:
 
     keep: share in (0, 1] of the prunable tokens (never class, register or other prefix tokens) that leave the last
@@ -174,8 +174,8 @@ def _find(target: object) -> tuple[nn.Module, Adapter]:
             return model, adapter
     raise UnsupportedModel(
         f"no adapter knows {type(module).__name__} or a module inside it; supported: timm vision transformers"
-        " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT); others through"
-        " tokenprune.register_adapter"
+        " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT) and transformers' image"
+        " towers (CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2, DINOv3); others through tokenprune.register_adapter"
     )
 
 

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 import tokenprune
 from tokenprune.recording import PlaceRecord
 
-METHODS = ("top_k", "evit", "tome", "zero_tprune", "ats")
+METHODS = (
+    "top_k",
+    "tome",
+    *(pytest.param(method, marks=pytest.mark.full) for method in ("evit", "zero_tprune", "ats")),
+)
 
 
 @pytest.fixture(scope="module", params=PAIRS)

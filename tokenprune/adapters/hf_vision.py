@@ -21,7 +21,7 @@ from tokenprune.adapters.hf_vision_blocks import (
 from tokenprune.adapters.ragged import RaggedDropPath
 from tokenprune.adapters.swapping import mixed
 from tokenprune.errors import UnsupportedModel, unknown_module
-from tokenprune.host import BlockHost, Caught, Host
+from tokenprune.host import BlockHost, Caught, Host, tokens_first
 from tokenprune.registry import register_adapter
 
 # Tower: where its layers are, and its prefix tokens without registers.
@@ -122,7 +122,7 @@ def _layers(model: Any) -> nn.ModuleList:
     facts = _facts(model)
     assert facts is not None
     layers: Any = model.get_submodule(facts[0])
-    return layers  # type: ignore[no-any-return]
+    return layers
 
 
 def _image_size(config: Any) -> tuple[int, int]:
@@ -156,14 +156,13 @@ def _restored(model: Any, _: bool, kwargs: dict[str, Any]) -> frozenset[int]:
     """The last layer, whose output every tower returns, and those whose hidden states are asked for."""
     depth = int(model.config.num_hidden_layers)
     asked = kwargs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
+    states: list[int] = []
     if asked is True:
-        states = range(depth + 1)
+        states = list(range(depth + 1))
     elif isinstance(asked, int | list | tuple):
         states = [state % (depth + 1) for state in ([asked] if isinstance(asked, int) else asked)]
-    else:
-        states = []
     if hasattr(model, "stage_names"):  # a backbone
-        states = [*states, *(model.stage_names.index(stage) for stage in model.out_features)]
+        states += [model.stage_names.index(stage) for stage in model.out_features]
     return frozenset({len(_layers(model)) - 1} | {state - 1 for state in states if state > 0})
 
 
@@ -237,15 +236,18 @@ def _block(name: str, layer: nn.Module, prefix: int, size: tuple[int, int], toke
 
 def _by_head(width: int, _: nn.Module, projected: Tensor) -> Tensor:
     """[B, N, H * D] as [B, H, N, D]."""
-    return projected.unflatten(-1, (-1, width)).transpose(1, 2)
+    return projected.reshape(*projected.shape[:-1], -1, width).transpose(1, 2)
 
 
 def _queries_and_keys(
     width: int, queries: Tensor | None, keys: Tensor | None, _: Caught | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Queries and keys as their projections put them out, under any attention implementation."""
-    queries, keys = (x if x is None else x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (queries, keys))
-    return queries, keys
+    """Queries and keys [B, N, H * D] as their projections put them out, under any attention implementation."""
+    return tokens_first(
+        queries.reshape(*queries.shape[:-1], -1, width) if queries is not None else None,
+        keys.reshape(*keys.shape[:-1], -1, width) if keys is not None else None,
+        None,
+    )
 
 
 def _rotate(prefix: int, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.adapters.swapping import Mixin
 from tokenprune.ragged_attention import attend_here, attended
@@ -102,7 +102,9 @@ class ReindexedRelativeBias(Mixin):
 class RaggedTowerAttention(Mixin):
     """An attention whose tokens see those of their own image."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         forward = partial(_tokens, super().forward)
         return attend_here(forward, hidden_states, attention_mask=attention_mask, **kwargs), None
 
@@ -111,7 +113,7 @@ def _tokens(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
     return attended(attention(*args, **kwargs))
 
 
-MID_LAYERS: dict[str, type[nn.Module]] = {
+MID_LAYERS: dict[str, type[MidLayer]] = {
     "clip.CLIPEncoderLayer": MidClipLayer,
     "siglip.SiglipEncoderLayer": MidClipLayer,
     "vit.ViTLayer": MidViTLayer,
