@@ -35,8 +35,9 @@ def patch(
 ) -> Target:
     """Make `target` compute fewer tokens, in place, and return it.
 
-    target: a timm vision transformer or an image tower of transformers, or a module that holds one. method: a name of `methods()`; None takes the best
-    one of the shipped table for this family and budget. One budget at most, none is the method's published setting:
+    target: a timm vision transformer or an image tower of transformers, or a module that holds one. method: a name of
+    `methods()`; None takes the best one of the shipped table for this family and budget. One budget at most, none is
+    the method's published setting:
 
     keep: share in (0, 1] of the prunable tokens (never class, register or other prefix tokens) that leave the last
     place. flops: share in (0, 1] of the unpatched multiply-adds of a forward, scoring counted, met within 1%.
