@@ -1,11 +1,12 @@
-"""A tiny CLIP tower for transformers' own common tests, copied beside them by test_transformers_suite.py. TOKENPRUNE_KEEP
-is the budget with which every tower is patched where it is made; without it nothing is patched."""
+"""A tiny CLIP tower for transformers' own common tests, beside which test_transformers_suite.py copies it.
+
+TOKENPRUNE_KEEP is the budget with which every tower is patched where it is made; without it nothing is patched.
+"""
 
 import functools
 import os
 import unittest
 
-import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from .test_modeling_common import ModelTesterMixin, floats_tensor
@@ -68,5 +69,4 @@ class ClipTowerTest(ModelTesterMixin, unittest.TestCase):
     def test_it_is_patched_where_asked(self):
         model = CLIPVisionModel(self.model_tester.get_config())
         hooked = any(module._forward_pre_hooks for module in model.modules())
-        self.assertEqual(hooked, bool(KEEP))
-        self.assertIsInstance(model.embeddings.class_embedding, torch.nn.Parameter)
+        assert hooked == bool(KEEP)
