@@ -57,7 +57,7 @@ def kept_in(model: nn.Module, x: Tensor, **kwargs: Any) -> tuple[dict[str, Tenso
 
 
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", most_in_full(MODELS, *FEW, "siglip_model", "dinov2_backbone"))
+@pytest.mark.parametrize("name", most_in_full(MODELS, "beit", "dinov3", "siglip_model"))
 def test_a_budget_of_one_and_unpatch_are_bit_identical(name: str, attention: str) -> None:
     model, x = build(name, attention), images()
     plain = outputs(model, x, **ALL_STATES)
@@ -72,7 +72,7 @@ def test_a_budget_of_one_and_unpatch_are_bit_identical(name: str, attention: str
     assert_equal(outputs(model, x, **ALL_STATES), plain)
 
 
-@pytest.mark.parametrize("name", most_in_full(TOWERS, *FEW))
+@pytest.mark.parametrize("name", most_in_full(TOWERS, "clip", "beit"))
 def test_machinery_that_keeps_all_is_bit_identical(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = build(name), images()
     plain = outputs(model, x, **ALL_STATES)
@@ -85,7 +85,7 @@ def test_machinery_that_keeps_all_is_bit_identical(name: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", most_in_full(TOWERS, *FEW, "beit_shared"))
+@pytest.mark.parametrize("name", most_in_full(TOWERS, *FEW))
 def test_a_permuted_and_restored_order(name: str, attention: str) -> None:
     """ToMe's leaving order is the even tokens, then the odd ones: all that is indexed by token must follow."""
     model, x = build(name, attention).double(), images().double()
@@ -97,7 +97,7 @@ def test_a_permuted_and_restored_order(name: str, attention: str) -> None:
         torch.testing.assert_close(mine[key], value, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", most_in_full(MODELS, "clip", "dinov2_backbone", "beit_classifier"))
+@pytest.mark.parametrize("name", most_in_full(MODELS, "dinov2_backbone"))
 def test_every_output_keeps_its_shape(name: str) -> None:
     model, x = build(name), images()
     plain = outputs(model, x, **ALL_STATES)
@@ -157,7 +157,7 @@ def counted(model: nn.Module, x: Tensor) -> int:
 
 
 @pytest.mark.parametrize("method", ["tome", "top_k"])
-@pytest.mark.parametrize("name", most_in_full(TOWERS, *FEW))
+@pytest.mark.parametrize("name", most_in_full(TOWERS, "siglip", "beit"))
 def test_the_budget_is_met(name: str, method: str) -> None:
     """Counted anew over the real forward; with 36 tokens one of them is half a percent."""
     model, x = build(name), images(1)
