@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
-    from tokenprune.host import Caught
+    from tokenprune.host import Caught, RopeTable
     from tokenprune.ragged import Pack
     from tokenprune.recording import Forward
     from tokenprune.site import Site
@@ -93,7 +93,7 @@ class Flow:
     inputs: Caught | None = None
     values: Caught | None = None
     bias: Tensor | None = None
-    rope: Tensor | None = None
+    rope: RopeTable | None = None
     front: int | None = None
     kwargs: dict[str, Any] | None = None
     groups: list[Any] | None = None
