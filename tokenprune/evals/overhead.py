@@ -48,7 +48,9 @@ def profile_overhead(base: nn.Module, patched: nn.Module, images: Tensor, *, rou
     """
     patches = [patch for patch in active_patches(patched).values() if isinstance(patch, Patch)]
     if not patches:
-        raise TokenPruneError("profile_overhead: no image tower is patched; tokenprune.patch(model, ...) first")
+        raise TokenPruneError(
+            "profile_overhead: this is not patched, as an image tower; tokenprune.patch(model, ...) first"
+        )
     for patch in patches:
         method = patch.method
         score = None if method.score is None else partial(_ranged, _SCORE, method.score)

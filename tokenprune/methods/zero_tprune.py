@@ -80,7 +80,8 @@ class ImportanceAndSimilarity:
         """[B, n]: PageRank per head, filtered and fused; [len(iterations), B, n] for several counts."""
         scores = weighted_pagerank(record, iterations, class_start=self.class_start)
         scores = scores[..., record.num_prefix_tokens :]
-        fused = [fuse_heads(one, passing_heads(one, self.variance)) for one in scores.view(-1, *scores.shape[-3:])]
+        after = scores if isinstance(iterations, Sequence) else scores.unsqueeze(0)
+        fused = [fuse_heads(one, passing_heads(one, self.variance)) for one in after]
         return torch.stack(fused) if isinstance(iterations, Sequence) else fused[0]
 
     def __call__(self, scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
