@@ -24,8 +24,8 @@ PLACE_WEIGHT = 0.5
 
 SHARPNESS = 1.25
 NOISE = 0.01
-"""Kernel exp(SHARPNESS * (cosine - 1)) and the variance beside it. On a DINOv2's photographs SHARPNESS from 0.4 and NOISE
-from 0.003 to 0.03 restored as well; a SHARPNESS of 4, whose estimates soon fall back to the mean, clearly worse."""
+"""Kernel exp(SHARPNESS * (cosine - 1)) and the variance beside it. On a DINOv2's photographs SHARPNESS from 0.4 and
+NOISE from 0.003 to 0.03 restored as well; a SHARPNESS of 4, whose estimates soon fall back to the mean, worse."""
 
 
 def follow_source(state: TokenState, source: Tensor) -> Tensor:
