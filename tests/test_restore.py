@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
+import zoo
+from adaptive import registered
 from families import build, images, options, patches
 from torch import Tensor, nn
 
@@ -15,9 +18,9 @@ PLACES = {1: 0.7, 3: 0.5}
 GRID = (5, 7)
 
 
-def metric(x: list[float], patch: int) -> list[float]:
+def metric(x: list[float], patch: int, grid: tuple[int, int]) -> list[float]:
     """The direction of x, and at half its weight that of the patch's place."""
-    angles = [math.pi * (patch // GRID[1]) / GRID[0], math.pi * (patch % GRID[1]) / GRID[1]]
+    angles = [math.pi * (patch // grid[1]) / grid[0], math.pi * (patch % grid[1]) / grid[1]]
     place = [f(a) * 0.5 / math.sqrt(2) for f in (math.cos, math.sin) for a in angles]
     length = math.sqrt(sum(v * v for v in x))
     return [v / length for v in x] + place
@@ -28,9 +31,11 @@ def kernel(a: list[float], b: list[float]) -> float:
     return math.exp(1.25 * (sum(v * w for v, w in zip(a, b, strict=True)) / lengths - 1))
 
 
-def regressed(entering: Tensor, origin: list[int], values: dict[int, Tensor]) -> dict[int, Tensor]:
+def regressed(
+    entering: Tensor, origin: list[int], values: dict[int, Tensor], grid: tuple[int, int] = GRID
+) -> dict[int, Tensor]:
     """Values of all tokens [n, C] that entered a place, by patch, from those of the tokens that left it."""
-    metrics = {patch: metric(row.tolist(), patch) for patch, row in zip(origin, entering, strict=True)}
+    metrics = {patch: metric(row.tolist(), patch, grid) for patch, row in zip(origin, entering, strict=True)}
     kept = list(values)
     covariance = torch.tensor(
         [[kernel(metrics[a], metrics[b]) + 0.01 * (a == b) for b in kept] for a in kept], dtype=values[kept[0]].dtype
@@ -69,6 +74,35 @@ def test_dropped_patches_are_regressed_from_the_kept_ones(family: str, method: s
             values = regressed(sum(entering[index])[i, prefix:], entered, values)
         expected = torch.stack([values[patch] for patch in range(patches(model))])
         torch.testing.assert_close(features[i], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["top_k", "threshold"])
+def test_of_many_kept_patches_every_second_takes_part(method: str) -> None:
+    grid = 23, 23
+    shape = {"depth": 1, "embed_dim": 8, "num_heads": 2, "img_size": 92, "patch_size": 4, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", **shape).double().eval()
+    zoo.randomise(model, 0)
+    x = torch.randn(1, 3, 92, 92, generator=torch.Generator().manual_seed(0)).double()
+    with registered():
+        share = {"threshold": {"schedule": {0: 1.0}, "times": 0.01}, "top_k": {"schedule": {0: 0.98}}}
+        tokenprune.patch(model, method, **share[method])
+    entering: list[Tensor] = []
+    leaving: list[Tensor] = []
+    block = model.blocks[0]
+    block.register_forward_pre_hook(lambda module, args: entering.append(args[0]))
+    block.ls1.register_forward_hook(lambda module, args, out: entering.append(out))
+    block.norm2.register_forward_pre_hook(lambda module, args: leaving.append(args[0]))
+    block.ls2.register_forward_hook(lambda module, args, out: leaving.append(out))
+    with tokenprune.record(model) as recording, torch.no_grad():
+        [features] = model.forward_intermediates(x, indices=[0], output_fmt="NLC", intermediates_only=True)
+    kept = recording.forwards[0].places[0].kept[0].tolist()
+    assert 512 < len(kept) < 529
+    values = dict(zip(kept, sum(leaving)[0, 1:], strict=True))
+    some = {patch: values[patch] for patch in kept[::2]}
+    expected = regressed(sum(entering)[0, 1:], list(range(529)), some, grid) | values
+    torch.testing.assert_close(
+        features[0], torch.stack([expected[patch] for patch in range(529)]), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("method", ["top_k", "tome"])

@@ -14,7 +14,7 @@ from tokenprune.errors import UnsupportedMethod
 from tokenprune.ragged import Group, Pack, Repacking, pack_batch, repack
 from tokenprune.ragged_attention import of_images, state_of
 from tokenprune.recording import PlaceRecord
-from tokenprune.restore import estimate, placed
+from tokenprune.restore import estimate, placed, stride
 from tokenprune.state import TokenState, flow, in_backward
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
         metrics, reductions = [], []
         for record in _records(site, x, state):
             reductions.append(method.reduce_ragged(record, keep))
-            if state.dense:
+            if state.dense and patch.probe is None:
                 own = replace(state, origin=record.origin, pack=None)
                 metrics.append(placed(record.hidden[:, patch.num_prefix_tokens :], own))
         if patch.probe is not None:  # counted, not removed
@@ -104,7 +104,7 @@ class RaggedUndo:
     """`tokenprune.restore.Undo` from pack to pack.
 
     near: [T] row of the new pack whose value each row of the old one takes. images: for each image that lost tokens
-    their rows [m], the rows [k] of those it kept in the new pack, and the weights [m, k].
+    their rows [m], the rows [k] in the new pack of those it kept (or some of them), and the weights [m, k].
     """
 
     near: Tensor
@@ -129,8 +129,10 @@ def _undo(repacking: Repacking, metrics: list[Tensor]) -> RaggedUndo:
         for place, leaves, row, tokens in zip(*(group.of(table)[:, prefix:] for table in tables), metric, strict=True):
             lost = place < 0
             if lost.any():
-                weights = estimate(tokens[lost][None], tokens[leaves][None])[0]
-                images.append((row[lost], place[leaves], weights))
+                kept, values = tokens[leaves], place[leaves]
+                step = stride(len(kept))
+                weights = estimate(tokens[lost][None], kept[None, ::step])[0]
+                images.append((row[lost], values[::step], weights))
     return RaggedUndo(repacking.place.clamp(min=0), tuple(images))
 
 

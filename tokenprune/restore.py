@@ -27,6 +27,10 @@ NOISE = 0.01
 """Kernel exp(SHARPNESS * (cosine - 1)) and the variance beside it. On a DINOv2's photographs SHARPNESS from 0.4 and
 NOISE from 0.003 to 0.03 restored as well; a SHARPNESS of 4, whose estimates soon fall back to the mean, worse."""
 
+MOST = 512
+"""Most kept tokens that a regression takes, evenly chosen of more: at thousands of tokens, the squares and cubes of
+their number would cost much of what dropping tokens saves."""
+
 
 def follow_source(state: TokenState, source: Tensor) -> Tensor:
     """Compose the stand-ins before a place with the place's own `source` [B, n]: [B, entering], -1 for none."""
@@ -40,19 +44,21 @@ class Undo:
     """Brings the tokens that left one place back to those that entered it.
 
     near: [B, n] leaving position whose value each entering token takes. lost, weights: [B, m] the dropped tokens, whose
-    value is `weights` [B, m, k] times those of the first k leaving tokens instead; None where none was dropped.
+    value is `weights` [B, m, k] times every step-th of the leaving tokens instead; None where none was dropped.
     """
 
     near: Tensor
     lost: Tensor | None = None
     weights: Tensor | None = None
+    step: int = 1
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [B, K, C] to [B, n, C]."""
         full = gather_tokens(x, self.near)
         if self.lost is None or self.weights is None:
             return full
-        values = torch.bmm(self.weights.to(x.dtype), x[:, : self.weights.shape[2]]).to(x.dtype)
+        taken = x[:, : self.weights.shape[2] * self.step : self.step]  # and not what is fused and comes last
+        values = torch.bmm(self.weights.to(x.dtype), taken).to(x.dtype)
         return full.scatter(1, self.lost.unsqueeze(-1).expand_as(values), values)
 
 
@@ -68,14 +74,29 @@ def undo(state: TokenState, reduction: Reduction, x: Tensor) -> Undo:
         return Undo(source)
     lost = (source < 0).to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :gone]
     metric = placed(x, state)
-    weights = estimate(gather_tokens(metric, lost), gather_tokens(metric, reduction.kept))
-    return Undo(source.clamp(min=0), lost, weights)
+    step = stride(count - gone)
+    weights = estimate(gather_tokens(metric, lost), gather_tokens(metric, reduction.kept[:, ::step]))
+    return Undo(source.clamp(min=0), lost, weights, step)
+
+
+def stride(kept: int) -> int:
+    """A regression takes every stride-th of the kept tokens, at most MOST."""
+    return max(1, -(-kept // MOST))
+
+
+def regression_cost(lost: int, kept: int, width: int) -> float:
+    """Multiply-adds of an image, whose `lost` tokens of `width` channels are regressed from `kept` ones: similarities,
+    weights and, where the grid is restored, values."""
+    taken = -(-kept // stride(kept))
+    similarities = (taken + lost) * taken * (width + 4)  # behind the channels four of the place
+    return similarities + taken**3 / 6 + lost * taken**2 + lost * taken * width
 
 
 def estimate(lost: Tensor, kept: Tensor) -> Tensor:
     """Weights [B, m, k], each row summing to one, with which the values of k tokens estimate those of m others: their
     mean, and a regression of what differs from it. lost: [B, m, D], kept: [B, k, D] what similarity is measured on."""
-    with torch.autocast(lost.device.type, enabled=False):
+    device = "cpu" if lost.is_meta else lost.device.type  # of the meta device there is no autocast
+    with torch.autocast(device, enabled=False):
         lost, kept = (functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in (lost, kept))
         across, among = (torch.exp(SHARPNESS * (x @ kept.transpose(1, 2) - 1)) for x in (lost, kept))
         noise = NOISE * torch.eye(kept.shape[1], dtype=kept.dtype, device=kept.device)

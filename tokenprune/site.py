@@ -209,7 +209,7 @@ class Site:
         sizes = state.sizes
         if self.patch.method.merges:
             sizes = reduction.merged_sizes(sizes if sizes is not None else origin.new_ones(body.shape[:2]).float())
-        if state.dense:
+        if state.dense and self.patch.probe is None:
             with torch.no_grad():
                 state = replace(state, undo=(*state.undo, undo(state, reduction, body)))
         if state.forward is not None and not in_backward():
