@@ -364,7 +364,9 @@ def _count_costs(host: Host, adapter: Adapter, patch: Patch) -> CostModel:
         probe = Probe(tokens, lambda n: max(schedule.fewest(n, patch.layout), n - n // 8))
         copy, _ = _ghosted(host, adapter, patch, probe)
         runs.append((probe, count_flops(copy.model, copy.example, probe)))
-    return cost_model(host.tokens, len(host.blocks), runs, head_sees_all=bool(patch.restored_blocks(host.model, {})))
+    restored = bool(patch.restored_blocks(host.model, {}))
+    regressed = host.blocks[-1].width if restored and not patch.method.merges else 0
+    return cost_model(host.tokens, len(host.blocks), runs, head_sees_all=restored, regressed=regressed)
 
 
 def _corrected(host: Host, adapter: Adapter, patch: Patch, counts: Counts) -> Counts:

@@ -20,7 +20,7 @@ from tokenprune.errors import UnsupportedModel
 from tokenprune.host import BlockHost, RopeTable, gather_bias, gather_rope
 from tokenprune.ragged_blocks import reduce_ragged, restore_packed, unpack_for_head
 from tokenprune.recording import PlaceRecord
-from tokenprune.restore import follow_source, restore_tokens, stand_ins
+from tokenprune.restore import follow_source, restore_tokens, undo
 from tokenprune.state import TokenState, flow, in_backward, recall, remember
 
 if TYPE_CHECKING:
@@ -244,8 +244,9 @@ class Site:
         sizes = state.sizes
         if self.patch.method.merges:
             sizes = reduction.merged_sizes(sizes if sizes is not None else origin.new_ones(body.shape[:2]).float())
-        if state.dense:
-            state = replace(state, stand_in=stand_ins(state, reduction, body.detach()))
+        if state.dense and self.patch.probe is None:
+            with torch.no_grad():
+                state = replace(state, undo=(*state.undo, undo(state, reduction, body)))
         if state.forward is not None and not in_backward():
             source = follow_source(state, reduction.source(state.tokens))
             state = replace(state, source=source)
@@ -310,9 +311,7 @@ class Site:
             return pad_tokens(output, self.patch.num_prefix_tokens + state.entering)
         if state.pack is not None:
             return self._leave_packed(output, state, state.pack)
-        if state.stand_in is not None and (
-            self.index in state.dense or (last and -1 in state.dense and state.sizes is not None)
-        ):
+        if state.undo and (self.index in state.dense or (last and -1 in state.dense and state.sizes is not None)):
             full = restore_tokens(output, state, self.patch.num_prefix_tokens)
             if not last:
                 remember(full, replace(state, reduced=output))
