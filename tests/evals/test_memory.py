@@ -66,7 +66,12 @@ def test_the_processs_own_high_water_mark_agrees():
         "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "print((after - before) / 2**20, peak_extra_memory(call) / 2**20)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    resident, seen = map(float, run.stdout.split())
-    assert seen == pytest.approx(240, abs=0.1)
-    assert resident == pytest.approx(240, abs=10)
+    found = []
+    for _ in range(3):  # a system short of memory takes pages away before they are counted
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        resident, seen = map(float, run.stdout.split())
+        assert seen == pytest.approx(240, abs=0.1)
+        found.append(resident)
+        if resident == pytest.approx(240, abs=10):
+            return
+    pytest.fail(f"240 MiB were allocated, and the process grew by {found}")
