@@ -29,12 +29,14 @@ class Method:
     much at each.
     position: "mid" reduces between attention and MLP, "post" after the block. merges: whether leaving tokens stand for
     several patches (sizes are tracked). proportional: whether log(size) is added to the attention logits of a key.
-    needs: what must be captured ("queries", "keys", "values"; "stacks": that all tokens are back behind a few blocks).
+    needs: what must be captured ("queries", "keys", "values", "cross": those of the cross-attention; "stacks": that all
+    tokens are back behind a few blocks).
 
     For denoisers: stack_share: share of the tokens that is computed in a stack of blocks where there is no budget.
     stack_depth: blocks that share one choice where a model does not divide them into stacks itself. steps: how strongly
     at each step of a run. recover: what a dropped token is behind a stack, a copy of the most "similar" kept one or its
-    own value before ("residual"); None: the first where convolutions follow, else the second.
+    own value before ("residual"); None: the first where convolutions follow, else the second. similar_by: whether that
+    is by hidden states or by the first block's attention map (which needs queries and keys).
     """
 
     name: str
@@ -51,6 +53,7 @@ class Method:
     stack_depth: int = 4
     steps: Steps = EVERY_STEP
     recover: Literal["similar", "residual"] | None = None
+    similar_by: Literal["hidden", "attention"] = "hidden"
 
     def reduce(self, record: AttentionRecord, keep: int) -> Reduction:
         """The Reduction of the record's n prunable tokens to `keep`."""

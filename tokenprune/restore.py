@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenprune.kernels.attention_match import attention_match
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.reduction import Reduction, gather_tokens
 from tokenprune.state import TokenState
@@ -34,13 +35,27 @@ def stand_ins(state: TokenState, reduction: Reduction, x: Tensor) -> Tensor:
     if reduction.moved is not None and not reduction.fuses:
         near = reduction.source(count)
     else:
-        near = Reduction(reduction.kept).source(count)
-        gone = count - reduction.kept.shape[1]
-        lost = (near < 0).to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :gone]
+        near, lost = _lost(reduction, count)
         metric = placed(x, state)
         match = cosine_match(gather_tokens(metric, lost), gather_tokens(metric, reduction.kept))[1]
         near = near.scatter(1, lost, match)
     return near if state.stand_in is None else near.gather(1, state.stand_in)
+
+
+def attended_stand_ins(reduction: Reduction, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The same for tokens that were dropped, [B, n]: similar is the kept token that a dropped one attends to most, in
+    the mean over heads (AT-EDM section 3.3). q, k: [B, H, n, D] as the attention uses them."""
+    near, lost = _lost(reduction, q.shape[2])
+    heads = q.shape[1]
+    dropped = q.gather(2, lost[:, None, :, None].expand(-1, heads, -1, q.shape[-1]))
+    return near.scatter(1, lost, attention_match(dropped, k, reduction.kept, scale=scale))
+
+
+def _lost(reduction: Reduction, count: int) -> tuple[Tensor, Tensor]:
+    """The leaving position of each of `count` tokens, -1 where it is none, and the positions of those."""
+    near = Reduction(reduction.kept).source(count)
+    gone = count - reduction.kept.shape[1]
+    return near, (near < 0).to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :gone]
 
 
 def placed(x: Tensor, state: TokenState) -> Tensor:

@@ -13,6 +13,18 @@ Arguments = dict[str, Any]
 Slice = Callable[[Any, Tensor, int, int], Any]
 
 
+@dataclass(frozen=True)
+class CrossFacts:
+    """The cross-attention of a block: modules that put out its queries and keys, its heads and scale, and the block's
+    argument with the bias [B, 1, T] of its keys, None where it takes none."""
+
+    queries: nn.Module
+    keys: nn.Module
+    heads: int
+    scale: float
+    bias: str | None
+
+
 @dataclass
 class BlockFacts:
     """One block that image tokens pass through.
@@ -23,7 +35,9 @@ class BlockFacts:
     how its value is taken at the computed tokens) of all else that is indexed by token. queries, keys: modules that
     put out [B, N, H D], [B, N, H, D] or [B, H, N, D]; heads, scale: of the attention. text_first: whether the text
     stands before the image where both come out. before: (block, its arguments) -> the same outputs, before the block
-    has run, None where it cannot be said. swapped: the block's class with the site in front.
+    has run, None where it cannot be said. rotate: (the block's arguments, image tokens) -> what the attention does to
+    queries and keys [B, H, N, D] of the image tokens, None where nothing. cross: the cross-attention, if it has one.
+    swapped: the block's class with the site in front.
     """
 
     name: str
@@ -39,6 +53,8 @@ class BlockFacts:
     scale: float
     text_first: bool
     before: Callable[[nn.Module, Arguments], tuple[Tensor, Tensor]] | None
+    rotate: Callable[[Arguments, int], Callable[[Tensor], Tensor] | None]
+    cross: CrossFacts | None
     swapped: type[nn.Module]
 
 

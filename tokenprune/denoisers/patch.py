@@ -52,7 +52,7 @@ class DenoiserPatch:
         stacks = divided(host, method)
         self.edges = frozenset(stack.name for stack in stacks if stack.edge)
         self.shares = _shares(request.budget.shares, stacks) if request.budget.kind == "schedule" else None
-        self.notes, self.barred = _shallow(stacks, method)
+        self.notes, self.barred = _barred(stacks, method)
         self.notes += host.notes
         self.pipeline = _reference(request.target)
         self.whole: tuple[Tensor, list[float]] | None = None
@@ -201,7 +201,7 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
             f"{method.name} adds log(size) to the attention logits, and these attentions take no bias;"
             f" patch(pipe, {method.name!r}, proportional=False, ...) works"
         )
-    missing = method.needs - {"queries", "keys", "stacks"}
+    missing = method.needs - {"queries", "keys", "cross", "stacks"}
     if missing:
         raise UnsupportedMethod(f"{method.name} needs {', '.join(sorted(missing))}, which a denoiser does not expose")
     if request.budget.kind == "tokens":
@@ -241,16 +241,19 @@ def divided(host: DenoiserHost, method: Method) -> list[Stack]:
     return stacks
 
 
-def _shallow(stacks: list[Stack], method: Method) -> tuple[list[str], dict[str, str]]:
+def _barred(stacks: list[Stack], method: Method) -> tuple[list[str], dict[str, str]]:
     """What the report says of stacks one block deep, and those that the method cannot work in."""
-    shallow = [stack for stack in stacks if len(stack.blocks) == 1]
-    if not shallow or not method.needs & {"queries", "keys"}:
-        return [], {}
-    barred = {
-        stack.name: "left alone: one block deep, and its queries are not known before it"
-        for stack in shallow
-        if stack.blocks[0].before is None
-    }
+    barred = {}
+    if "cross" in method.needs:
+        barred = {s.name: "left alone: it has no cross-attention" for s in stacks if s.blocks[0].cross is None}
+    shallow = [stack for stack in stacks if len(stack.blocks) == 1 and stack.name not in barred]
+    if not shallow or not method.needs & {"queries", "keys", "cross"}:
+        return [], barred
+    for stack in shallow:
+        if "cross" in method.needs:
+            barred[stack.name] = "left alone: one block deep, and its cross-attention is not known before it"
+        elif stack.blocks[0].before is None:
+            barred[stack.name] = "left alone: one block deep, and its queries are not known before it"
     scored = [stack.name for stack in shallow if stack.name not in barred]
     notes = [f"one block deep, scored before the block from its own queries and keys: {', '.join(scored)}"]
     return notes if scored else [], barred
