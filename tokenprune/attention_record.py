@@ -35,6 +35,7 @@ class AttentionRecord:
     token. grid: (rows, columns) of the original patches, None where they fill none (the host dropped some, or was given
     patches instead of images). bias: additive attention bias [B or 1, H, N, N] of the host, or None. scale: multiplies
     q.k. place: index of the place, of `depth`. cross: the block's cross-attention, only for a method that needs it.
+    step: a whole number [] that tells one step of a denoising run from another.
     """
 
     hidden: Tensor
@@ -52,6 +53,7 @@ class AttentionRecord:
     bias: Tensor | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
     cross: CrossAttention | None = None
+    step: Tensor | None = None
 
     @property
     def tokens(self) -> int:

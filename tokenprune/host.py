@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tokenprune.kernels.merge import gather
+
 # A tap says what to catch and where: "queries", "keys", "values" the output of a module, "inputs" and "value_inputs"
 # the input of one.
 Taps = tuple[tuple[str, nn.Module], ...]
@@ -126,11 +128,8 @@ def gather_rope(table: Tensor, origin: Tensor) -> Tensor:
     table: [N, D], [H, N, D] or [B, 1 or H, N, D] over the full grid; origin: [B, n]. Returns [B, 1 or H, n, D].
     """
     if table.ndim == 2:
-        return table[origin].unsqueeze(1)
-    if table.ndim == 3:
-        return table[:, origin].transpose(0, 1)
-    index = origin[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1])
-    return table.expand(origin.shape[0], -1, -1, -1).gather(2, index)
+        return gather(table.unsqueeze(0), origin).unsqueeze(1)
+    return gather(table if table.ndim == 4 else table.unsqueeze(0), origin, dim=2)
 
 
 def gather_bias(bias: Tensor, origin: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -141,7 +140,6 @@ def gather_bias(bias: Tensor, origin: Tensor, num_prefix_tokens: int) -> Tensor:
     """
     prefix = torch.arange(num_prefix_tokens, device=origin.device).expand(origin.shape[0], -1)
     index = torch.cat([prefix, origin + num_prefix_tokens], 1)
-    bias = bias.expand(index.shape[0], -1, -1, -1)
     if bias.shape[-2] > 1:
-        bias = bias.gather(2, index[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[-1]))
-    return bias.gather(3, index[:, None, None, :].expand(-1, bias.shape[1], bias.shape[2], -1))
+        bias = gather(bias, index, dim=2)
+    return gather(bias, index, dim=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -12,7 +13,7 @@ from torch import nn
 
 from tokenprune.budget import Budget
 from tokenprune.costs import CostModel, Curve, Probe, cost_model, count_flops, probe_sizes
-from tokenprune.errors import BudgetError, UnsupportedMethod
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.ghost import ghost
 from tokenprune.host import Adapter, BlockHost, Host
@@ -186,9 +187,15 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, pre
     prefix_only_last: see `tokenprune.patch`.
 
     Raises:
+        UnsupportedModel: a block stands at several places.
         UnsupportedMethod: the method needs what the model does not have.
         BudgetError: the budget cannot be met.
     """
+    if len({id(block.module) for block in host.blocks}) < len(host.blocks):
+        raise UnsupportedModel(
+            f"blocks of {type(host.model).__name__} are one and the same module, run several times in a forward; give"
+            " each place a module of its own (copy.deepcopy)"
+        )
     patch = Patch(host, adapter.name, method, budget)
     if method.proportional and not all(block.takes_bias for block in host.blocks):
         raise UnsupportedMethod(
@@ -314,12 +321,14 @@ def _shares(budget: Budget, host: Host) -> dict[int, float] | None:
     names = {block.name: index for index, block in enumerate(host.blocks)}
     shares: dict[int, float] = {}
     for place, share in budget.shares:
-        index = int(place) if place.lstrip("-").isdigit() else names.get(place)
+        index = names.get(place, int(place) if re.fullmatch(r"-?[0-9]+", place) else None)
         if index is None or not -len(names) <= index < len(names):
             raise BudgetError(
                 f"schedule names the place {place!r}; the model has blocks 0 to {len(names) - 1}"
                 f" ({host.blocks[0].name} ...)"
             )
+        if index % len(names) in shares:
+            raise BudgetError(f"schedule names block {index % len(names)} twice; give each block one share")
         shares[index % len(names)] = share
     return shares
 

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from tokenprune.kernels.attention_match import attention_match
 from tokenprune.kernels.matching import cosine_match
-from tokenprune.reduction import Reduction, gather_tokens
+from tokenprune.kernels.merge import gather
+from tokenprune.reduction import Reduction
 from tokenprune.state import TokenState
 
 PLACE_WEIGHT = 0.5
@@ -21,7 +22,7 @@ def follow_source(state: TokenState, source: Tensor) -> Tensor:
     """Compose the stand-ins before a place with the place's own `source` [B, n]: [B, entering], -1 for none."""
     if state.source is None:
         return source
-    return torch.where(state.source < 0, -1, source.gather(1, state.source.clamp(min=0)))
+    return torch.where(state.source < 0, -1, gather(source, state.source.clamp(min=0)))
 
 
 def stand_ins(state: TokenState, reduction: Reduction, x: Tensor) -> Tensor:
@@ -35,27 +36,26 @@ def stand_ins(state: TokenState, reduction: Reduction, x: Tensor) -> Tensor:
     if reduction.moved is not None and not reduction.fuses:
         near = reduction.source(count)
     else:
-        near, lost = _lost(reduction, count)
+        lost = _lost(reduction, count)
         metric = placed(x, state)
-        match = cosine_match(gather_tokens(metric, lost), gather_tokens(metric, reduction.kept))[1]
-        near = near.scatter(1, lost, match)
-    return near if state.stand_in is None else near.gather(1, state.stand_in)
+        match = cosine_match(gather(metric, lost), gather(metric, reduction.kept))[1]
+        near = Reduction(reduction.kept, lost, match).source(count)
+    return near if state.stand_in is None else gather(near, state.stand_in)
 
 
 def attended_stand_ins(reduction: Reduction, q: Tensor, k: Tensor, scale: float) -> Tensor:
     """The same for tokens that were dropped, [B, n]: similar is the kept token that a dropped one attends to most, in
     the mean over heads (AT-EDM section 3.3). q, k: [B, H, n, D] as the attention uses them."""
-    near, lost = _lost(reduction, q.shape[2])
-    heads = q.shape[1]
-    dropped = q.gather(2, lost[:, None, :, None].expand(-1, heads, -1, q.shape[-1]))
-    return near.scatter(1, lost, attention_match(dropped, k, reduction.kept, scale=scale))
+    lost = _lost(reduction, q.shape[2])
+    match = attention_match(gather(q, lost, dim=2), k, reduction.kept, scale=scale)
+    return Reduction(reduction.kept, lost, match).source(q.shape[2])
 
 
-def _lost(reduction: Reduction, count: int) -> tuple[Tensor, Tensor]:
-    """The leaving position of each of `count` tokens, -1 where it is none, and the positions of those."""
+def _lost(reduction: Reduction, count: int) -> Tensor:
+    """Which of `count` tokens do not leave themselves, in order."""
     near = Reduction(reduction.kept).source(count)
     gone = count - reduction.kept.shape[1]
-    return near, (near < 0).to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :gone]
+    return (near < 0).to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :gone]
 
 
 def placed(x: Tensor, state: TokenState) -> Tensor:
@@ -74,5 +74,5 @@ def restore_tokens(x: Tensor, state: TokenState, num_prefix_tokens: int) -> Tens
     """The full sequence [B, P + entering, C] behind the reduced one x [B, P + n, C]."""
     if state.stand_in is None:
         return x
-    body = gather_tokens(x[:, num_prefix_tokens:], state.stand_in)
+    body = gather(x[:, num_prefix_tokens:], state.stand_in)
     return torch.cat([x[:, :num_prefix_tokens], body], 1)

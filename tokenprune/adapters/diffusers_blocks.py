@@ -26,7 +26,7 @@ from tokenprune.adapters.diffusers_rotary import (
 )
 from tokenprune.denoisers.host import Arguments, BlockFacts, CrossFacts, Slice
 from tokenprune.errors import UnsupportedModel
-from tokenprune.reduction import gather_tokens
+from tokenprune.kernels.merge import gather
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def batched_rows(table: Any, index: Tensor, tokens: int, text: int) -> Any:
         return tuple(batched_rows(part, index, tokens, text) for part in table)
     if table.shape[1] != tokens:
         return table
-    return gather_tokens(table, index) if table.shape[0] > 1 else table.index_select(1, index[0])
+    return gather(table, index) if table.shape[0] > 1 else table.index_select(1, index[0])
 
 
 def embedding_rows(embedding: Tensor, index: Tensor, tokens: int, text: int) -> Tensor:
@@ -246,6 +246,8 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
         before=before,
         rotate=partial(_rotate, row.rotary, heads),
         cross=_cross(block, row),
+        parts=_parts(block) if cls.__name__ == "BasicTransformerBlock" else {},
+        fused=partial(_is_fused, attention),
         swapped=token_block(cls),
     )
     return facts, row.shared
@@ -270,6 +272,20 @@ def _rotate(rotary: tuple[str, Tables, bool] | None, heads: int, bound: Argument
         return None
     argument, tables, halves = rotary
     return rotation(tables, halves, bound.get(argument), tokens, heads)
+
+
+def _parts(block: Any) -> dict[str, nn.Module]:
+    """See BlockFacts. The other classes attend to text and image at once, or to rotary tables by token."""
+    parts = {"attention": block.attn1, "mlp": block.ff}
+    if block.attn2 is not None:
+        parts["cross"] = block.attn2
+    if not block.only_cross_attention and getattr(block.attn1, "norm_cross", None) is None:
+        parts["keys"] = block.attn1
+    return parts
+
+
+def _is_fused(attention: Any) -> bool:
+    return bool(getattr(attention, "fused_projections", False))
 
 
 def _cross(block: Any, row: Row) -> CrossFacts | None:

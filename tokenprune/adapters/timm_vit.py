@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tokenprune.adapters.swapping import Mixin, mixed
 from tokenprune.adapters.timm_blocks import MID_BLOCKS, ReindexedBeitAttention, ReindexedBias
-from tokenprune.adapters.timm_prefix import front_swaps, prefix_tail, reads_prefix, rotate
+from tokenprune.adapters.timm_prefix import front_swaps, is_users_own, prefix_tail, reads_prefix, rotate
 from tokenprune.adapters.timm_ragged import ragged_facts
 from tokenprune.errors import UnsupportedModel
 from tokenprune.host import BlockHost, Caught, Host, tokens_first
@@ -121,6 +121,8 @@ def _restored(model: Any, merges: bool) -> frozenset[int]:
 
 def _needs_grid(model: Any, merges: bool) -> bool:
     """Whether what follows the blocks in a forward reads patch tokens as the full grid."""
+    if is_users_own(model):
+        return True
     if getattr(model, "attn_pool", None) is not None:
         return merges or getattr(model.attn_pool, "pos_embed", None) is not None
     if model.global_pool == "token" and not isinstance(model, cait.Cait):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,9 @@ class BlockFacts:
     stands before the image where both come out. before: (block, its arguments) -> the same outputs, before the block
     has run, None where it cannot be said. rotate: (the block's arguments, image tokens) -> what the attention does to
     queries and keys [B, H, N, D] of the image tokens, None where nothing. cross: the cross-attention, if it has one.
+    parts: modules that a method may run on fewer tokens than the block, their first argument the tokens: "attention",
+    "cross", "mlp"; and "keys", the attention again where its keys and values may come from other tokens than its
+    queries. fused: whether it projects queries, keys and values at once now, so that they may not.
     swapped: the block's class with the site in front.
     """
 
@@ -55,6 +58,8 @@ class BlockFacts:
     before: Callable[[nn.Module, Arguments], tuple[Tensor, Tensor]] | None
     rotate: Callable[[Arguments, int], Callable[[Tensor], Tensor] | None]
     cross: CrossFacts | None
+    parts: Mapping[str, nn.Module]
+    fused: Callable[[], bool]
     swapped: type[nn.Module]
 
 

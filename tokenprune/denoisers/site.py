@@ -20,7 +20,8 @@ from tokenprune.attention_record import AttentionRecord, CrossAttention
 from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
 from tokenprune.denoisers.run import Chosen, Pass, running
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
-from tokenprune.reduction import Reduction, gather_tokens
+from tokenprune.kernels.merge import gather
+from tokenprune.reduction import Reduction
 from tokenprune.restore import attended_stand_ins, stand_ins
 from tokenprune.state import TokenState, in_backward, recall, remember
 
@@ -37,12 +38,19 @@ class _Here(threading.local):
         self.keys: Tensor | None = None
         self.cross_queries: Tensor | None = None
         self.cross_keys: Tensor | None = None
+        self.reduction: Reduction | None = None
+        self.tokens = 0
 
     def clear(self) -> None:
-        self.site = self.queries = self.keys = self.cross_queries = self.cross_keys = None
+        self.site = self.queries = self.keys = self.cross_queries = self.cross_keys = self.reduction = None
 
 
 _HERE = _Here()
+
+
+def here() -> _Here:
+    """What this thread runs."""
+    return _HERE
 
 
 def run_here(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
@@ -71,7 +79,7 @@ class BlockSite:
         self.patch = patch
         self.stack = stack.name
         self.name = facts.name
-        self.place, self.places = place, places
+        self.index, self.place, self.places = index, place, places
         self.first, self.last = index == 0, index == len(stack.blocks) - 1
         self.depth = len(stack.blocks)
         self.arguments, self.hidden, self.text = facts.arguments, facts.hidden, facts.text
@@ -163,7 +171,7 @@ class BlockSite:
         output = forward(**bound)
         reduced = self._image(output)
         if self.last and chosen.near is not None:
-            full = gather_tokens(reduced, chosen.near)
+            full = gather(reduced, chosen.near)
         else:
             full = reduction.bring_back(reduced, entered, x)
         if self.returned is None:
@@ -193,13 +201,14 @@ class BlockSite:
             num_prefix_tokens=0,
             place=self.place,
             depth=self.places,
-            grid=_grid(one.grid, tokens),
+            grid=grid_of(one.grid, tokens),
             has_class_token=False,
             scale=self.scale,
             queries=_heads(queries, self.heads, tokens, start),
             keys=_heads(keys, self.heads, tokens, start),
             rotate=self.rotate(bound, tokens),
             cross=self._crossed(bound),
+            step=one.step,
         )
         copies = batch if self.patch.shared else one.run.guidance if batch == one.run.shape[0] else 1
         scores = method.score(record) if method.score is not None else None
@@ -213,7 +222,7 @@ class BlockSite:
             if method.similar_by == "attention":
                 near = attended_stand_ins(reduction, *record.rotated(), self.scale)
             else:
-                state = TokenState(tokens, tokens, grid=_grid(one.grid, tokens))
+                state = TokenState(tokens, tokens, grid=grid_of(one.grid, tokens))
                 near = stand_ins(state, reduction, x.detach())
         one.sets[self.stack] = one.run.sets[self.stack] = Chosen(reduction, near)
 
@@ -281,7 +290,7 @@ def _together(record: AttentionRecord, copies: int) -> AttentionRecord:
     )
 
 
-def _grid(latents: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:
+def grid_of(latents: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:
     """(rows, columns) of the tokens, halved from the latents' as often as it takes; None where they fill no grid."""
     if latents is None:
         return None
