@@ -247,7 +247,7 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
         rotate=partial(_rotate, row.rotary, heads),
         cross=_cross(block, row),
         parts=_parts(block) if cls.__name__ == "BasicTransformerBlock" else {},
-        fused=partial(_is_fused, attention),
+        fused=is_fused,
         swapped=token_block(cls),
     )
     return facts, row.shared
@@ -284,7 +284,8 @@ def _parts(block: Any) -> dict[str, nn.Module]:
     return parts
 
 
-def _is_fused(attention: Any) -> bool:
+def is_fused(attention: nn.Module) -> bool:
+    """Whether an attention's projections are fused."""
     return bool(getattr(attention, "fused_projections", False))
 
 

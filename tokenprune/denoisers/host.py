@@ -39,7 +39,7 @@ class BlockFacts:
     queries and keys [B, H, N, D] of the image tokens, None where nothing. cross: the cross-attention, if it has one.
     parts: modules that a method may run on fewer tokens than the block, their first argument the tokens: "attention",
     "cross", "mlp"; and "keys", the attention again where its keys and values may come from other tokens than its
-    queries. fused: whether it projects queries, keys and values at once now, so that they may not.
+    queries. fused: the attention -> whether it projects queries, keys and values at once now, so that they may not.
     swapped: the block's class with the site in front.
     """
 
@@ -59,7 +59,7 @@ class BlockFacts:
     rotate: Callable[[Arguments, int], Callable[[Tensor], Tensor] | None]
     cross: CrossFacts | None
     parts: Mapping[str, nn.Module]
-    fused: Callable[[], bool]
+    fused: Callable[[nn.Module], bool]
     swapped: type[nn.Module]
 
 

@@ -31,7 +31,7 @@ def refuse_parts(stack: Stack, method: Method) -> str | None:
         missing = [part for part in method.parts if part not in facts.parts]
         if missing:
             return f"{facts.name} has no part {missing[0]!r} that can run on fewer tokens than the block"
-        if "keys" in method.parts and facts.fused():
+        if "keys" in method.parts and facts.fused(facts.parts["keys"]):
             return _FUSED
     return None
 
@@ -72,7 +72,7 @@ class PartsSite(BlockSite):
         reduction = here().reduction
         if reduction is None:
             return None
-        if self.fused():
+        if self.fused(module):
             raise UnsupportedMethod(f"{self.patch.method.name} in {self.name}: {_FUSED}")
         return args, {**kwargs, "encoder_hidden_states": reduction(self._tokens(args, kwargs))}
 
@@ -80,7 +80,7 @@ class PartsSite(BlockSite):
         if not args or args[0].shape[1] != here().tokens:
             raise UnsupportedModel(f"a part of {self.name} is not given all tokens at once (chunked feed-forward?)")
         mask = kwargs.get("attention_mask")
-        if mask is not None and mask.shape[-1] == here().tokens:
+        if mask is not None and kwargs.get("encoder_hidden_states") is None:
             raise UnsupportedModel(f"the attention of {self.name} is given a mask over the image's tokens")
         x: Tensor = args[0]
         return x

@@ -110,7 +110,7 @@ class DenoiserPatch:
 
     def _solve(self, costs: DenoiserCosts, positions: tuple[float, ...], latents: Tensor) -> Plan:
         shares, barred = self.shares, dict(self.barred)
-        if self.method.levels is not None:
+        if self.method.levels is not None and self.budget.kind != "schedule":
             counts = sorted({cost.tokens for cost in costs.stacks.values()}, reverse=True)
             levels = self.method.levels(latents.shape[-2] * latents.shape[-1] if latents.ndim == 4 else None, counts)
             touched = ", ".join(f"{n:,}" for n in sorted(levels, reverse=True)) or "none"

@@ -13,14 +13,18 @@ from tokenprune.reduction import Reduction
 
 def greedy_facilities(x: Tensor, count: int) -> Tensor:
     """`count` of the tokens x [B, n, C], as [B, count] in the order of choice: each is the one that adds most to
-    f(D) = sum_i max_{j in D} cos(x_i, x_j), ties to the lower. The map of similarities is held, so n is a tile's."""
+    f(D) = sum_i max_{j in D} cos(x_i, x_j). The map of similarities is held, so n is a tile's.
+
+    Two tokens that cover nothing but each other add the same, so gains are rounded (to 1/1024): without that the last
+    bit of a product, which depends on the batch, would decide.
+    """
     unit = functional.normalize(x.float(), dim=-1)
     similarity = unit @ unit.transpose(1, 2)
     covered = similarity.new_full(x.shape[:2], -1.0)  # the least cosine
     taken = torch.zeros_like(covered)
     chosen = []
     for _ in range(count):
-        gain = (similarity - covered.unsqueeze(-1)).relu_().sum(1) - taken
+        gain = (similarity - covered.unsqueeze(-1)).relu_().sum(1).mul_(1024).round_() - taken
         best = gain.argmax(-1, keepdim=True)
         chosen.append(best)
         covered = torch.maximum(covered, gather(similarity, best).squeeze(1))
@@ -45,17 +49,17 @@ def facility_destinations(record: AttentionRecord, keep: int, tiles: int) -> Ten
     assert record.grid is not None
     batch, rows, columns = record.hidden.shape[0], *record.grid
     parts = tiles_of(record.grid, min(tiles, rows), min(tiles, columns), record.hidden.device)
-    chosen, by_size, done = [], {}, 0
-    quotas, before = [], 0
+    alike: dict[tuple[int, int], list[Tensor]] = {}  # by size and destinations: these are one batch
+    done, before = 0, 0
     for part in parts:
         done += part.shape[0]
-        quotas.append(keep * done // record.tokens - before)
-        before += quotas[-1]
-    for index, (part, quota) in enumerate(zip(parts, quotas, strict=True)):
-        by_size.setdefault((part.shape[0], quota), []).append(index)
-    for (size, quota), indices in by_size.items():  # tiles alike are one batch
-        place = torch.stack([parts[i] for i in indices])
-        x = record.hidden[:, place.flatten()].view(batch * len(indices), size, -1)
+        quota = keep * done // record.tokens - before
+        before += quota
+        alike.setdefault((part.shape[0], quota), []).append(part)
+    chosen = []
+    for (size, quota), tiles_alike in alike.items():
+        place = torch.stack(tiles_alike)
+        x = record.hidden[:, place.flatten()].reshape(batch * len(place), size, -1)
         found = greedy_facilities(x, quota) if quota else place.new_empty(len(x), 0)
         chosen.append(gather(place.repeat(batch, 1), found).view(batch, -1))
     return torch.cat(chosen, 1).sort(dim=1).values
