@@ -97,8 +97,8 @@ def test_the_attention_match_is_the_argmax_of_the_mean_map(rows, memory_limit):
 def test_cross_pagerank_is_the_papers_in_loops():
     g = torch.Generator().manual_seed(0)
     n, t, rounds = 6, 4, 3
-    cross = CrossAttention(*(2 * torch.randn(1, 2, m, 3, generator=g) for m in (n, t)), scale=0.5)
-    cross.queries[:, :, :, 0], cross.keys[:, :, 0] = 1.0, torch.tensor([9.0, 0.0, 0.0])  # all look at the first word
+    cross = CrossAttention(*(torch.randn(1, 2, m, 3, generator=g) for m in (n, t)), scale=0.5)
+    cross.queries[:, :, :, 0], cross.keys[:, :, 0] = 1.0, torch.tensor([6.0, 0.0, 0.0])  # all look at the first word
     scores = cross_pagerank(cross, rounds)
     for h in range(2):
         a = [[0.0] * t for _ in range(n)]
@@ -116,7 +116,7 @@ def test_cross_pagerank_is_the_papers_in_loops():
             text = [weights[j] * sum(a[i][j] * s[i] for i in range(n)) for j in range(t)]
             s = [sum(a[i][j] * text[j] for j in range(t)) for i in range(n)]
             s = [v / sum(s) for v in s]
-        torch.testing.assert_close(scores[0, h], torch.tensor(s), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scores[0, h], torch.tensor(s), rtol=1e-3, atol=1e-5)
 
 
 def test_padded_words_have_no_vote():

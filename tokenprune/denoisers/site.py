@@ -60,7 +60,8 @@ def run_here(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ..
 
 
 class Catch:
-    """Hook on a projection: keeps its output as `kind` until the block ends."""
+    """Hook on a projection: keeps its output as `kind` until the block ends. A copy, as CogVideoX and CogView4 write
+    the rotary embedding into it."""
 
     def __init__(self, patch: DenoiserPatch, kind: str) -> None:
         self.patch = patch
@@ -68,7 +69,7 @@ class Catch:
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Hook."""
-        setattr(_HERE, self.kind, output)
+        setattr(_HERE, self.kind, output.detach().clone())
 
 
 class BlockSite:
