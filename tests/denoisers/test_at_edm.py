@@ -197,10 +197,11 @@ def test_stacks_at_the_edges_are_the_first_on_the_way_down_and_the_last_on_the_w
         "sample": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
         "encoder_hidden_states": torch.zeros(1, 3, 8),
     }
+    stacks = [name for name, module in model.named_modules() if type(module).__name__ == "Transformer2DModel"]
     whole = {}
     for step in (701, 699):  # of 1000, behind and in the last 70% of the run
         seen: dict[str, int] = {}
-        tokenprune.patch(model, "at_edm", keep=0.25)
+        tokenprune.patch(model, "at_edm", schedule=dict.fromkeys(stacks, 0.3))
         for name, module in model.named_modules():
             if name.endswith("transformer_blocks.1"):
                 module.attn1.register_forward_pre_hook(
