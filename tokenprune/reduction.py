@@ -110,6 +110,16 @@ class Reduction:
         gained = gather(reduced - entered, source.clamp(min=0))
         return torch.where((source >= 0).unsqueeze(-1), full + gained, full)
 
+    def unmerge(self, reduced: Tensor, entering: int) -> Tensor:
+        """[B, K, C] -> [B, n, C]: each of the `entering` tokens takes the value of the one that it was merged into.
+
+        A dense matrix is transposed, with each token's shares rescaled to sum to one (ToMA, Lu et al., 2025).
+        """
+        if self.matrix is None:
+            return gather(reduced, self.source(entering))
+        shares = self.matrix.to(reduced.dtype)
+        return torch.bmm(shares.transpose(1, 2), reduced) / shares.sum(1).unsqueeze(-1)
+
     def tiled(self, copies: int) -> Reduction:
         """The same for a batch that holds `copies` of its images, one after the other."""
         if copies == 1:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenprune.kernels.attention_match import attention_match
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
 from tokenprune.reduction import Reduction
@@ -128,6 +129,14 @@ def estimate(lost: Tensor, kept: Tensor) -> Tensor:
         factor = torch.linalg.cholesky_ex(among + noise)[0]  # does not raise: images of NaN stay NaN
         weights = torch.cholesky_solve(across.transpose(1, 2), factor).transpose(1, 2)
         return weights + (1 - weights.sum(2, keepdim=True)) / kept.shape[1]
+
+
+def attended_stand_ins(reduction: Reduction, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The same for tokens that were dropped, [B, n]: similar is the kept token that a dropped one attends to most, in
+    the mean over heads (AT-EDM section 3.3). q, k: [B, H, n, D] as the attention uses them."""
+    lost = dropped(reduction, q.shape[2])
+    match = attention_match(gather(q, lost, dim=2), k, reduction.kept, scale=scale)
+    return Reduction(reduction.kept, lost, match).source(q.shape[2])
 
 
 def placed(x: Tensor, state: TokenState) -> Tensor:

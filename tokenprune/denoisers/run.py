@@ -36,7 +36,8 @@ class Chosen:
 class Run:
     """One run of one patch in this thread. timestep: of the last forward. shape: of the latents. positions: of the
     steps that the run has left at its beginning, in [0, 1) of the whole. guidance: how many times the latents stand
-    in the batch. sets: what each stack computed at this step, for the second call of a guided step."""
+    in the batch. sets: what each stack computed at this step, for the second call of a guided step. index: of the step,
+    counted from 0. call: of the step's calls. held: what a method keeps over steps, by stack and call."""
 
     timestep: float
     shape: tuple[int, ...]
@@ -45,18 +46,24 @@ class Run:
     latents: weakref.ref[Tensor] | None = None
     version: int = 0
     sets: dict[str, Chosen] = field(default_factory=dict)
+    index: int = 0
+    call: int = 0
+    held: dict[tuple[str, int], Reduction] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class Pass:
     """One forward of the denoiser. keep: {stack: how many tokens it computes}, those left whole are not in it. sets:
-    {stack: the tokens}. grid: (rows, columns) of the latents."""
+    {stack: the tokens}. grid: (rows, columns) of the latents. step: see AttentionRecord. due: what a method that holds
+    a choice over steps is to do at this one."""
 
     patch: Any
     run: Run
     keep: dict[str, int]
     grid: tuple[int, int] | None
     reuse: bool
+    step: Tensor
+    due: str = "select"
     sets: dict[str, Chosen] = field(default_factory=dict)
 
 
@@ -97,12 +104,15 @@ def run_of(key: str, latents: Tensor, timestep: float, whole: Sequence[float] | 
     run = _THREAD.runs.get(key)
     shape = tuple(latents.shape)
     if run is not None and run.shape == shape and run.timestep == timestep and _same(run, latents):
+        run.call += 1
         return run, True
     again = run is not None and run.shape == shape and timestep < run.timestep
     if run is None or not again:
         run = Run(timestep, shape, positions_from(timestep, whole, last), guidance_copies(latents))
         _THREAD.runs[key] = run
-    run.timestep, run.sets = timestep, {}
+    else:
+        run.index += 1
+    run.timestep, run.sets, run.call = timestep, {}, 0
     run.latents, run.version = weakref.ref(latents), _version(latents)
     return run, False
 
