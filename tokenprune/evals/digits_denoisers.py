@@ -117,7 +117,9 @@ def trained(name: str) -> nn.Module:
     return model
 
 
-def predict(model: nn.Module, images: Tensor, timestep: Tensor, labels: Tensor, centres: Tensor | None = None) -> Tensor:
+def predict(
+    model: nn.Module, images: Tensor, timestep: Tensor, labels: Tensor, centres: Tensor | None = None
+) -> Tensor:
     """The velocity [B, 3, S, S] that either denoiser gives for `images` at `timestep` [B]; `centres` as in `prompts`,
     which a DiT does not see."""
     if hasattr(model, "transformer_blocks"):

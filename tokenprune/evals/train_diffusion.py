@@ -28,7 +28,7 @@ from tokenprune.evals.digits_denoisers import CHECKPOINTS, DIT, UNCONDITIONAL, U
 from tokenprune.evals.drawn_digits import IMAGE_SIZE, PIXEL_MEAN, PIXEL_STD, drawn_digit_pictures, to_model
 
 SEED = 0
-BATCH = 64
+BATCH = 32
 SMALL_SIZE = 20
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.01
@@ -64,7 +64,7 @@ class Recipe:
         return self.small_steps + self.whole_steps
 
 
-RECIPES = {DIT: Recipe(2000, 1000, 2e-3), UNET: Recipe(1200, 600, 2e-3)}
+RECIPES = {DIT: Recipe(1600, 800, 2e-3), UNET: Recipe(1000, 500, 2e-3)}
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
