@@ -4,10 +4,13 @@ BIN := $(VENV)/bin
 # torch and torchvision must come as a pair; CPU wheels of other platforms resolve to the same versions.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test test-full test-hosts lint install clean
+.PHONY: demo demo-diffusion test test-full test-hosts lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
+
+demo-diffusion: $(VENV)/.installed
+	$(BIN)/tokenprune demo-diffusion --output demo-diffusion-output
 
 # One thread a process: the models of the tests are so small that a second one only waits. The tests of a file share
 # what they count, so they stay in one process.
@@ -37,4 +40,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist demo-output
+	rm -rf $(VENV) dist demo-output demo-diffusion-output

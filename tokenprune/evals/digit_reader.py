@@ -46,5 +46,5 @@ def digit_reader() -> DigitReader:
 def read(reader: DigitReader, images: Tensor, batch: int = 250) -> tuple[Tensor, Tensor]:
     """Features [N, 64] and predicted digits [N] of `images` [N, 3, S, S], a batch at a time."""
     with torch.inference_mode():
-        features = torch.cat([reader.features(part) for part in images.split(batch)])
+        features = torch.cat([reader.features(part) for part in torch.split(images, batch)])
         return features, reader.head(features).argmax(dim=1)

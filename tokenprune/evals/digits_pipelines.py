@@ -13,6 +13,7 @@ from tokenprune.evals.digits_denoisers import UNCONDITIONAL, predict, trained
 from tokenprune.evals.drawn_digits import IMAGE_SIZE, to_pixels
 
 STEPS = 20
+GUIDANCE = 1.0
 
 
 class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -25,13 +26,13 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
         model: nn.Module = components.get("transformer") or components["unet"]
         return model
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def __call__(
         self,
         labels: Tensor,
         *,
         num_inference_steps: int = STEPS,
-        guidance_scale: float = 1.0,
+        guidance_scale: float = GUIDANCE,
         latents: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:

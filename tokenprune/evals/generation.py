@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.arms import FEWER_STEPS, UNPATCHED, Budget
 from tokenprune.evals.digit_reader import digit_reader, read
-from tokenprune.evals.digits_pipelines import STEPS, DigitsPipeline, drawing_orders
+from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, drawing_orders
 from tokenprune.evals.drawn_digits import PIXEL_MEAN, PIXEL_STD, drawn_digit_pictures, to_model
 from tokenprune.evals.frechet import Gaussian, bootstrap_frechet, gaussian, interval
 from tokenprune.evals.generation_arms import GenerationArm, fewer_steps, generation_arms
@@ -37,7 +37,7 @@ def evaluate_generation(
     samples: int = 1000,
     batch_size: int = 50,
     steps: int = STEPS,
-    guidance: float = 1.0,
+    guidance: float = GUIDANCE,
     seed: int = 0,
     baselines: bool = True,
     rounds: int | None = None,
@@ -81,7 +81,7 @@ def draw(
     """The arm's pictures [N, 3, S, S] in [0, 1], None where it could not be built."""
     if arm.pipe is None:
         return None
-    parts = list(zip(labels.split(batch_size), noise.split(batch_size), strict=True))
+    parts = list(zip(torch.split(labels, batch_size), torch.split(noise, batch_size), strict=True))
     what = f"{arm.method} {arm.budget}".strip()
     return torch.cat([arm.draw(*part).float().cpu() for part in progress(parts, what, show=show_progress)])
 

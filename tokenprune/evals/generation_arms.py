@@ -11,7 +11,7 @@ from torch import Tensor
 import tokenprune
 from tokenprune.errors import BudgetError, TokenPruneError
 from tokenprune.evals.arms import DROP_BASELINES, FEWER_STEPS, UNPATCHED, Arm, Budget, budget_label, tokens_left
-from tokenprune.evals.digits_pipelines import DigitsPipeline, pipeline_of
+from tokenprune.evals.digits_pipelines import GUIDANCE, DigitsPipeline, pipeline_of
 from tokenprune.evals.flops import count_multiply_adds
 from tokenprune.evals.shared_copy import shared_copy
 
@@ -25,7 +25,7 @@ class GenerationArm(Arm):
 
     pipe: DigitsPipeline | None = None
     steps: int = 0
-    guidance: float = 1.0
+    guidance: float = GUIDANCE
 
     def draw(self, labels: Tensor, noise: Tensor) -> Tensor:
         """Pictures [B, 3, S, S] in [0, 1] of `labels` [B] from `noise` [B, 3, S, S]."""
@@ -44,7 +44,7 @@ def generation_arms(
     budgets: Sequence[Budget] = ({"flops": 0.6},),
     *,
     steps: int,
-    guidance: float = 1.0,
+    guidance: float = GUIDANCE,
     baselines: bool = True,
 ) -> list[GenerationArm]:
     """The arms of a comparison, the unpatched pipeline first; `pipe` itself is left as it is.

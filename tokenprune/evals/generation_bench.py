@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenprune.evals.arms import Budget
 from tokenprune.evals.bench import timing_cells
-from tokenprune.evals.digits_pipelines import STEPS, DigitsPipeline, drawing_orders, pipeline_of
+from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, drawing_orders, pipeline_of
 from tokenprune.evals.generation_arms import GenerationArm, generation_arms
 from tokenprune.evals.progress import progress
 from tokenprune.evals.shared_copy import shared_copy
@@ -25,7 +25,7 @@ def bench_generation(
     budgets: Sequence[Budget] = ({"flops": 0.6},),
     *,
     steps: int = STEPS,
-    guidance: float = 1.0,
+    guidance: float = GUIDANCE,
     rounds: int = 20,
     seed: int = 0,
     baselines: bool = True,
@@ -37,11 +37,10 @@ def bench_generation(
     timings = time_generation(arms, arms[0], labels, noise, rounds=rounds, seed=seed, show_progress=show_progress)
     rows: list[Row] = []
     for arm, timing in zip(arms, timings, strict=True):
-        ratio = arm.flops_ratio
-        row: Row = {"method": arm.method, "budget": arm.budget, "steps": arm.steps, "flops_ratio": ratio}
-        row["promised"] = None if ratio is None else 1 / ratio
+        row: Row = {"method": arm.method, "budget": arm.budget, "steps": arm.steps, "flops_ratio": arm.flops_ratio}
+        row["promised"] = None if arm.flops_ratio is None else 1 / arm.flops_ratio
         rows.append({**row, **timing_cells_of(timing), "note": arm.note})
-    return Table(rows, {"batch": TIMED_BATCH, "steps": steps, "guidance": guidance} | environment())
+    return Table(rows, {"batch": TIMED_BATCH, "steps": steps, "guidance": guidance, **environment()})
 
 
 def time_generation(

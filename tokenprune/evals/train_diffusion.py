@@ -104,7 +104,7 @@ def loss(model: nn.Module, split: Any, step: int, count: int, size: int) -> Tens
     share = time_.view(-1, 1, 1, 1)
     noisy = (1 - share) * images + share * noise
     if size != IMAGE_SIZE and hasattr(model, "pos_embed"):
-        patch = model.config.patch_size  # type: ignore[union-attr]
+        patch: int = model.config.patch_size  # type: ignore[assignment, union-attr]
         top, left = (shifts * ((IMAGE_SIZE - size) // patch + 1)).long().tolist()
         with _window(model, top, left, size // patch):
             velocity = predict(model, noisy, 1000 * time_, targets)

@@ -1,0 +1,67 @@
+"""The commands of the command line for the diffusion models that the package ships."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from tokenprune.errors import TokenPruneError
+from tokenprune.evals.commands import budgets, emit, set_machine, status
+from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, digits_pipeline
+from tokenprune.evals.generation import evaluate_generation
+from tokenprune.evals.generation_bench import bench_generation
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    """`tokenprune eval --model dit-digits`"""
+    table = evaluate_generation(
+        _load(options),
+        options.method,
+        budgets(options),
+        samples=options.samples or 1000,
+        batch_size=options.batch_size,
+        steps=options.steps or STEPS,
+        guidance=GUIDANCE if options.guidance is None else options.guidance,
+        rounds=options.rounds,
+        seed=options.seed,
+        show_progress=not options.quiet,
+    )
+    table.environment = {"model": options.model, **table.environment}
+    emit(table, options)
+    return status(table)
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """`tokenprune bench --model dit-digits`"""
+    if options.batch_size is not None:
+        raise TokenPruneError("--batch-size is for models that take images; whole runs are timed at one batch size")
+    table = bench_generation(
+        _load(options),
+        options.method,
+        budgets(options),
+        steps=options.steps or STEPS,
+        guidance=GUIDANCE if options.guidance is None else options.guidance,
+        rounds=options.rounds,
+        seed=options.seed,
+        show_progress=not options.quiet,
+    )
+    table.environment = {"model": options.model, **table.environment}
+    emit(table, options)
+    return status(table)
+
+
+def viz(options: argparse.Namespace) -> int:
+    """`tokenprune viz --model dit-digits`"""
+    raise TokenPruneError(f"viz shows images of a classifier; for {options.model} run tokenprune demo-diffusion")
+
+
+def _load(options: argparse.Namespace) -> DigitsPipeline:
+    set_machine(options)
+    given = [name for name in ("data", "split", "checkpoint") if getattr(options, name, None) is not None]
+    if given or options.random_weights:
+        names = ", ".join(f"--{name}" for name in (*given, *(["random-weights"] if options.random_weights else [])))
+        raise TokenPruneError(f"{options.model} has weights and pictures of its own; it takes no {names}")
+    pipe = digits_pipeline(options.model)
+    pipe.to(options.device, getattr(torch, options.dtype))
+    return pipe
