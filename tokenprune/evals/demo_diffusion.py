@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tokenprune.evals.commands import set_machine
 from tokenprune.evals.digits_denoisers import CHECKPOINTS
-from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, digits_pipeline, drawing_orders
+from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, digits_pipeline
+from tokenprune.evals.drawing_orders import Orders, drawing_orders
 from tokenprune.evals.generation import real_features, score_drawings
 from tokenprune.evals.generation_arms import GenerationArm, generation_arms
 from tokenprune.evals.progress import progress
@@ -39,11 +40,11 @@ def run(options: argparse.Namespace) -> int:
     for name in CHECKPOINTS:
         pipe = digits_pipeline(name)
         pipe.to(options.device, getattr(torch, options.dtype))
-        labels, noise = drawing_orders(options.samples, options.seed)
-        arms = generation_arms(pipe, labels[:1], noise[:1], None, [BUDGET], steps=STEPS, guidance=GUIDANCE)
-        drawings, times = draw_in_turn(arms, labels, noise, show=not options.quiet)
+        orders = drawing_orders(options.samples, options.seed)
+        arms = generation_arms(pipe, orders.first(1), None, [BUDGET], steps=STEPS, guidance=GUIDANCE)
+        drawings, times = draw_in_turn(arms, orders, show=not options.quiet)
         sheet: list[list[Panel]] = []
-        for row, drawn, ratio in zip(score_drawings(arms, drawings, labels, real), drawings, times, strict=True):
+        for row, drawn, ratio in zip(score_drawings(arms, drawings, orders.labels, real), drawings, times, strict=True):
             kept = {key: cell for key, cell in row.items() if not key.startswith("frechet")}
             rows.append({"model": name, "time": ratio, **kept})
             if drawn is not None:
@@ -60,17 +61,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def draw_in_turn(
-    arms: Sequence[GenerationArm], labels: Tensor, noise: Tensor, *, show: bool
+    arms: Sequence[GenerationArm], orders: Orders, *, show: bool
 ) -> tuple[list[Tensor | None], list[float | None]]:
     """Each arm's pictures [N, 3, S, S], None where it could not be built, and its time over the first arm's."""
     pictures: list[list[Tensor]] = [[] for _ in arms]
     seconds: list[list[float]] = [[] for _ in arms]
-    batches = list(zip(torch.split(labels, BATCH), torch.split(noise, BATCH), strict=True))
-    for batch in progress(batches, "drawing", show=show):
+    for batch in progress(list(orders.batches(BATCH)), "drawing", show=show):
         for arm, drawn, taken in zip(arms, pictures, seconds, strict=True):
             if arm.pipe is not None:
                 start = time.perf_counter()
-                drawn.append(arm.draw(*batch).float().cpu())
+                drawn.append(arm.draw(batch).float().cpu())
                 taken.append(time.perf_counter() - start)
     ratios = [
         statistics.median(one / base for one, base in zip(taken, seconds[0], strict=True)) if taken else None

@@ -8,7 +8,6 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from tokenprune.evals.digits import NUM_CLASSES
 from tokenprune.evals.digits_denoisers import UNCONDITIONAL, predict, trained
 from tokenprune.evals.drawn_digits import IMAGE_SIZE, to_pixels
 
@@ -31,12 +30,14 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
         self,
         labels: Tensor,
         *,
+        centres: Tensor | None = None,
         num_inference_steps: int = STEPS,
         guidance_scale: float = GUIDANCE,
         latents: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """labels: [B] in 0..9. guidance_scale: of classifier-free guidance, 1 for none (one forward a step).
+        """labels: [B] in 0..9. centres: [B, 2], row and column in pixels where the U-Net is to draw the digit (the DiT
+        takes no place), None for anywhere. guidance_scale: of classifier-free guidance; 1 is one forward a step.
 
         latents: noise [B, 3, 36, 36] to start from, drawn by `generator` where it is not given.
         """
@@ -51,10 +52,11 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.scheduler.set_timesteps(sigmas=sigmas, device=parameter.device)
         for timestep in self.scheduler.timesteps:
             if guidance_scale == 1.0:
-                velocity = predict(model, images, timestep.expand(len(images)), labels)
+                velocity = predict(model, images, timestep.expand(len(images)), labels, centres)
             else:
                 both = torch.cat([torch.full_like(labels, UNCONDITIONAL), labels])
-                free, bound = predict(model, images.repeat(2, 1, 1, 1), timestep.expand(len(both)), both).chunk(2)
+                twice, places = images.repeat(2, 1, 1, 1), None if centres is None else centres.repeat(2, 1)
+                free, bound = predict(model, twice, timestep.expand(len(both)), both, places).chunk(2)
                 velocity = free + guidance_scale * (bound - free)
             images = self.scheduler.step(velocity, timestep, images, return_dict=False)[0]
         return to_pixels(images)
@@ -85,16 +87,3 @@ def pipeline_of(denoiser: nn.Module) -> DigitsPipeline:
     """A pipeline around `denoiser`, with a scheduler of its own."""
     kind = DiTDigitsPipeline if hasattr(denoiser, "transformer_blocks") else UNetDigitsPipeline
     return kind(denoiser, FlowMatchEulerDiscreteScheduler())
-
-
-def drawing_orders(count: int, seed: int, start: int = 0) -> tuple[Tensor, Tensor]:
-    """Labels [count], all classes in turn, and noise [count, 3, 36, 36] of images `start` and following.
-
-    Image i depends on (seed, i) alone.
-    """
-    numbers = range(start, start + count)
-    noise = [
-        torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1_000_003 * seed + i))
-        for i in numbers
-    ]
-    return torch.tensor(numbers) % NUM_CLASSES, torch.stack(noise)

@@ -13,7 +13,8 @@ from torch import Tensor
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.arms import FEWER_STEPS, UNPATCHED, Budget
 from tokenprune.evals.digit_reader import digit_reader, read
-from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, drawing_orders
+from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline
+from tokenprune.evals.drawing_orders import Orders, drawing_orders
 from tokenprune.evals.drawn_digits import PIXEL_MEAN, PIXEL_STD, drawn_digit_pictures, to_model
 from tokenprune.evals.frechet import Gaussian, bootstrap_frechet, gaussian, interval
 from tokenprune.evals.generation_arms import GenerationArm, fewer_steps, generation_arms
@@ -56,18 +57,16 @@ def evaluate_generation(
 
     Raises TokenPruneError for fewer than two samples and for a named method that is unknown or does not fit.
     """
-    labels, noise = drawing_orders(samples, seed)
-    arms = generation_arms(
-        pipe, labels[:2], noise[:2], methods, budgets, steps=steps, guidance=guidance, baselines=baselines
-    )
+    orders = drawing_orders(samples, seed)
+    arms = generation_arms(pipe, orders.first(2), methods, budgets, steps=steps, guidance=guidance, baselines=baselines)
     timings: list[Timing | None] = [None] * len(arms)
     if rounds is not None:
         timed = partial(time_generation, rounds=rounds, seed=seed, show_progress=show_progress)
-        timings = timed(arms, arms[0], labels, noise)
+        timings = timed(arms, arms[0], orders)
         extra = _equal_time(arms, timings) if baselines else []
-        timings, arms = timings + timed(extra, arms[0], labels, noise), arms + extra
-    drawings = [draw(arm, labels, noise, batch_size=batch_size, show_progress=show_progress) for arm in arms]
-    rows = score_drawings(arms, drawings, labels, real_features(), seed=seed)
+        timings, arms = timings + timed(extra, arms[0], orders), arms + extra
+    drawings = [draw(arm, orders, batch_size=batch_size, show_progress=show_progress) for arm in arms]
+    rows = score_drawings(arms, drawings, orders.labels, real_features(), seed=seed)
     for row, timing in zip(rows, timings, strict=True):
         row.update(timing_cells_of(timing))
         row["note"] = row.pop("note")  # the last column
@@ -75,15 +74,12 @@ def evaluate_generation(
     return Table(rows, conditions | environment())
 
 
-def draw(
-    arm: GenerationArm, labels: Tensor, noise: Tensor, *, batch_size: int = 50, show_progress: bool = False
-) -> Tensor | None:
-    """The arm's pictures [N, 3, S, S] in [0, 1], None where it could not be built."""
+def draw(arm: GenerationArm, orders: Orders, *, batch_size: int = 50, show_progress: bool = False) -> Tensor | None:
+    """The arm's pictures [N, 3, 36, 36] in [0, 1], None where it could not be built."""
     if arm.pipe is None:
         return None
-    parts = list(zip(torch.split(labels, batch_size), torch.split(noise, batch_size), strict=True))
-    what = f"{arm.method} {arm.budget}".strip()
-    return torch.cat([arm.draw(*part).float().cpu() for part in progress(parts, what, show=show_progress)])
+    batches, what = list(orders.batches(batch_size)), f"{arm.method} {arm.budget}".strip()
+    return torch.cat([arm.draw(batch).float().cpu() for batch in progress(batches, what, show=show_progress)])
 
 
 def real_features(count: int = REAL_IMAGES) -> Gaussian:

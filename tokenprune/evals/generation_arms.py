@@ -12,6 +12,7 @@ import tokenprune
 from tokenprune.errors import BudgetError, TokenPruneError
 from tokenprune.evals.arms import DROP_BASELINES, FEWER_STEPS, UNPATCHED, Arm, Budget, budget_label, tokens_left
 from tokenprune.evals.digits_pipelines import GUIDANCE, DigitsPipeline, pipeline_of
+from tokenprune.evals.drawing_orders import Orders
 from tokenprune.evals.flops import count_multiply_adds
 from tokenprune.evals.shared_copy import shared_copy
 
@@ -27,19 +28,22 @@ class GenerationArm(Arm):
     steps: int = 0
     guidance: float = GUIDANCE
 
-    def draw(self, labels: Tensor, noise: Tensor) -> Tensor:
-        """Pictures [B, 3, S, S] in [0, 1] of `labels` [B] from `noise` [B, 3, S, S]."""
+    def draw(self, orders: Orders) -> Tensor:
+        """Pictures [N, 3, 36, 36] in [0, 1]."""
         assert self.pipe is not None, "only arms that were built draw"
         pictures: Tensor = self.pipe(
-            labels, num_inference_steps=self.steps, guidance_scale=self.guidance, latents=noise
+            orders.labels,
+            centres=orders.centres,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance,
+            latents=orders.noise,
         )
         return pictures
 
 
 def generation_arms(
     pipe: DigitsPipeline,
-    labels: Tensor,
-    noise: Tensor,
+    orders: Orders,
     methods: Sequence[str] | None = None,
     budgets: Sequence[Budget] = ({"flops": 0.6},),
     *,
@@ -49,7 +53,7 @@ def generation_arms(
 ) -> list[GenerationArm]:
     """The arms of a comparison, the unpatched pipeline first; `pipe` itself is left as it is.
 
-    labels, noise: a few images as `GenerationArm.draw` takes them, to solve the budgets on. `methods=None` takes every
+    orders: a few, to solve the budgets on. `methods=None` takes every
     method that fits. With `baselines`, random, uniform and a run of fewer steps at equal FLOPs are added at each
     budget. A budget that cannot be met becomes an arm with a note, as in `tokenprune.evals.arms.build_arms`.
 
@@ -60,11 +64,11 @@ def generation_arms(
     if baselines:
         names += [name for name in DROP_BASELINES if name not in names]
     one_step = GenerationArm(UNPATCHED, "", base.denoiser, pipe=base, steps=1, guidance=guidance)
-    flops = steps * count_multiply_adds(lambda: one_step.draw(labels[:1], noise[:1]))
+    flops = steps * count_multiply_adds(lambda: one_step.draw(orders.first(1)))
     first = replace(one_step, flops=flops, flops_ratio=1.0, steps=steps)
     arms = [first]
     for budget in budgets:
-        rows = [_method_arm(first, labels, noise, name, budget, required=name in (methods or ())) for name in names]
+        rows = [_method_arm(first, orders, name, budget, required=name in (methods or ())) for name in names]
         arms += rows
         ratios = [row.flops_ratio for row in rows if row.flops_ratio is not None]
         target = budget.get("flops") or (statistics.median(ratios) if ratios else None)
@@ -88,9 +92,7 @@ def fewer_steps(base: GenerationArm, steps: int, budget: str) -> GenerationArm:
     )
 
 
-def _method_arm(
-    base: GenerationArm, labels: Tensor, noise: Tensor, name: str, budget: Budget, *, required: bool
-) -> GenerationArm:
+def _method_arm(base: GenerationArm, orders: Orders, name: str, budget: Budget, *, required: bool) -> GenerationArm:
     label = budget_label(budget)
     assert base.model is not None
     assert base.flops is not None
@@ -98,7 +100,7 @@ def _method_arm(
     arm = replace(base, method=name, budget=label, model=pipe.denoiser, pipe=pipe)
     try:
         tokenprune.patch(pipe, name, **budget)
-        arm.draw(labels, noise)
+        arm.draw(orders)
         report = tokenprune.report(pipe).to_dict()
     except TokenPruneError as error:
         if required and not isinstance(error, BudgetError):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
 from tokenprune.evals.arms import Budget
 from tokenprune.evals.bench import timing_cells
-from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, drawing_orders, pipeline_of
+from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, pipeline_of
+from tokenprune.evals.drawing_orders import Orders, drawing_orders
 from tokenprune.evals.generation_arms import GenerationArm, generation_arms
 from tokenprune.evals.progress import progress
 from tokenprune.evals.shared_copy import shared_copy
@@ -32,9 +31,9 @@ def bench_generation(
     show_progress: bool = False,
 ) -> Table:
     """Times whole runs of `steps` steps as `bench` times forwards: its columns, images per second of whole pictures."""
-    labels, noise = drawing_orders(TIMED_BATCH, seed)
-    arms = generation_arms(pipe, labels, noise, methods, budgets, steps=steps, guidance=guidance, baselines=baselines)
-    timings = time_generation(arms, arms[0], labels, noise, rounds=rounds, seed=seed, show_progress=show_progress)
+    orders = drawing_orders(TIMED_BATCH, seed)
+    arms = generation_arms(pipe, orders, methods, budgets, steps=steps, guidance=guidance, baselines=baselines)
+    timings = time_generation(arms, arms[0], orders, rounds=rounds, seed=seed, show_progress=show_progress)
     rows: list[Row] = []
     for arm, timing in zip(arms, timings, strict=True):
         row: Row = {"method": arm.method, "budget": arm.budget, "steps": arm.steps, "flops_ratio": arm.flops_ratio}
@@ -46,16 +45,15 @@ def bench_generation(
 def time_generation(
     arms: Sequence[GenerationArm],
     base: GenerationArm,
-    labels: Tensor,
-    noise: Tensor,
+    orders: Orders,
     *,
     rounds: int = 20,
     seed: int = 0,
     attempts: int = 1,
     show_progress: bool = False,
 ) -> list[Timing | None]:
-    """Each arm against the unpatched `base` and a second unpatched one, on the first TIMED_BATCH images."""
-    labels, noise = labels[:TIMED_BATCH], noise[:TIMED_BATCH]
+    """Each arm against the unpatched `base` and a second unpatched one, on the first TIMED_BATCH orders."""
+    orders = orders.first(TIMED_BATCH)
     assert base.model is not None
     second = pipeline_of(shared_copy(base.model))
     control = replace(base, pipe=second, model=second.denoiser)
@@ -66,9 +64,9 @@ def time_generation(
             continue
         timings.append(
             measure(
-                lambda: base.draw(labels, noise),
-                lambda arm=arm: arm.draw(labels, noise),  # type: ignore[misc]
-                lambda: control.draw(labels, noise),
+                lambda: base.draw(orders),
+                lambda arm=arm: arm.draw(orders),  # type: ignore[misc]
+                lambda: control.draw(orders),
                 rounds=rounds,
                 seed=seed,
                 attempts=attempts,

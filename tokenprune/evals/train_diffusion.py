@@ -64,7 +64,7 @@ class Recipe:
         return self.small_steps + self.whole_steps
 
 
-RECIPES = {DIT: Recipe(1600, 800, 2e-3), UNET: Recipe(1000, 500, 2e-3)}
+RECIPES = {DIT: Recipe(1100, 550, 2e-3), UNET: Recipe(700, 300, 2e-3)}
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
