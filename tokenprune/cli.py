@@ -1,4 +1,4 @@
-"""The command line: `tokenprune demo | demo-diffusion | methods | bench | eval | viz | train`.
+"""The command line: `tokenprune demo | demo-diffusion | methods | bench | eval | viz | score | train`.
 
 Nothing but argparse is imported until a command runs, so that `--help` is quick and needs no extra.
 """
@@ -24,6 +24,7 @@ EXAMPLES = {
         "tokenprune eval --model dit-digits --flops 0.7 --rounds 20",
     ],
     "viz": ["tokenprune viz --model digits-vit --method tome --flops 0.6 --output kept.png"],
+    "score": ["tokenprune score --pictures patched --real coco-val --prompts captions.txt"],
     "train": ["tokenprune train digits-vit --output digits-run", "tokenprune train dit-digits --output dit-run"],
 }
 
@@ -103,6 +104,14 @@ def parser() -> argparse.ArgumentParser:
     viz.add_argument("--output", default="kept.png", metavar="FILE", help="(default: %(default)s)")
     _add_machine(viz)
 
+    score = _command(commands, "score", "Inception FID and CLIP score of pictures from a full-size diffusion model")
+    score.add_argument("--pictures", required=True, metavar="FOLDER", help="generated, by name in the prompts' order")
+    score.add_argument("--real", metavar="FOLDER", help="real pictures: FID, by torch-fidelity")
+    score.add_argument("--inception", metavar="FILE", help="weights of its Inception (default: downloaded)")
+    score.add_argument("--prompts", metavar="FILE", help="one line a picture: CLIP score, by transformers")
+    score.add_argument("--clip", default="openai/clip-vit-large-patch14", help="name or folder (default: %(default)s)")
+    _add_format(score)
+
     train = _command(commands, "train", "train a model that the package ships, by its recipe")
     train.add_argument("model", choices=["digits-vit", "dit-digits", "unet-digits", "digit-reader"])
     train.add_argument("--output", required=True, metavar="FOLDER", help="for the checkpoint and its record")
@@ -115,13 +124,14 @@ def _run(options: argparse.Namespace) -> int:
     from tokenprune.evals import commands, demo
     from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 
-    if options.command == "demo-diffusion" or (
+    if options.command in ("demo-diffusion", "score") or (
         options.command in ("bench", "eval", "viz") and options.model in DIFFUSION
     ):
         from tokenprune.evals import demo_diffusion, generation_commands
 
         return {
             "demo-diffusion": demo_diffusion.run,
+            "score": generation_commands.score,
             "bench": generation_commands.run_bench,
             "eval": generation_commands.run_eval,
             "viz": generation_commands.viz,

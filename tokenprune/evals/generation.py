@@ -82,9 +82,9 @@ def draw(arm: GenerationArm, orders: Orders, *, batch_size: int = 50, show_progr
     return torch.cat([arm.draw(batch).float().cpu() for batch in progress(batches, what, show=show_progress)])
 
 
-def real_features(count: int = REAL_IMAGES) -> Gaussian:
-    """Of pictures drawn with the test scans, in the reader's features."""
-    pictures, _, _ = drawn_digit_pictures("test", count)
+def real_features(count: int | None = None) -> Gaussian:
+    """Of `count` (REAL_IMAGES) pictures drawn with the test scans, in the reader's features."""
+    pictures, _, _ = drawn_digit_pictures("test", REAL_IMAGES if count is None else count)
     return gaussian(read(digit_reader(), to_model(pictures))[0])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,8 @@ from tokenprune.evals.commands import budgets, emit, set_machine, status
 from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, digits_pipeline
 from tokenprune.evals.generation import evaluate_generation
 from tokenprune.evals.generation_bench import bench_generation
+from tokenprune.evals.stats import bootstrap_mean
+from tokenprune.evals.table import Row, Table, interval_cells
 
 
 def run_eval(options: argparse.Namespace) -> int:
@@ -54,6 +57,24 @@ def run_bench(options: argparse.Namespace) -> int:
 def viz(options: argparse.Namespace) -> int:
     """`tokenprune viz --model dit-digits`"""
     raise TokenPruneError(f"viz shows images of a classifier; for {options.model} run tokenprune demo-diffusion")
+
+
+def score(options: argparse.Namespace) -> int:
+    """`tokenprune score`"""
+    from tokenprune.evals.full_size import clip_score, inception_fid, picture_files
+
+    row: Row = {"pictures": len(picture_files(options.pictures))}
+    if options.real is None and options.prompts is None:
+        raise TokenPruneError("nothing to score against: name --real FOLDER for FID, --prompts FILE for CLIP, or both")
+    if options.real is not None:
+        row["fid"] = inception_fid(options.pictures, options.real, weights=options.inception)
+    if options.prompts is not None:
+        prompts = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+        scores = clip_score(picture_files(options.pictures), prompts, model=options.clip)
+        found = bootstrap_mean(scores)
+        row |= interval_cells("clip_score", found.estimate, found.low, found.high)
+    emit(Table([row]), options)
+    return 0
 
 
 def _load(options: argparse.Namespace) -> DigitsPipeline:
