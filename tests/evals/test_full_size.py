@@ -33,7 +33,10 @@ def tiny_clip(tmp_path_factory):
         text_config=text, vision_config={"image_size": 16, "patch_size": 8, **small}, projection_dim=8
     )
     torch.manual_seed(0)
-    transformers.CLIPModel(config).save_pretrained(folder)
+    model = transformers.CLIPModel(config)
+    with torch.no_grad():
+        model.visual_projection.weight.neg_()  # as drawn, every cosine is below zero, where scores are cut off
+    model.save_pretrained(folder)
     return folder
 
 
