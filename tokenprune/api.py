@@ -11,16 +11,18 @@ import torch
 from torch import nn
 
 from tokenprune import registry
-from tokenprune.budget import Budget, parse_budget
+from tokenprune.budget import parse_budget
 from tokenprune.defaults import default_methods
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
-from tokenprune.host import Adapter, Host
-from tokenprune.patch import Patch, active_patch, attach, detach, prepare
+from tokenprune.family import AppliedPatch, Family, Request, active_patches, detach
 from tokenprune.recording import Recording
 from tokenprune.registry import MethodInfo
 from tokenprune.report import Report
 
 Target = TypeVar("Target")
+
+# What a diffusion pipeline calls the models that denoise.
+DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 def patch(
@@ -31,16 +33,22 @@ def patch(
     flops: float | None = None,
     tokens: int | None = None,
     schedule: Mapping[int | str, float] | None = None,
+    steps: Any = None,
     **options: Any,
 ) -> Target:
     """Make `target` compute fewer tokens, in place, and return it.
 
-    target: a timm vision transformer, or a module that holds one. method: a name of `methods()`; None takes the best
-    one of the shipped table for this family and budget. One budget at most, none is the method's published setting:
+    target: a timm vision transformer, or a module that holds one; a diffusers pipeline, or its `unet` or `transformer`.
+    method: a name of `methods()`; None takes the best one of the shipped table for this family and budget. One budget
+    at most, none is the method's published setting:
 
     keep: share in (0, 1] of the prunable tokens (never class, register or other prefix tokens) that leave the last
     place. flops: share in (0, 1] of the unpatched multiply-adds of a forward, scoring counted, met within 1%.
     tokens: prunable tokens leaving the last place. schedule: {block: share of the entering tokens that leave}.
+
+    steps: of a denoising run, how strongly each part of it is reduced, see `tokenprune.denoisers.steps.parse_steps`;
+    None is the method's own. Of a denoiser `keep` is the share computed in each stack of blocks, behind which all
+    tokens are back; `flops` is meant over the whole run, and `schedule` names stacks.
 
     options: of the method, see `methods()`. An earlier patch of the same model is replaced. At another input size the
     budget is solved anew, at the first forward of that size.
@@ -50,33 +58,36 @@ def patch(
         UnsupportedMethod: the method or an option is unknown, or the model lacks what it needs.
         BudgetError: the budget is malformed or cannot be met; the message names what can be.
     """
-    budget = parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule)
+    request = Request(parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule), steps, target)
     named = registry.make_method(method, options) if method is not None else None
     if named is None and options:
         raise UnsupportedMethod(f"options {sorted(options)} need a method to belong to; name one")
-    model, adapter = _find(target)
-    earlier = active_patch(model)
-    detach(model, earlier)
+    found = [(model, family, active_patches(model)) for model, family in _find(target)]
+    for model, _, earlier in found:
+        detach(model, earlier)
     try:
-        host = adapter.host(model)
-        if named is not None:
-            prepared = prepare(host, adapter, named, budget)
-        else:
-            prepared = _prepare_default(host, adapter, budget)
+        prepared = [
+            family.prepare(model, named, request) if named is not None else _prepare_default(family, model, request)
+            for model, family, _ in found
+        ]
     except BaseException:
-        _reattach(model, adapter, earlier)
+        for model, family, earlier in found:
+            _reattach(model, family, earlier)
         raise
-    attach(host, prepared)
+    for (model, family, _), one in zip(found, prepared, strict=True):
+        family.attach(model, one)
     _forget_compiled()
     return target
 
 
 def unpatch(target: Target) -> Target:
     """Remove every patch on `target` and inside it, exactly; does nothing to an unpatched one. Returns `target`."""
-    module = _module(target)
-    found = active_patch(module)
-    if found:
-        detach(module, found)
+    forget = False
+    for module in _modules(target):
+        patches = active_patches(module)
+        detach(module, patches)
+        forget |= bool(patches)
+    if forget:
         _forget_compiled()
     return target
 
@@ -84,16 +95,14 @@ def unpatch(target: Target) -> Target:
 @contextmanager
 def patched(target: Target, method: str | None = None, **arguments: Any) -> Iterator[Target]:
     """`patch` for the length of a with block; an earlier patch is put back behind it."""
-    module = _module(target)
-    earlier = active_patch(module)
+    found = [(model, family, active_patches(model)) for model, family in _find(target)]
     patch(target, method, **arguments)
     try:
         yield target
     finally:
         unpatch(target)
-        if earlier:
-            model, adapter = _find(target)
-            _reattach(model, adapter, earlier)
+        for model, family, earlier in found:
+            _reattach(model, family, earlier)
 
 
 def report(target: object) -> Report:
@@ -102,10 +111,7 @@ def report(target: object) -> Report:
     Raises:
         UnsupportedModel: `target` is not patched.
     """
-    found = active_patch(_module(target))
-    if not found:
-        raise UnsupportedModel("nothing here is patched; call tokenprune.patch(model, flops=0.6) first")
-    return Report(next(iter(found.values())))
+    return Report(_active(target)[0])
 
 
 @contextmanager
@@ -118,17 +124,15 @@ def record(target: object) -> Iterator[Recording]:
     Raises:
         UnsupportedModel: `target` is not patched.
     """
-    found = active_patch(_module(target))
-    if not found:
-        raise UnsupportedModel("nothing here is patched; call tokenprune.patch(model, flops=0.6) first")
+    found = _active(target)
     recording = Recording()
-    for one in found.values():
+    for one in found:
         one.recordings.append(recording)
     try:
         with torch.compiler.set_stance("force_eager"):
             yield recording
     finally:
-        for one in found.values():
+        for one in found:
             one.recordings.remove(recording)
 
 
@@ -138,61 +142,77 @@ def methods(target: object | None = None) -> list[MethodInfo]:
     Raises:
         UnsupportedModel: nothing in `target` is recognised.
     """
-    families = tuple(adapter.name for adapter in registry.adapters()) or ("timm_vit",)
+    families = tuple(family.name for family in registry.families()) or ("timm_vit",)
     if target is None:
         return [registry.method_info(name, families) for name in registry.method_names()]
-    model, adapter = _find(target)
-    earlier = active_patch(model)
+    model, family = _find(target)[0]
+    earlier = active_patches(model)
     detach(model, earlier)
+    request, usable = Request(parse_budget(keep=0.5), target=target), []
     try:
-        host, usable = adapter.host(model), []
         for name in registry.method_names():
             try:
-                prepare(host, adapter, registry.make_method(name, {}), parse_budget(keep=0.5))
+                family.prepare(model, registry.make_method(name, {}), request)
             except UnsupportedMethod:
                 continue
-            usable.append(registry.method_info(name, (adapter.name,)))
+            usable.append(registry.method_info(name, (family.name,)))
     finally:
-        _reattach(model, adapter, earlier)
+        _reattach(model, family, earlier)
     return usable
 
 
-def _module(target: object) -> nn.Module:
+def _modules(target: object) -> list[nn.Module]:
+    """`target` itself, or the denoisers of a pipeline."""
     if isinstance(target, torch.jit.ScriptModule):
         raise UnsupportedModel("a TorchScript module cannot be patched; patch the eager model and trace that")
-    if not isinstance(target, nn.Module):
-        raise UnsupportedModel(f"expected a torch module, got {type(target).__name__}")
-    return target
+    if isinstance(target, nn.Module):
+        return [target]
+    parts = [getattr(target, name, None) for name in DENOISERS]
+    found = [part for part in parts if isinstance(part, nn.Module)]
+    if not found:
+        raise UnsupportedModel(
+            f"expected a torch module, or a pipeline with a {' or '.join(DENOISERS[:2])}, got {type(target).__name__}"
+        )
+    return found
 
 
-def _find(target: object) -> tuple[nn.Module, Adapter]:
-    module = _module(target)
-    module = getattr(module, "_orig_mod", module)
-    for adapter in registry.adapters():
-        model = adapter.find(module)
+def _active(target: object) -> list[AppliedPatch]:
+    found = [patch for module in _modules(target) for patch in active_patches(module).values()]
+    if not found:
+        raise UnsupportedModel("nothing here is patched; call tokenprune.patch(model, flops=0.6) first")
+    return found
+
+
+def _find(target: object) -> list[tuple[nn.Module, Family]]:
+    return [_find_in(getattr(module, "_orig_mod", module)) for module in _modules(target)]
+
+
+def _find_in(module: nn.Module) -> tuple[nn.Module, Family]:
+    for family in registry.families():
+        model = family.find(module)
         if model is not None:
-            return model, adapter
+            return model, family
     raise UnsupportedModel(
         f"no adapter knows {type(module).__name__} or a module inside it; supported: timm vision transformers"
-        " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT); others through"
-        " tokenprune.register_adapter"
+        " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT) and diffusers' denoisers"
+        " (UNet2DConditionModel, transformers); others through tokenprune.register_adapter"
     )
 
 
-def _prepare_default(host: Host, adapter: Adapter, budget: Budget) -> Patch:
+def _prepare_default(family: Family, model: nn.Module, request: Request) -> AppliedPatch:
     """The best method of the shipped table that this model can run."""
-    ranked = default_methods(adapter.name, budget)
+    ranked = default_methods(family.name, request.budget)
     for name in ranked[:-1]:
         try:
-            return prepare(host, adapter, registry.make_method(name, {}), budget)
+            return family.prepare(model, registry.make_method(name, {}), request)
         except UnsupportedMethod:
             continue
-    return prepare(host, adapter, registry.make_method(ranked[-1], {}), budget)
+    return family.prepare(model, registry.make_method(ranked[-1], {}), request)
 
 
-def _reattach(model: nn.Module, adapter: Adapter, patches: Mapping[str, Patch]) -> None:
+def _reattach(model: nn.Module, family: Family, patches: Mapping[str, AppliedPatch]) -> None:
     for earlier in patches.values():
-        attach(adapter.host(model), earlier)
+        family.attach(model, earlier)
 
 
 def _forget_compiled() -> None:

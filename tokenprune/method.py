@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.denoisers.steps import Steps
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.ragged import RaggedReduction
 from tokenprune.reduction import Reduction
@@ -28,7 +29,11 @@ class Method:
     much at each.
     position: "mid" reduces between attention and MLP, "post" after the block. merges: whether leaving tokens stand for
     several patches (sizes are tracked). proportional: whether log(size) is added to the attention logits of a key.
-    needs: what must be captured ("queries", "keys", "values").
+    needs: what must be captured ("queries", "keys", "values"; "stacks": that all tokens are back behind a few blocks).
+
+    For denoisers: stack_share: share of the tokens that is computed in a stack of blocks where there is no budget.
+    stack_depth: blocks that share one choice where a model does not divide them into stacks itself. steps: how strongly at each step of a run. recover: what a dropped token is behind a stack, a copy of the most
+    "similar" kept one or its own value before ("residual"); None: the first where convolutions follow, else the second.
     """
 
     name: str
@@ -41,6 +46,10 @@ class Method:
     proportional: bool = False
     adaptive: bool = False
     needs: frozenset[str] = frozenset()
+    stack_share: float = 0.5
+    stack_depth: int = 4
+    steps: Steps = Steps()
+    recover: Literal["similar", "residual"] | None = None
 
     def reduce(self, record: AttentionRecord, keep: int) -> Reduction:
         """The Reduction of the record's n prunable tokens to `keep`."""

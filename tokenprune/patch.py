@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -13,6 +12,7 @@ from torch import nn
 from tokenprune.budget import Budget
 from tokenprune.costs import CostModel, Curve, Probe, cost_model, count_flops, probe_sizes
 from tokenprune.errors import BudgetError, UnsupportedMethod
+from tokenprune.family import Request
 from tokenprune.ghost import ghost
 from tokenprune.host import Adapter, BlockHost, Host
 from tokenprune.method import Method
@@ -22,6 +22,7 @@ from tokenprune.self_check import check_blocks, check_packing
 from tokenprune.site import Site
 from tokenprune.solver import Counts, follow_shares, solve
 from tokenprune.state import Entry, TokenState, constant_in_graphs, flow
+from tokenprune.tower_report import summarise
 
 
 class Patch:
@@ -130,8 +131,36 @@ class Patch:
         if self.probe is not None:
             self.probe.mark(site, point)
 
+    def summary(self) -> dict[str, Any]:
+        """The data of the report."""
+        return summarise(self)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "recordings": []}
+
+
+class Towers:
+    """The family (`tokenprune.family.Family`) of the models of one adapter: image towers, from facts about a Host."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.name = adapter.name
+
+    def find(self, target: object) -> nn.Module | None:
+        """The adapter's model in `target`, or None."""
+        return self.adapter.find(target)
+
+    def prepare(self, model: nn.Module, method: Method, request: Request) -> Patch:
+        """The patch of an image tower."""
+        if request.steps is not None:
+            raise UnsupportedMethod(
+                f"steps= is for denoising runs, and {type(model).__name__} has none; use schedule={{block: share}}"
+            )
+        return prepare(self.adapter.host(model), self.adapter, method, request.budget)
+
+    def attach(self, model: nn.Module, patch: Patch) -> None:
+        """Put a patch on the tower."""
+        attach(self.adapter.host(model), patch)
 
 
 def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget) -> Patch:
@@ -278,33 +307,3 @@ def _corrected(host: Host, adapter: Adapter, patch: Patch, counts: Counts) -> Co
         aim -= error
         counts = patch._solve(host.tokens, aim)
     return best
-
-
-def active_patch(module: nn.Module) -> Mapping[str, Patch]:
-    """Patches on `module` and inside it, by the name of the first block they hook."""
-    found: dict[str, Patch] = {}
-    for name, child in module.named_modules():
-        for hook in child._forward_pre_hooks.values():
-            site = getattr(hook, "__self__", None)
-            if isinstance(site, Site) and all(site.patch is not known for known in found.values()):
-                found[name] = site.patch
-    return found
-
-
-def detach(module: nn.Module, patches: Mapping[str, Patch]) -> None:
-    """Remove every hook and class of `patches` from `module` and inside it."""
-    owned = {id(patch) for patch in patches.values()}
-    for child in module.modules():
-        _remove_hooks(child._forward_pre_hooks, owned, child._forward_pre_hooks_with_kwargs)
-        _remove_hooks(child._forward_hooks, owned, child._forward_hooks_with_kwargs, child._forward_hooks_always_called)
-        original = getattr(type(child), "_tokenprune_original", None)
-        if original is not None:
-            child.__class__ = original
-
-
-def _remove_hooks(hooks: dict[int, Any], owned: set[int], *extra: dict[int, Any]) -> None:
-    for key, hook in list(hooks.items()):
-        owner = getattr(hook, "__self__", None)
-        if id(owner if isinstance(owner, Patch) else getattr(owner, "patch", None)) in owned:
-            for table in (hooks, *extra):
-                table.pop(key, None)

@@ -103,3 +103,24 @@ class Reduction:
             return source
         target = self.target if self.target is not None else torch.full_like(self.moved, count)
         return source.scatter(1, self.moved, target)
+
+    def bring_back(self, reduced: Tensor, entered: Tensor, full: Tensor) -> Tensor:
+        """full [B, n, C] after something was computed on its reduction: `entered` [B, K, C] went in, `reduced` came out.
+
+        A kept token takes its new value, a dropped one keeps its old one; a merged one gains what its group gained.
+        """
+        if self.matrix is None and self.moved is None:
+            batch, count = self.kept.shape
+            offset = torch.arange(batch, device=full.device).unsqueeze(1) * full.shape[1]
+            rows = full.reshape(-1, full.shape[-1])
+            return rows.index_copy(0, (self.kept + offset).reshape(-1), reduced.reshape(batch * count, -1)).view_as(full)
+        source = self.source(full.shape[1])
+        gained = gather_tokens(reduced - entered, source.clamp(min=0))
+        return torch.where((source >= 0).unsqueeze(-1), full + gained, full)
+
+    def tiled(self, copies: int) -> Reduction:
+        """The same for a batch that holds `copies` of its images, one after the other."""
+        if copies == 1:
+            return self
+        parts = (self.kept, self.moved, self.target, self.weights, self.matrix)
+        return Reduction(*(None if p is None else p.repeat(copies, *[1] * (p.ndim - 1)) for p in parts))  # type: ignore[arg-type]

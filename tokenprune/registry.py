@@ -10,17 +10,21 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from tokenprune.errors import UnsupportedMethod
-from tokenprune.host import Adapter
+from tokenprune.family import Family
 from tokenprune.method import Method
+from tokenprune.patch import Towers
 
 Factory = TypeVar("Factory", bound=Callable[..., Method])
 AdapterType = TypeVar("AdapterType", bound=type)
 
 _METHODS: dict[str, Callable[..., Method]] = {}
-_ADAPTERS: dict[str, Adapter] = {}
+_FAMILIES: dict[str, Family] = {}
 _BUILTIN_METHODS = ("baselines", "top_k", "evit", "tome", "zero_tprune", "ats")
 # Adapter modules by the package whose presence in the process makes them worth importing.
-_BUILTIN_ADAPTERS = {"timm": "tokenprune.adapters.timm_vit"}
+_BUILTIN_ADAPTERS = {
+    "timm": ("tokenprune.adapters.timm_vit",),
+    "diffusers": ("tokenprune.adapters.diffusers_unet", "tokenprune.adapters.diffusers_dit"),
+}
 _loaded: set[str] = set()
 
 
@@ -54,9 +58,11 @@ def register_method(name: str) -> Callable[[Factory], Factory]:
 
 
 def register_adapter(adapter: AdapterType) -> AdapterType:
-    """Register an adapter class (see `tokenprune.host.Adapter`); those registered last are asked first."""
-    _ADAPTERS.pop(adapter.__name__, None)
-    _ADAPTERS[adapter.__name__] = adapter()
+    """Register an adapter class: of image towers (see `tokenprune.host.Adapter`), or a whole family of its own
+    (`tokenprune.family.Family`); those registered last are asked first."""
+    made = adapter()
+    _FAMILIES.pop(adapter.__name__, None)
+    _FAMILIES[adapter.__name__] = Towers(made) if hasattr(made, "host") else made
     return adapter
 
 
@@ -92,16 +98,18 @@ def method_info(name: str, families: tuple[str, ...]) -> MethodInfo:
     return MethodInfo(name, method.paper, tuple(needs), families, options, summary)
 
 
-def adapters() -> list[Adapter]:
-    """Registered adapters, those registered last first; a built-in one only once its library has been imported."""
+def families() -> list[Family]:
+    """Families of the registered adapters, those registered last first; a built-in one only once its library has been
+    imported."""
     import sys
 
-    for package, module in _BUILTIN_ADAPTERS.items():
-        if package in sys.modules and module not in _loaded:
-            _loaded.add(module)
-            importlib.import_module(module)
+    for package, modules in _BUILTIN_ADAPTERS.items():
+        for module in modules:
+            if package in sys.modules and module not in _loaded:
+                _loaded.add(module)
+                importlib.import_module(module)
     _load_entry_points("tokenprune.adapters")
-    return list(reversed(_ADAPTERS.values()))
+    return list(reversed(_FAMILIES.values()))
 
 
 def _load_methods() -> None:

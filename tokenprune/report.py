@@ -3,84 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenprune.patch import Patch
-    from tokenprune.solver import Counts
+    from tokenprune.family import AppliedPatch
 
 
 @dataclass(frozen=True)
 class Report:
-    """Live view of one patch; multiply-adds are those of one image at the size of the last forward, of an adaptive
-    method the mean over its images."""
+    """Live view of one patch; multiply-adds are those of one image: of an image tower at the size of the last forward
+    (of an adaptive method the mean over its images), of a denoiser a forward's mean over the run."""
 
-    patch: Patch
+    patch: AppliedPatch
 
     def to_dict(self) -> dict[str, Any]:
         """method, budget, flops_before and flops_after (multiply-adds of one image; 1 of them = 2 FLOPs),
         flops_ratio, places (name, tokens_in, tokens_out; of an adaptive method means, with the fewest and the most
-        that left an image), skipped {place: why}."""
-        patch = self.patch
-        tokens = patch.entered
-        images = _images(patch)
-        assert patch.costs is not None
-        before = patch.costs.total(tokens)
-        adaptive = patch.method.adaptive
-        after = fmean(patch.costs.total(tokens, counts, adaptive=adaptive) for counts in images)
-        if patch.counted is not None and tokens == patch.tokens:
-            after = patch.counted  # of the very forward, not of the model of its cost
-        notes = list(patch.notes)
-        if adaptive and patch.active and not patch.seen:
-            notes.append("adaptive: these are the most tokens; what is kept is known after a forward")
-        return {
-            "method": patch.method.name,
-            "paper": patch.method.paper,
-            "family": patch.adapter,
-            "budget": str(patch.budget),
-            "tokens": tokens,
-            "num_prefix_tokens": patch.num_prefix_tokens,
-            "flops_before": round(before),
-            "flops_after": round(after),
-            "flops_ratio": after / before,
-            "places": _places(patch, images),
-            "skipped": dict(patch.skipped),
-            "notes": notes,
-        }
+        that left an image; of a denoiser with the steps of the run), skipped {place: why}."""
+        return self.patch.summary()
 
     def __str__(self) -> str:
         data = self.to_dict()
-        lines = [
-            f"{data['method']} ({data['paper']}) on {data['family']}, {data['budget']}",
-            f"{data['flops_before'] / 1e9:.3f} -> {data['flops_after'] / 1e9:.3f} G multiply-adds an image"
-            f" ({data['flops_ratio']:.3f})",
-            f"{'place':<12}{'tokens in':>10}{'tokens out':>12}",
+        lines = [f"{data['method']} ({data['paper']}) on {data['family']}, {data['budget']}"]
+        if data["flops_before"]:
+            lines.append(
+                f"{data['flops_before'] / 1e9:.3f} -> {data['flops_after'] / 1e9:.3f} G multiply-adds an image"
+                f" ({data['flops_ratio']:.3f})"
+            )
+        width = max([12, *(len(p["name"]) + 2 for p in data["places"])])
+        lines.append(f"{'place':<{width}}{'tokens in':>10}{'tokens out':>12}")
+        lines += [
+            f"{p['name']:<{width}}{p['tokens_in']:>10}{p['tokens_out']:>12}"
+            + (f"  {p['steps']}" if "steps" in p else "")
+            for p in data["places"]
         ]
-        lines += [f"{p['name']:<12}{p['tokens_in']:>10}{p['tokens_out']:>12}" for p in data["places"]]
         lines += [f"{name}: {why}" for name, why in data["skipped"].items()]
         lines += data["notes"]
         return "\n".join(lines)
-
-
-def _images(patch: Patch) -> list[Counts]:
-    """Tokens leaving each place: of each image of the last forward, or of any where all keep the same number."""
-    if not patch.active:
-        return [{}]
-    if not patch.seen:
-        return [patch.counts(patch.entered)]
-    return [{index: left[image] for index, left in patch.seen} for image in range(len(patch.seen[0][1]))]
-
-
-def _places(patch: Patch, images: list[Counts]) -> list[dict[str, Any]]:
-    """(name, tokens in, tokens out) of each place at the size of the last forward."""
-    places: list[dict[str, Any]] = []
-    entered: float = patch.entered
-    for index in sorted(images[0]):
-        left = [counts[index] for counts in images]
-        mean = left[0] if len(images) == 1 else round(fmean(left), 1)
-        places.append({"name": patch.names[index], "tokens_in": entered, "tokens_out": mean})
-        if patch.method.adaptive:
-            places[-1].update(fewest=min(left), most=max(left))
-        entered = mean
-    return places

@@ -124,11 +124,11 @@ def flow() -> Flow:
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-_STATES: MutableMapping[Any, TokenState] = WeakIdKeyDictionary()
+_STATES: MutableMapping[Any, Any] = WeakIdKeyDictionary()
 _ATTRIBUTE = "_tokenprune_state"
 
 
-def remember(x: Tensor, state: TokenState) -> None:
+def remember(x: Tensor, state: Any) -> None:
     """Tie `state` to the hidden tensor x."""
     if torch.compiler.is_compiling() or _is_wrapped(x):
         setattr(x, _ATTRIBUTE, state)
@@ -136,7 +136,7 @@ def remember(x: Tensor, state: TokenState) -> None:
         _STATES[x.untyped_storage()] = state
 
 
-def recall(x: Tensor) -> TokenState | None:
+def recall(x: Tensor) -> Any:
     """The state tied to the hidden tensor x, or None."""
     if torch.compiler.is_compiling() or _is_wrapped(x):
         return getattr(x, _ATTRIBUTE, None)

@@ -18,10 +18,11 @@ def random(*, rate: float = 0.7, places: tuple[int, ...] | None = None, seed: in
         schedule=Stages(rate, places),
         score=partial(hashed_scores, seed=seed),
         select=keep_top_k,
+        stack_share=rate,
     )
 
 
 @register_method("uniform")
 def uniform(*, rate: float = 0.7, places: tuple[int, ...] | None = None) -> Method:
     """Keep evenly spaced tokens. rate: share kept at each of `places`."""
-    return Method(name="uniform", paper="baseline", schedule=Stages(rate, places), select=keep_evenly)
+    return Method(name="uniform", paper="baseline", schedule=Stages(rate, places), select=keep_evenly, stack_share=rate)

@@ -1,0 +1,78 @@
+"""What an adapter says about a denoiser, and all that is known of it outside the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+Arguments = dict[str, Any]
+# (value of the argument, positions [B, K] of the computed tokens, all tokens N, text tokens T) -> the value for them.
+Slice = Callable[[Any, Tensor, int, int], Any]
+
+
+@dataclass
+class BlockFacts:
+    """One block that image tokens pass through.
+
+    module: the block. arguments: names of its forward's parameters in order. hidden: the one that holds the image
+    tokens [B, N, C]; text: the one with the text tokens [B, T, C'], None where there is none that is concatenated.
+    returned: where the image tokens are in the block's output, None where they are the output. slices: (argument,
+    how its value is taken at the computed tokens) of all else that is indexed by token. queries, keys: modules that
+    put out [B, N, H D], [B, N, H, D] or [B, H, N, D]; heads, scale: of the attention. text_first: whether the text
+    stands before the image where they put out both. before: (block, its arguments) -> the same outputs, before the block has run, None
+    where it cannot be said. swapped: the block's class with the site in front.
+    """
+
+    name: str
+    module: nn.Module
+    arguments: tuple[str, ...]
+    hidden: str
+    text: str | None
+    returned: int | None
+    slices: tuple[tuple[str, Slice], ...]
+    queries: nn.Module | None
+    keys: nn.Module | None
+    heads: int
+    scale: float
+    text_first: bool
+    before: Callable[[nn.Module, Arguments], tuple[Tensor, Tensor]] | None
+    swapped: type[nn.Module]
+
+
+@dataclass
+class Stack:
+    """Blocks in a row that share one set of computed tokens; behind the last all tokens are there again.
+
+    edge: whether the step schedules' "edges" spare it: the first stack of a stage on the way down, the last of a stage
+    on the way up (AT-EDM's prune-less schedule).
+    """
+
+    name: str
+    blocks: tuple[BlockFacts, ...]
+    edge: bool = False
+
+
+@dataclass
+class DenoiserHost:
+    """One denoiser.
+
+    arguments: names of its forward's parameters in order. latents, timestep: of them, those. last_timestep: the
+    timestep of pure noise (1000, or 1 where noise levels are given). shared: whether all images of a batch must
+    compute the same tokens (a rotary table has no batch). convolves: whether what follows a stack mixes neighbouring
+    tokens. divisible: whether a stack is a mere row of blocks that a method may divide. example: () -> keyword arguments of the usual forward on the meta device, None where they are not known.
+    """
+
+    model: nn.Module
+    stacks: Sequence[Stack]
+    arguments: tuple[str, ...]
+    latents: str
+    timestep: str
+    last_timestep: float
+    shared: bool
+    convolves: bool
+    divisible: bool = False
+    example: Callable[[], Arguments] | None = None
+    notes: list[str] = field(default_factory=list)

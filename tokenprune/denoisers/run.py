@@ -1,0 +1,158 @@
+"""Where in its run a forward is: told by its timestep, so that no counter can go out of step.
+
+A run is a row of forwards whose timesteps fall. What belongs to it (which tokens its last step computes) is kept by
+thread and patch; it is dropped when the timestep changes, and a new run begins when the timestep rises or the latents'
+shape changes: img2img's partial runs, repeated calls, a scheduler of any kind and another pipeline on the same model
+need nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.reduction import Reduction
+
+UNKNOWN_STEPS = 50
+"""Steps that a run is taken to have where no scheduler says it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What a stack computes. near: [B, N] which of the computed tokens each token is a copy of behind the stack, None
+    where dropped ones keep their value."""
+
+    reduction: Reduction
+    near: Tensor | None
+
+
+@dataclass(eq=False)
+class Run:
+    """One run of one patch in this thread. timestep: of the last forward. shape: of the latents. positions: of the
+    steps that the run has left at its beginning, in [0, 1) of the whole. guidance: how many times the latents stand
+    in the batch. sets: what each stack computed at this step, for the second call of a guided step."""
+
+    timestep: float
+    shape: tuple[int, ...]
+    positions: tuple[float, ...]
+    guidance: int
+    latents: weakref.ref[Tensor] | None = None
+    version: int = 0
+    sets: dict[str, Chosen] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward of the denoiser. keep: {stack: how many tokens it computes}, those left whole are not in it. sets:
+    {stack: the tokens}. grid: (rows, columns) of the latents."""
+
+    patch: Any
+    run: Run
+    keep: dict[str, int]
+    grid: tuple[int, int] | None
+    reuse: bool
+    sets: dict[str, Chosen] = field(default_factory=dict)
+
+
+class _OfThread(threading.local):
+    """Changed in place and never rebound: torch.compile loses what a compiled block sets anew in a thread's storage."""
+
+    def __init__(self) -> None:
+        self.passes: list[Pass] = []
+        self.runs: dict[str, Run] = {}
+
+
+_THREAD = _OfThread()
+
+
+def running() -> Pass | None:
+    """The forward that this thread is in, or None."""
+    return _THREAD.passes[-1] if _THREAD.passes else None
+
+
+def start(one: Pass) -> None:
+    """A forward begins."""
+    _THREAD.passes.append(one)
+
+
+def finish(patch: Any) -> None:
+    """The forward of `patch` has ended, by a result or an exception anywhere in it."""
+    passes = _THREAD.passes
+    while passes and any(one.patch is patch for one in passes):
+        passes.pop()
+
+
+def run_of(key: str, latents: Tensor, timestep: float, whole: Sequence[float] | None, last: float) -> tuple[Run, bool]:
+    """The run that a forward belongs to, and whether it is one more call of the last forward's step on the very same
+    latents (guidance in two calls).
+
+    whole: timesteps of the scheduler's whole run, where it is known. last: the timestep of pure noise.
+    """
+    run = _THREAD.runs.get(key)
+    shape = tuple(latents.shape)
+    if run is not None and run.shape == shape and run.timestep == timestep and _same(run, latents):
+        return run, True
+    again = run is not None and run.shape == shape and timestep < run.timestep
+    if run is None or not again:
+        run = Run(timestep, shape, positions_from(timestep, whole, last), guidance_copies(latents))
+        _THREAD.runs[key] = run
+    run.timestep, run.sets = timestep, {}
+    run.latents, run.version = weakref.ref(latents), _version(latents)
+    return run, False
+
+
+def forget(key: str) -> None:
+    """Drop what is kept of a patch's run in this thread."""
+    _THREAD.runs.pop(key, None)
+
+
+def position_of(timestep: float, whole: Sequence[float] | None, last: float) -> float:
+    """Where in the whole run a timestep is, in [0, 1): the share of the scheduler's steps before it, or without a
+    scheduler the share of the noise that is gone."""
+    index = _index(timestep, whole)
+    if index is not None and whole is not None:
+        return index / len(whole)
+    return min(max(0.0, 1.0 - timestep / last), 1.0 - 1e-6)
+
+
+def positions_from(timestep: float, whole: Sequence[float] | None, last: float) -> tuple[float, ...]:
+    """Positions of the steps from `timestep` on."""
+    index = _index(timestep, whole)
+    if index is not None and whole is not None:
+        return tuple(i / len(whole) for i in range(index, len(whole)))
+    first = position_of(timestep, None, last)
+    return tuple(first + (1.0 - first) * i / UNKNOWN_STEPS for i in range(UNKNOWN_STEPS))
+
+
+def guidance_copies(latents: Tensor) -> int:
+    """How many times the same latents stand in the batch one after the other: of a guided batch 2 or 3, else 1."""
+    if latents.device.type == "meta" or torch.compiler.is_compiling():
+        return 1
+    for copies in (3, 2):
+        if latents.shape[0] % copies == 0:
+            first, *rest = latents.chunk(copies)
+            if all(torch.equal(first, other) for other in rest):
+                return copies
+    return 1
+
+
+def _index(timestep: float, whole: Sequence[float] | None) -> int | None:
+    if not whole:
+        return None
+    index = min(range(len(whole)), key=lambda i: abs(whole[i] - timestep))
+    near = 1e-3 * max(map(abs, whole))
+    return index if abs(whole[index] - timestep) <= near else None
+
+
+def _same(run: Run, latents: Tensor) -> bool:
+    return run.latents is not None and run.latents() is latents and run.version == _version(latents)
+
+
+def _version(latents: Tensor) -> int:
+    return 0 if latents.is_inference() else latents._version

@@ -1,0 +1,255 @@
+"""Site: the code of a patch that runs inside one block of a denoiser.
+
+A block computes only the chosen tokens and puts them back among all, so that whatever stands between two blocks
+(control residuals, caches, hooks of the user's own) sees the full grid; the last block of a stack recovers the dropped.
+The site runs beneath everything that replaces a block's `forward` on the instance (offloading, caches): the block's
+class is exchanged, and a native hook hands the site over.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.attention_record import AttentionRecord
+from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
+from tokenprune.denoisers.run import Chosen, Pass, running
+from tokenprune.errors import UnsupportedMethod, UnsupportedModel
+from tokenprune.reduction import gather_tokens
+from tokenprune.restore import stand_ins
+from tokenprune.state import TokenState, in_backward, recall, remember
+
+if TYPE_CHECKING:
+    from tokenprune.denoisers.patch import DenoiserPatch
+
+
+class _Here(threading.local):
+    """The site of the block that runs now in this thread, and what it has caught; changed in place."""
+
+    def __init__(self) -> None:
+        self.site: BlockSite | None = None
+        self.queries: Tensor | None = None
+        self.keys: Tensor | None = None
+
+    def clear(self) -> None:
+        self.site = self.queries = self.keys = None
+
+
+_HERE = _Here()
+
+
+def run_here(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
+    """Run a block's own `forward` on the tokens that are chosen for it."""
+    site = _HERE.site
+    return forward(*args, **kwargs) if site is None else site.run(module, forward, args, kwargs)
+
+
+class BlockSite:
+    """Block `index` of a stack of `depth`; `place` of `places` is the stack's number."""
+
+    def __init__(self, patch: DenoiserPatch, stack: Stack, index: int, place: int, places: int) -> None:
+        facts = stack.blocks[index]
+        self.patch = patch
+        self.stack = stack.name
+        self.name = facts.name
+        self.place, self.places = place, places
+        self.first, self.last = index == 0, index == len(stack.blocks) - 1
+        self.depth = len(stack.blocks)
+        self.arguments, self.hidden, self.text = facts.arguments, facts.hidden, facts.text
+        self.returned, self.slices = facts.returned, facts.slices
+        self.heads, self.scale, self.text_first = facts.heads, facts.scale, facts.text_first
+        self.before = facts.before
+
+    def attach(self, facts: BlockFacts) -> None:
+        """Put the hooks on the block."""
+        facts.module.register_forward_pre_hook(self.enter, prepend=True)
+        facts.module.register_forward_hook(self.leave, always_call=True)
+        if self.first and self.depth > 1 and self.patch.method.needs & {"queries", "keys"}:
+            for module, catch in ((facts.queries, self.catch_queries), (facts.keys, self.catch_keys)):
+                if module is not None:
+                    module.register_forward_hook(catch)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Hook: the block starts."""
+        _HERE.clear()
+        _HERE.site = self
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook: it has ended, by a result or an exception."""
+        _HERE.clear()
+
+    def catch_queries(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Hook: keep the queries until the block ends."""
+        _HERE.queries = output
+
+    def catch_keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Hook: keep the keys until the block ends."""
+        _HERE.keys = output
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        """The block on the chosen tokens, its output with all of them."""
+        bound = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        x: Tensor = bound[self.hidden]
+        if in_backward():
+            chosen: Chosen | None = recall(x)
+            return forward(*args, **kwargs) if chosen is None else self._on_chosen(forward, bound, chosen)
+        one = running()
+        keep = one.keep.get(self.stack) if one is not None and one.patch is self.patch else None
+        if one is not None and self.first:
+            self.patch.mark(self.stack, "enter", x)
+        if one is None or keep is None:
+            output = forward(*args, **kwargs)
+        else:
+            output = self._pruned(module, forward, args, kwargs, bound, one, keep)
+        if one is not None and self.last:
+            self.patch.mark(self.stack, "leave", x)
+        return output
+
+    def _pruned(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Arguments,
+        bound: Arguments,
+        one: Pass,
+        keep: int,
+    ) -> Any:
+        x: Tensor = bound[self.hidden]
+        if self.first and one.reuse and self.stack in one.run.sets:
+            one.sets[self.stack] = one.run.sets[self.stack]  # chosen by the same step's other call
+        if self.first and self.depth > 1 and self.stack not in one.sets:
+            output = forward(*args, **kwargs)
+            _check_caught(self.patch)
+            self._choose(one, keep, self._image(output), bound, _HERE.queries, _HERE.keys)
+            return output
+        if self.stack not in one.sets:
+            queries, keys = self._project(module, bound)
+            self._choose(one, keep, x, bound, queries, keys)
+        if self.first and self.depth > 1:
+            return forward(*args, **kwargs)
+        chosen = one.sets[self.stack]
+        if torch.is_grad_enabled() or x.requires_grad:
+            remember(x, chosen)
+        return self._on_chosen(forward, bound, chosen)
+
+    def _on_chosen(self, forward: Callable[..., Any], bound: Arguments, chosen: Chosen) -> Any:
+        x: Tensor = bound[self.hidden]
+        reduction, tokens = chosen.reduction, x.shape[1]
+        text = bound[self.text].shape[1] if self.text and bound.get(self.text) is not None else 0
+        index = reduction.follow(torch.arange(tokens, device=x.device).expand(x.shape[0], -1))
+        entered = reduction(x)
+        bound = {**bound, self.hidden: entered}
+        for name, take in self.slices:
+            if bound.get(name) is not None:
+                bound[name] = take(bound[name], index, tokens, text)
+        output = forward(**bound)
+        reduced = self._image(output)
+        if self.last and chosen.near is not None:
+            full = gather_tokens(reduced, chosen.near)
+        else:
+            full = reduction.bring_back(reduced, entered, x)
+        if self.returned is None:
+            return full
+        return tuple(full if i == self.returned else part for i, part in enumerate(output))
+
+    def _image(self, output: Any) -> Tensor:
+        image: Tensor = output if self.returned is None else output[self.returned]
+        return image
+
+    def _project(self, module: nn.Module, bound: Arguments) -> tuple[Tensor | None, Tensor | None]:
+        if not self.patch.method.needs & {"queries", "keys"}:
+            return None, None
+        if self.before is None:
+            raise UnsupportedModel(f"{self.name} is a stack of its own, and its queries are not known before it")
+        return self.before(module, bound)
+
+    def _choose(
+        self, one: Pass, keep: int, x: Tensor, bound: Arguments, queries: Tensor | None, keys: Tensor | None
+    ) -> None:
+        """Score the tokens of x [B, N, C] and choose `keep` of them, the same for all copies of an image."""
+        method, batch, tokens = self.patch.method, x.shape[0], x.shape[1]
+        start = bound[self.text].shape[1] if self.text_first and self.text and bound.get(self.text) is not None else 0
+        record = AttentionRecord(
+            hidden=x.detach(),
+            origin=torch.arange(tokens, device=x.device).expand(batch, -1),
+            num_prefix_tokens=0,
+            place=self.place,
+            depth=self.places,
+            grid=_grid(one.grid, tokens),
+            has_class_token=False,
+            scale=self.scale,
+            queries=_heads(queries, self.heads, tokens, start),
+            keys=_heads(keys, self.heads, tokens, start),
+        )
+        copies = batch if self.patch.shared else one.run.guidance if batch == one.run.shape[0] else 1
+        scores = method.score(record) if method.score is not None else None
+        if copies > 1:
+            record = _together(record, copies)
+            if scores is not None:
+                scores = scores.view(copies, batch // copies, -1).mean(0)
+        reduction = method.select(scores, record, keep)
+        assert not method.adaptive
+        reduction = reduction.tiled(copies)  # type: ignore[union-attr]
+        near = None
+        if self.patch.recover == "similar":
+            state = TokenState(tokens, tokens, grid=_grid(one.grid, tokens))
+            near = stand_ins(state, reduction, x.detach())  # type: ignore[arg-type]
+        one.sets[self.stack] = one.run.sets[self.stack] = Chosen(reduction, near)  # type: ignore[arg-type]
+
+
+def _check_caught(patch: DenoiserPatch) -> None:
+    for kind, caught in (("queries", _HERE.queries), ("keys", _HERE.keys)):
+        if kind in patch.method.needs and caught is None:
+            raise UnsupportedMethod(
+                f"{patch.method.name} needs {kind}, and the attention no longer puts them out on their own (fused"
+                " projections?); unfuse them, or take a method that needs none, such as 'random'"
+            )
+
+
+def _heads(x: Tensor | None, heads: int, tokens: int, start: int) -> Tensor | None:
+    """[B, H, N, D] of the image tokens, which begin at `start` of what a projection put out where it holds text too."""
+    if x is None:
+        return None
+    if x.ndim == 3:
+        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    elif x.shape[2] == heads:
+        x = x.transpose(1, 2)
+    start = 0 if x.shape[2] == tokens else start
+    return x[:, :, start : start + tokens].detach()
+
+
+def _together(record: AttentionRecord, copies: int) -> AttentionRecord:
+    """The record of each image once, its features those of all its copies side by side."""
+
+    def beside(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.cat(x.chunk(copies), -1)
+
+    hidden = beside(record.hidden)
+    assert hidden is not None
+    return AttentionRecord(
+        hidden=hidden,
+        origin=record.origin[: hidden.shape[0]],
+        num_prefix_tokens=0,
+        place=record.place,
+        depth=record.depth,
+        grid=record.grid,
+        has_class_token=False,
+        scale=record.scale / copies,
+        queries=beside(record.queries),
+        keys=beside(record.keys),
+    )
+
+
+def _grid(latents: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:
+    """(rows, columns) of the tokens, halved from the latents' as often as it takes; None where they fill no grid."""
+    if latents is None:
+        return None
+    rows, columns = latents
+    while rows * columns > tokens:
+        rows, columns = (rows + 1) // 2, (columns + 1) // 2
+    return (rows, columns) if rows * columns == tokens else None

@@ -1,0 +1,101 @@
+"""Family: the small protocol behind the public verbs, one implementation for each kind of model.
+
+A family prepares, attaches and describes patches of its own kind; finding and removing them is the same for all. A
+patch is carried by native hooks whose owner is the patch or has it as `.patch`, and by classes with
+`_tokenprune_original`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from tokenprune.budget import Budget
+from tokenprune.method import Method
+from tokenprune.recording import Recording
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `patch` was asked for, beside the method. steps: over the steps of a denoising run, as given. target: what
+    the caller patched, a module or a pipeline."""
+
+    budget: Budget
+    steps: Any = None
+    target: object = None
+
+
+class AppliedPatch(Protocol):
+    """One method on one model, for as long as it is on."""
+
+    adapter: str
+    recordings: list[Recording]
+
+    def summary(self) -> dict[str, Any]:
+        """The data of `Report.to_dict`."""
+
+
+class Family(Protocol):
+    """A kind of model, as the verbs see it."""
+
+    name: str
+
+    def find(self, target: object) -> nn.Module | None:
+        """The model of this family that is `target` or inside it, or None."""
+
+    def prepare(self, model: nn.Module, method: Method, request: Request) -> AppliedPatch:
+        """The patch, its budget solved as far as the sizes are known; nothing is attached yet.
+
+        Raises:
+            UnsupportedModel, UnsupportedMethod, BudgetError: it cannot be.
+        """
+
+    def attach(self, model: nn.Module, patch: Any) -> None:
+        """Put a prepared patch on the model."""
+
+
+def active_patches(module: nn.Module) -> dict[str, AppliedPatch]:
+    """Patches on `module` and inside it, by the name of the first module they hook."""
+    found: dict[str, AppliedPatch] = {}
+    for name, child in module.named_modules():
+        for hook in child._forward_pre_hooks.values():
+            patch = _patch_of(hook)
+            if patch is not None and all(patch is not known for known in found.values()):
+                found[name] = patch
+    return found
+
+
+def detach(module: nn.Module, patches: Mapping[str, AppliedPatch]) -> None:
+    """Remove every hook and class of `patches` from `module` and inside it."""
+    owned = {id(patch) for patch in patches.values()}
+    for child in module.modules():
+        _remove_hooks(child._forward_pre_hooks, owned, child._forward_pre_hooks_with_kwargs)
+        _remove_hooks(child._forward_hooks, owned, child._forward_hooks_with_kwargs, child._forward_hooks_always_called)
+        if getattr(type(child), "_tokenprune_original", None) is not None:
+            restore_class(child)
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give a module whose class was exchanged its own class back, in the way in which it was exchanged."""
+    cls: Any = type(module)
+    restore = getattr(cls, "_tokenprune_restore", None)
+    if restore is not None:
+        restore(module)
+    else:
+        module.__class__ = cls._tokenprune_original
+
+
+def _patch_of(hook: Any) -> Any:
+    owner = getattr(hook, "__self__", None)
+    patch = getattr(owner, "patch", owner)
+    return patch if hasattr(patch, "summary") and hasattr(patch, "recordings") else None
+
+
+def _remove_hooks(hooks: dict[int, Any], owned: set[int], *extra: dict[int, Any]) -> None:
+    for key, hook in list(hooks.items()):
+        if id(_patch_of(hook)) in owned:
+            for table in (hooks, *extra):
+                table.pop(key, None)
