@@ -34,7 +34,7 @@ BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 WARMUP_STEPS = 100
-COOLDOWN_SHARE = 0.3
+COOLDOWN_SHARE = 0.25
 LAST_LR_SHARE = 0.02
 EMA_DECAY = 0.995
 LABEL_DROPOUT = 0.1
@@ -64,7 +64,7 @@ class Recipe:
         return self.small_steps + self.whole_steps
 
 
-RECIPES = {DIT: Recipe(1100, 550, 2e-3), UNET: Recipe(700, 300, 2e-3)}
+RECIPES = {DIT: Recipe(4000, 900, 2e-3), UNET: Recipe(2500, 600, 2e-3)}
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
