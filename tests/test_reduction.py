@@ -1,6 +1,7 @@
 import torch
 
-from tokenprune.reduction import Reduction, gather_tokens
+from tokenprune.kernels.merge import gather
+from tokenprune.reduction import Reduction
 
 
 def test_dropping_keeps_the_named_rows() -> None:
@@ -67,4 +68,4 @@ def test_gathering_a_non_contiguous_slice() -> None:
     x = torch.randn(3, 7, 4)
     index = torch.tensor([[0, 5], [2, 1], [3, 3]])
     expected = torch.stack([row[1:][i] for row, i in zip(x, index, strict=True)])
-    assert torch.equal(gather_tokens(x[:, 1:], index), expected)
+    assert torch.equal(gather(x[:, 1:], index), expected)

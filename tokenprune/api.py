@@ -13,7 +13,7 @@ from torch import nn
 from tokenprune import registry
 from tokenprune.budget import parse_budget
 from tokenprune.defaults import default_methods
-from tokenprune.errors import UnsupportedMethod, UnsupportedModel
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import AppliedPatch, Family, Request, active_patches, detach
 from tokenprune.recording import Recording
 from tokenprune.registry import MethodInfo
@@ -33,6 +33,7 @@ def patch(
     flops: float | None = None,
     tokens: int | None = None,
     schedule: Mapping[int | str, float] | None = None,
+    prefix_only_last: bool = True,
     steps: Any = None,
     **options: Any,
 ) -> Target:
@@ -46,22 +47,35 @@ def patch(
     place. flops: share in (0, 1] of the unpatched multiply-adds of a forward, scoring counted, met within 1%.
     tokens: prunable tokens leaving the last place. schedule: {block: share of the entering tokens that leave}.
 
+    prefix_only_last: where nothing but prefix tokens is read behind the last block (a class-token head, no feature map
+    asked for), run its queries and MLP on them alone: the same output but for rounding, with fewer multiply-adds, which
+    count towards a flops budget. It is left off at a budget of 1.0, in a forward that is recorded, and while there is a
+    hook on the last block, on a part of it, or on the norm behind it, which would see the other tokens missing (add
+    such a hook before compiling). What the method itself would do in that block is then done in a recording only, as
+    nothing depends on it. Dense outputs (`forward_features`, `forward_intermediates`) still have every token, and so
+    cost more than the forward that a flops budget is about: switch this off where they are what is run.
+
     steps: of a denoising run, how strongly each part of it is reduced, see `tokenprune.denoisers.steps.parse_steps`;
     None is the method's own. Of a denoiser `keep` is the share computed in each stack of blocks, behind which all
     tokens are back; `flops` is meant over the whole run, and `schedule` names stacks.
 
-    options: of the method, see `methods()`. An earlier patch of the same model is replaced. At another input size the
+    options: of the method, see `methods()`; one of them is a budget of its own (`r` of tome, `rate` of the others), and
+    then the only one. An earlier patch of the same model is replaced. At another input size the
     budget is solved anew, at the first forward of that size.
 
     Raises:
         UnsupportedModel: nothing in `target` is recognised.
-        UnsupportedMethod: the method or an option is unknown, or the model lacks what it needs.
+        UnsupportedMethod: the method, an option or its value is unknown, or the model lacks what the method needs.
         BudgetError: the budget is malformed or cannot be met; the message names what can be.
     """
-    request = Request(parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule), steps, target)
     named = registry.make_method(method, options) if method is not None else None
     if named is None and options:
         raise UnsupportedMethod(f"options {sorted(options)} need a method to belong to; name one")
+    own = (named.schedule.option, options.get(named.schedule.option)) if named is not None else None
+    budget = parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule, own=own)
+    if schedule is not None and options.get("places") is not None:
+        raise BudgetError("schedule= names the places itself; leave out places=")
+    request = Request(budget, steps, target, prefix_only_last)
     found = [(model, family, active_patches(model)) for model, family in _find(target)]
     for model, _, earlier in found:
         detach(model, earlier)
@@ -74,7 +88,9 @@ def patch(
         for model, family, earlier in found:
             _reattach(model, family, earlier)
         raise
-    for (model, family, _), one in zip(found, prepared, strict=True):
+    for (model, family, earlier), one in zip(found, prepared, strict=True):
+        for replaced in earlier.values():
+            one.recordings += replaced.recordings
         family.attach(model, one)
     _forget_compiled()
     return target
@@ -109,9 +125,14 @@ def report(target: object) -> Report:
     """What was patched on `target`, where, and what it costs; `print` it or take `.to_dict()`.
 
     Raises:
-        UnsupportedModel: `target` is not patched.
+        UnsupportedModel: `target` is not patched, or holds several models that are.
     """
-    return Report(_active(target)[0])
+    found = _active(target)
+    if len(found) > 1 and isinstance(target, nn.Module):
+        raise UnsupportedModel(
+            f"{type(target).__name__} holds {len(found)} patched models; ask for the report of each by itself"
+        )
+    return Report(found[0])
 
 
 @contextmanager
@@ -119,7 +140,8 @@ def record(target: object) -> Iterator[Recording]:
     """Keep, for each forward in the with block, which original token went where.
 
     Compiled code of the whole process runs eagerly inside the block: a graph would have to be made anew for each
-    forward. A traced or exported program is a model of its own and is not seen.
+    forward. A patch that takes the place of this one in the block is recorded as well. A traced or exported program is
+    a model of its own and is not seen.
 
     Raises:
         UnsupportedModel: `target` is not patched.
@@ -132,8 +154,9 @@ def record(target: object) -> Iterator[Recording]:
         with torch.compiler.set_stance("force_eager"):
             yield recording
     finally:
-        for one in found:
-            one.recordings.remove(recording)
+        for one in (*found, *_patches(target)):
+            if recording in one.recordings:
+                one.recordings.remove(recording)
 
 
 def methods(target: object | None = None) -> list[MethodInfo]:
@@ -148,7 +171,7 @@ def methods(target: object | None = None) -> list[MethodInfo]:
     model, family = _find(target)[0]
     earlier = active_patches(model)
     detach(model, earlier)
-    request, usable = Request(parse_budget(keep=0.5), target=target), []
+    request, usable = Request(parse_budget(keep=0.5), target=target, prefix_only_last=False), []
     try:
         for name in registry.method_names():
             try:
@@ -176,8 +199,12 @@ def _modules(target: object) -> list[nn.Module]:
     return found
 
 
+def _patches(target: object) -> list[AppliedPatch]:
+    return [patch for module in _modules(target) for patch in active_patches(module).values()]
+
+
 def _active(target: object) -> list[AppliedPatch]:
-    found = [patch for module in _modules(target) for patch in active_patches(module).values()]
+    found = _patches(target)
     if not found:
         raise UnsupportedModel("nothing here is patched; call tokenprune.patch(model, flops=0.6) first")
     return found

@@ -50,17 +50,21 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Multiply-adds of one image's forward. tokens: prunable tokens at the size that was counted."""
+    """Multiply-adds of one image's forward. tokens: prunable tokens at the size that was counted. unpatched: the same
+    without a patch, where a patched forward costs less even if it keeps every token."""
 
     tokens: int
     stem: float
     blocks: tuple[BlockCost, ...]
     head: Curve
     head_sees_all: bool
+    unpatched: CostModel | None = None
 
     def total(self, tokens: int, leaving: Mapping[int, int] | None = None, *, adaptive: bool = False) -> float:
         """Multiply-adds with `tokens` entering the first block and leaving[block] leaving each place; unpatched
         without `leaving`. adaptive: a place that keeps every token has scored them all the same."""
+        if leaving is None and self.unpatched is not None:
+            return self.unpatched.total(tokens)
         cost = self.stem * tokens / self.tokens
         left = tokens
         for index, block in enumerate(self.blocks):

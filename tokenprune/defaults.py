@@ -7,4 +7,6 @@ from tokenprune.budget import Budget
 
 def default_methods(family: str, budget: Budget) -> tuple[str, ...]:
     """Methods for a family and budget, the best of the evals first; a model that cannot run one gets the next."""
+    if family.startswith("diffusers"):
+        return ("at_edm",)
     return ("tome", "zero_tprune", "top_k")

@@ -21,11 +21,12 @@ from tokenprune.recording import Recording
 @dataclass(frozen=True)
 class Request:
     """What `patch` was asked for, beside the method. steps: over the steps of a denoising run, as given. target: what
-    the caller patched, a module or a pipeline."""
+    the caller patched, a module or a pipeline. prefix_only_last: see `tokenprune.patch`, of image towers."""
 
     budget: Budget
     steps: Any = None
     target: object = None
+    prefix_only_last: bool = True
 
 
 class AppliedPatch(Protocol):

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tokenprune.kernels.merge import gather
+
 # A tap says what to catch and where: "queries", "keys", "values" the output of a module, "inputs" and "value_inputs"
 # the input of one.
 Taps = tuple[tuple[str, nn.Module], ...]
@@ -38,10 +40,12 @@ class BlockHost:
     block's argument that takes an additive bias of the attention logits, None where there is none (an attention that
     computes its own bias gets it through one of the swaps: `takes_bias` says whether either way exists).
     mask_argument: name of the caller's attention mask, under which nothing is reduced. bias_arguments: names of
-    arguments of shape [B or 1, H, N, N] to be re-indexed. rope_argument: the rotary table's. rotate: (x [B, H, N, D],
-    table) -> rotated. mid: the block's class with a reduction point between attention and MLP, or None and
-    why not; width, check_tokens: channels and prunable tokens that the block can be tried on by itself.
-    swaps: (module, class) to be exchanged while the patch is on.
+    arguments of shape [B or 1, H, N, N] or [H, N, N] to be re-indexed. rope_argument: the rotary table's. rotate:
+    (x [B, H, N, D], table) -> rotated. mid: the block's class with a reduction point between attention and MLP, or
+    None and why not; width, check_tokens: channels and prunable tokens that the block can be tried on by itself.
+    swaps: (module, class) to be exchanged while the patch is on. front_swaps: further ones where the block is the last
+    and only prefix tokens are read behind it: classes whose attentions take the queries of
+    `tokenprune.site.front_here` alone (none: it attends from all tokens, and only the MLP runs on fewer).
 
     For methods that keep a different number of tokens in each image:
     attentions: the modules that mix tokens. ragged_swaps: in the place of `swaps`, classes whose attentions go through
@@ -66,6 +70,7 @@ class BlockHost:
     width: int = 0
     check_tokens: int = 4
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
+    front_swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
     ragged_swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
     attentions: tuple[nn.Module, ...] = ()
     values: Callable[[nn.Module, Tensor], Tensor] | None = None
@@ -80,8 +85,10 @@ class Host:
     num_prefix_tokens: tokens in front that are never dropped. tokens: prunable tokens at the usual input. grid: (rows,
     columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, then what
     its forward is called with) -> grid of that input, or None where it has none. restored: (model, whether tokens are
-    merged) -> the blocks behind which a forward reads the patch tokens as the full grid (None: never any). swaps: as
-    in BlockHost. ragged_head: whether the model's tail goes through `tokenprune.ragged_blocks.head_by_length`.
+    merged) -> the blocks behind which a forward reads the patch tokens as the full grid (None: never any). prefix_tail:
+    model -> the modules that the last block's output passes, those of the block included, where nothing but its prefix
+    tokens is read in a forward; None where more is (None instead of a function: always). swaps: as in BlockHost.
+    ragged_head: whether the model's tail goes through `tokenprune.ragged_blocks.head_by_length`.
     """
 
     model: nn.Module
@@ -92,6 +99,7 @@ class Host:
     example: Callable[[], Any]
     grid_of: Callable[..., tuple[int, int] | None] | None = None
     restored: Callable[[nn.Module, bool], frozenset[int]] | None = None
+    prefix_tail: Callable[[nn.Module], Sequence[nn.Module] | None] | None = None
     has_class_token: bool = True
     ragged_head: bool = False
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
@@ -120,11 +128,8 @@ def gather_rope(table: Tensor, origin: Tensor) -> Tensor:
     table: [N, D], [H, N, D] or [B, 1 or H, N, D] over the full grid; origin: [B, n]. Returns [B, 1 or H, n, D].
     """
     if table.ndim == 2:
-        return table[origin].unsqueeze(1)
-    if table.ndim == 3:
-        return table[:, origin].transpose(0, 1)
-    index = origin[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1])
-    return table.expand(origin.shape[0], -1, -1, -1).gather(2, index)
+        return gather(table.unsqueeze(0), origin).unsqueeze(1)
+    return gather(table if table.ndim == 4 else table.unsqueeze(0), origin, dim=2)
 
 
 def gather_bias(bias: Tensor, origin: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -135,7 +140,6 @@ def gather_bias(bias: Tensor, origin: Tensor, num_prefix_tokens: int) -> Tensor:
     """
     prefix = torch.arange(num_prefix_tokens, device=origin.device).expand(origin.shape[0], -1)
     index = torch.cat([prefix, origin + num_prefix_tokens], 1)
-    bias = bias.expand(index.shape[0], -1, -1, -1)
     if bias.shape[-2] > 1:
-        bias = bias.gather(2, index[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[-1]))
-    return bias.gather(3, index[:, None, None, :].expand(-1, bias.shape[1], bias.shape[2], -1))
+        bias = gather(bias, index, dim=2)
+    return gather(bias, index, dim=3)

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
-from tokenprune.denoisers.steps import Steps
+from tokenprune.denoisers.steps import EVERY_STEP, Steps
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.ragged import RaggedReduction
 from tokenprune.reduction import Reduction
@@ -32,8 +32,9 @@ class Method:
     needs: what must be captured ("queries", "keys", "values"; "stacks": that all tokens are back behind a few blocks).
 
     For denoisers: stack_share: share of the tokens that is computed in a stack of blocks where there is no budget.
-    stack_depth: blocks that share one choice where a model does not divide them into stacks itself. steps: how strongly at each step of a run. recover: what a dropped token is behind a stack, a copy of the most
-    "similar" kept one or its own value before ("residual"); None: the first where convolutions follow, else the second.
+    stack_depth: blocks that share one choice where a model does not divide them into stacks itself. steps: how strongly
+    at each step of a run. recover: what a dropped token is behind a stack, a copy of the most "similar" kept one or its
+    own value before ("residual"); None: the first where convolutions follow, else the second.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Method:
     needs: frozenset[str] = frozenset()
     stack_share: float = 0.5
     stack_depth: int = 4
-    steps: Steps = Steps()
+    steps: Steps = EVERY_STEP
     recover: Literal["similar", "residual"] | None = None
 
     def reduce(self, record: AttentionRecord, keep: int) -> Reduction:

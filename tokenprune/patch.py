@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import re
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -11,14 +13,14 @@ from torch import nn
 
 from tokenprune.budget import Budget
 from tokenprune.costs import CostModel, Curve, Probe, cost_model, count_flops, probe_sizes
-from tokenprune.errors import BudgetError, UnsupportedMethod
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.ghost import ghost
 from tokenprune.host import Adapter, BlockHost, Host
 from tokenprune.method import Method
 from tokenprune.recording import Forward, Recording
 from tokenprune.schedule import Layout
-from tokenprune.self_check import check_blocks, check_packing
+from tokenprune.self_check import check_blocks, check_front, check_packing
 from tokenprune.site import Site
 from tokenprune.solver import Counts, follow_shares, solve
 from tokenprune.state import Entry, TokenState, constant_in_graphs, flow
@@ -28,8 +30,9 @@ from tokenprune.tower_report import summarise
 class Patch:
     """What a patch knows for as long as it is on: plain data and the sites, no module.
 
-    active: whether anything is reduced (not at a budget of 1.0). seen: of an adaptive method, (block, tokens that left
-    it of each image) of the last forward.
+    active: whether anything is reduced (not at a budget of 1.0). prefix_only_last: whether the last block's output is
+    computed for the prefix tokens alone in forwards where no other is read. seen: of an adaptive method, (block, tokens
+    that left it of each image) of the last forward.
     """
 
     def __init__(self, host: Host, adapter: str, method: Method, budget: Budget) -> None:
@@ -47,6 +50,8 @@ class Patch:
         self.shares = _shares(budget, host)
         self.restored = host.restored
         self.grid_of = host.grid_of
+        self.prefix_tail = host.prefix_tail
+        self.prefix_only_last = False
         self.names = tuple(block.name for block in host.blocks)
         self.skipped: dict[str, str] = {}
         self.notes = list(host.notes)
@@ -110,8 +115,19 @@ class Patch:
         if self.grid_of is not None and not torch.compiler.is_compiling():  # there it would be a graph for each size
             grid = self.grid_of(model, *args, **kwargs)
         flow().entry = entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
+        entry.front = self._front(model)
         if self.method.adaptive:
             entry.last = max(index for index, name in enumerate(self.names) if _has(model, name))
+
+    def _front(self, model: nn.Module) -> int | None:
+        """The number of prefix tokens, where the last block may put out them alone: nothing else is read behind it, no
+        recording asks where the others went, and nobody's hook would see them missing."""
+        if not self.prefix_only_last or self.prefix_tail is None or self.recordings:
+            return None
+        tail = self.prefix_tail(model)
+        if tail is None or any(_watched(module) for module in tail):
+            return None
+        return self.num_prefix_tokens
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: it has ended, by a result or an exception."""
@@ -156,20 +172,30 @@ class Towers:
             raise UnsupportedMethod(
                 f"steps= is for denoising runs, and {type(model).__name__} has none; use schedule={{block: share}}"
             )
-        return prepare(self.adapter.host(model), self.adapter, method, request.budget)
+        return prepare(
+            self.adapter.host(model), self.adapter, method, request.budget, prefix_only_last=request.prefix_only_last
+        )
 
     def attach(self, model: nn.Module, patch: Patch) -> None:
         """Put a patch on the tower."""
         attach(self.adapter.host(model), patch)
 
 
-def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget) -> Patch:
+def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, prefix_only_last: bool) -> Patch:
     """The patch of `host`, its budget solved at the model's usual input; nothing is attached yet.
 
+    prefix_only_last: see `tokenprune.patch`.
+
     Raises:
+        UnsupportedModel: a block stands at several places.
         UnsupportedMethod: the method needs what the model does not have.
         BudgetError: the budget cannot be met.
     """
+    if len({id(block.module) for block in host.blocks}) < len(host.blocks):
+        raise UnsupportedModel(
+            f"blocks of {type(host.model).__name__} are one and the same module, run several times in a forward; give"
+            " each place a module of its own (copy.deepcopy)"
+        )
     patch = Patch(host, adapter.name, method, budget)
     if method.proportional and not all(block.takes_bias for block in host.blocks):
         raise UnsupportedMethod(
@@ -186,6 +212,8 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget) -> Pat
             )
     check_blocks(host)
     patch.costs = _count_costs(host, adapter, patch)
+    if prefix_only_last and _reads_prefix_only(host, patch):
+        _compute_prefix_only(host, adapter, patch)
     if patch.active:
         counts = patch.counts(host.tokens)
         if budget.kind == "flops":
@@ -211,6 +239,38 @@ def _check_adaptive(host: Host, method: Method, budget: Budget) -> None:
     check_packing(host)
 
 
+def _reads_prefix_only(host: Host, patch: Patch) -> bool:
+    keeps_all = not patch.active or (patch.shares is not None and min(patch.shares.values()) == 1.0)
+    if keeps_all or not host.num_prefix_tokens or host.prefix_tail is None:
+        return False
+    return host.prefix_tail(host.model) is not None
+
+
+def _compute_prefix_only(host: Host, adapter: Adapter, patch: Patch) -> None:
+    """Switch `prefix_only_last` on where it can be, and say in the notes what becomes of it."""
+    last = host.blocks[-1]
+    if patch.method.adaptive or last.mid is None:
+        why = "its packed images stay whole" if patch.method.adaptive else last.mid_refused
+        patch.notes.append(f"{last.name}: runs on all its tokens, though only prefix tokens are read behind it: {why}")
+        return
+    check_front(host)
+    whole, budget = patch.costs, patch.budget
+    assert whole is not None
+    patch.prefix_only_last = True
+    costs = replace(_count_costs(host, adapter, patch), unpatched=whole)
+    # A budget so near to 1 that this alone would undercut it is met by tokens, as the method means it.
+    if budget.kind == "flops" and costs.total(host.tokens, {}) < (budget.value + 0.02) * whole.total(host.tokens):
+        patch.prefix_only_last = False
+        patch.notes.append(f"{last.name}: runs on all its tokens: on prefix tokens alone it would undercut {budget}")
+        return
+    patch.costs = costs
+    parts = "queries and MLP" if last.front_swaps else "MLP"
+    patch.notes.append(
+        f"{last.name}: {parts} run on the {host.num_prefix_tokens} prefix tokens alone where no others are read behind"
+        " it (prefix_only_last=False switches that off)"
+    )
+
+
 def attach(host: Host, patch: Patch) -> list[Site]:
     """Put the patch on the host's model."""
     reducing = set(patch.places) if patch.active else set()
@@ -221,10 +281,12 @@ def attach(host: Host, patch: Patch) -> list[Site]:
         if block.mid_refused and patch.method.position == "mid" and index in reducing:
             patch.skipped[block.name] = f"reduced behind the block: {block.mid_refused}"
         site.attach(block)
-        if mid and block.mid is not None:
+        front = patch.prefix_only_last and block is host.blocks[-1]
+        if (mid or front) and block.mid is not None:
             block.module.__class__ = block.mid
         ragged = patch.active and patch.method.adaptive
-        for module, swapped in block.ragged_swaps if ragged else block.swaps:
+        swaps = (*block.swaps, *block.front_swaps) if front else block.swaps
+        for module, swapped in block.ragged_swaps if ragged else swaps:
             module.__class__ = swapped
         sites.append(site)
     for module, swapped in host.swaps:
@@ -232,6 +294,12 @@ def attach(host: Host, patch: Patch) -> list[Site]:
     host.model.register_forward_pre_hook(patch.begin, with_kwargs=True, prepend=True)
     host.model.register_forward_hook(patch.end, always_call=True)
     return sites
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether a hook on `module` is not a patch's."""
+    tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(not isinstance(getattr(hook, "__self__", None), Site) for hooks in tables for hook in hooks.values())
 
 
 def _has(model: nn.Module, name: str) -> bool:
@@ -253,12 +321,14 @@ def _shares(budget: Budget, host: Host) -> dict[int, float] | None:
     names = {block.name: index for index, block in enumerate(host.blocks)}
     shares: dict[int, float] = {}
     for place, share in budget.shares:
-        index = int(place) if place.lstrip("-").isdigit() else names.get(place)
+        index = names.get(place, int(place) if re.fullmatch(r"-?[0-9]+", place) else None)
         if index is None or not -len(names) <= index < len(names):
             raise BudgetError(
                 f"schedule names the place {place!r}; the model has blocks 0 to {len(names) - 1}"
                 f" ({host.blocks[0].name} ...)"
             )
+        if index % len(names) in shares:
+            raise BudgetError(f"schedule names block {index % len(names)} twice; give each block one share")
         shares[index % len(names)] = share
     return shares
 
@@ -269,9 +339,11 @@ def _ghosted(host: Host, adapter: Adapter, patch: Patch, probe: Probe | None) ->
     for block, checked in zip(copy.blocks, host.blocks, strict=True):
         if checked.mid is None:
             block.mid = None
+        if not checked.front_swaps:
+            block.front_swaps = ()
     shadow = Patch(copy, patch.adapter, patch.method, patch.budget)
     shadow.costs, shadow.solved, shadow.probe = patch.costs, dict(patch.solved), probe
-    shadow.active = patch.active
+    shadow.active, shadow.prefix_only_last = patch.active, patch.prefix_only_last
     attach(copy, shadow)
     return copy, shadow
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenprune.kernels.matching import cosine_match
-from tokenprune.reduction import Reduction, gather_tokens
+from tokenprune.kernels.merge import gather
+from tokenprune.reduction import Reduction
 from tokenprune.state import TokenState
 
 PLACE_WEIGHT = 0.5
@@ -20,7 +21,7 @@ def follow_source(state: TokenState, source: Tensor) -> Tensor:
     """Compose the stand-ins before a place with the place's own `source` [B, n]: [B, entering], -1 for none."""
     if state.source is None:
         return source
-    return torch.where(state.source < 0, -1, source.gather(1, state.source.clamp(min=0)))
+    return torch.where(state.source < 0, -1, gather(source, state.source.clamp(min=0)))
 
 
 def stand_ins(state: TokenState, reduction: Reduction, x: Tensor) -> Tensor:
@@ -38,9 +39,9 @@ def stand_ins(state: TokenState, reduction: Reduction, x: Tensor) -> Tensor:
         gone = count - reduction.kept.shape[1]
         lost = (near < 0).to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :gone]
         metric = placed(x, state)
-        match = cosine_match(gather_tokens(metric, lost), gather_tokens(metric, reduction.kept))[1]
-        near = near.scatter(1, lost, match)
-    return near if state.stand_in is None else near.gather(1, state.stand_in)
+        match = cosine_match(gather(metric, lost), gather(metric, reduction.kept))[1]
+        near = Reduction(reduction.kept, lost, match).source(count)
+    return near if state.stand_in is None else gather(near, state.stand_in)
 
 
 def placed(x: Tensor, state: TokenState) -> Tensor:
@@ -59,5 +60,5 @@ def restore_tokens(x: Tensor, state: TokenState, num_prefix_tokens: int) -> Tens
     """The full sequence [B, P + entering, C] behind the reduced one x [B, P + n, C]."""
     if state.stand_in is None:
         return x
-    body = gather_tokens(x[:, num_prefix_tokens:], state.stand_in)
+    body = gather(x[:, num_prefix_tokens:], state.stand_in)
     return torch.cat([x[:, :num_prefix_tokens], body], 1)

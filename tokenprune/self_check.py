@@ -5,12 +5,13 @@ from __future__ import annotations
 from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModel
 from tokenprune.ghost import ghost
 from tokenprune.host import BlockHost, Host
 from tokenprune.ragged_attention import AnswerAttention
+from tokenprune.state import flow
 
 
 def check_blocks(host: Host) -> None:
@@ -40,11 +41,49 @@ def _equal(host: Host, block: BlockHost, mid: type[nn.Module]) -> bool:
         return True
     plain, swapped = ghost(block.module), ghost(block.module)
     swapped.__class__ = mid
-    generator = torch.Generator(device=weight.device).manual_seed(0)
-    shape = 1, host.num_prefix_tokens + block.check_tokens, block.width
-    x = torch.randn(shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
+    x = _noise(weight, host.num_prefix_tokens + block.check_tokens, block.width)
     with torch.no_grad():
         return bool(torch.equal(plain(x), swapped(x)))
+
+
+def _noise(weight: nn.Parameter, tokens: int, width: int) -> Tensor:
+    generator = torch.Generator(device=weight.device).manual_seed(0)
+    x = torch.randn(1, tokens, width, generator=generator, device=weight.device, dtype=torch.float32)
+    return x.to(weight.dtype)
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    tolerance = 100 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    return torch.allclose(got, expected, rtol=0, atol=tolerance)
+
+
+def check_front(host: Host) -> None:
+    """Compare the prefix tokens that the last block puts out where it computes no others with those that it puts out
+    among all, on a small random input, and withdraw its `front_swaps` where they differ by more than rounding.
+
+    On the meta device there are no values to compare, and the structure decides.
+    """
+    block, prefix = host.blocks[-1], host.num_prefix_tokens
+    weight = _weight(host, block)
+    if any("forward" in vars(module) for module, _ in block.front_swaps):
+        block.front_swaps = ()
+    if not block.front_swaps or block.mid is None or weight.device.type == "meta":
+        return
+    copies: dict[int, nn.Module] = {}
+    plain, swapped = ghost(block.module), ghost(block.module, memo=copies)
+    swapped.__class__ = block.mid
+    for module, cls in block.front_swaps:
+        copies[id(module)].__class__ = cls
+    x = _noise(weight, prefix + block.check_tokens, block.width)
+    with torch.no_grad():
+        expected = plain(x)[:, :prefix]
+        flow().front = prefix
+        try:
+            got = swapped(x)
+        finally:
+            flow().front = None
+    if got.shape != expected.shape or not _close(got, expected):
+        block.front_swaps = ()
 
 
 def check_packing(host: Host) -> None:
@@ -70,10 +109,8 @@ def _packs(host: Host, block: BlockHost, attention: nn.Module) -> bool:
     if weight.device.type == "meta":
         return False
     alone = ghost(attention)
-    generator = torch.Generator(device=weight.device).manual_seed(0)
     lengths = (host.num_prefix_tokens + 4, host.num_prefix_tokens + 7)
-    shape = 1, sum(lengths), block.width
-    x = torch.randn(shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
+    x = _noise(weight, sum(lengths), block.width)
     starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=weight.device)
     try:
         with torch.no_grad(), AnswerAttention(lengths, starts) as answer:
@@ -82,5 +119,4 @@ def _packs(host: Host, block: BlockHost, attention: nn.Module) -> bool:
             expected = torch.cat([alone(part) for part in torch.split(x, list(lengths), 1)], 1)
     except Exception:  # whatever it is that an attention cannot do with a packed sequence
         return False
-    tolerance = 100 * torch.finfo(weight.dtype).eps * float(expected.abs().max())
-    return answer.calls > 0 and torch.allclose(packed, expected, rtol=0, atol=tolerance)
+    return answer.calls > 0 and _close(packed, expected)

@@ -84,6 +84,7 @@ class Site:
             )
         state = self._incoming(x)
         now.state = state
+        now.front = state.front if self.index == self.patch.depth - 1 else None
         self.patch.mark(self, "enter")
         if state.reduced is not None:
             if x.requires_grad and not state.reduced.requires_grad:
@@ -124,7 +125,8 @@ class Site:
             last = entry.last if entry is not None and entry.last is not None else self.patch.depth - 1
             if entry is None and self.patch.method.adaptive:  # a loop of the user's own over the blocks
                 dense = frozenset({last})
-            state = TokenState(tokens, tokens, grid=grid, forward=forward, dense=dense, last=last)
+            front = entry.front if entry is not None else None
+            state = TokenState(tokens, tokens, grid=grid, forward=forward, dense=dense, last=last, front=front)
             if torch.is_grad_enabled() or x.requires_grad:
                 remember(x, state)  # found again when checkpointing re-runs the first block
         return state
@@ -138,6 +140,8 @@ class Site:
             now.rope = kwargs[self.rope_argument]
         for name in self.bias_arguments:
             if kwargs.get(name) is not None:
+                if kwargs[name].ndim == 3:  # one for all images, without a batch dimension
+                    kwargs[name] = kwargs[name].unsqueeze(0)
                 if state.origin is not None:
                     kwargs[name] = gather_bias(kwargs[name], state.origin, self.patch.num_prefix_tokens)
                 now.bias = kwargs[name]
@@ -191,7 +195,7 @@ class Site:
     def reduce(self, x: Tensor) -> Tensor:
         """Score, select and reduce the tokens of x [B, P + n, C], and note what went where."""
         state = flow().state
-        if not self.reduces or state is None:
+        if not self.reduces or state is None or flow().front is not None:  # nobody would see which tokens leave
             return x
         keep = self.patch.leaving(self.index, state)
         if keep is None:
@@ -323,7 +327,14 @@ def _with_hidden(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 def reduce_here(x: Tensor) -> Tensor:
     """The reduction point inside a block: reduces x [B, N, C] at the site whose block runs now in this thread."""
     site = flow().site
-    return x if site is None else site.reduce(x)
+    return site.reduce(x) if site is not None and site.mid else x
+
+
+def front_here(x: Tensor) -> Tensor:
+    """The tokens of x [B, N, C] that the block that runs now in this thread has to put out: x itself, or those in front
+    where no other is read behind it."""
+    front = flow().front
+    return x if front is None else x[:, :front]
 
 
 def own_bias_here(bias: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class TokenState:
     restores each original patch (for dense outputs). reduced: the reduced tensor behind a restored one. grid: (rows,
     columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward.
     dense: blocks whose output is restored in this forward. last: the block behind which the model's own tail follows.
+    front: of how many tokens in front alone the last block's output is computed, None for all.
     pack: where the images keep different numbers of tokens, which then holds origin and sizes; tokens is the largest
     number, and source and stand_in hold rows of the pack. counts: (block, tokens that left it of each image).
     """
@@ -49,6 +50,7 @@ class TokenState:
     forward: Forward | None = None
     dense: frozenset[int] = frozenset()
     last: int | None = None
+    front: int | None = None
     pack: Pack | None = None
     counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
@@ -63,12 +65,14 @@ class TokenState:
 class Entry:
     """How the model was entered. dense: blocks whose output is restored. whole: by its forward, and not yet passed on
     to its features. grid: (rows, columns) of the input, None where it has none. last: the last block that the model
-    has. pack: how the tokens lay behind it, where the images had different numbers of them."""
+    has. front: as in TokenState. pack: how the tokens lay behind the last block, where the images had different numbers
+    of them."""
 
     dense: frozenset[int]
     whole: bool
     grid: tuple[int, int] | None
     last: int | None = None
+    front: int | None = None
     pack: Pack | None = None
 
 
@@ -77,8 +81,9 @@ class Flow:
     """What the block that runs now in this thread has captured, emptied when the block ends; and how the forward was
     entered and what the last block left, emptied when the entry point returns.
 
-    Of a ragged batch also: the block's arguments, what each group of images captured where they ran one by one, and
-    whether an attention has kept them apart.
+    front: of how many tokens in front alone this block's output is computed, None for all. Of a ragged batch also: the
+    block's arguments, what each group of images captured where they ran one by one, and whether an attention has kept
+    them apart.
     """
 
     site: Site | None = None
@@ -89,6 +94,7 @@ class Flow:
     values: Caught | None = None
     bias: Tensor | None = None
     rope: Tensor | None = None
+    front: int | None = None
     kwargs: dict[str, Any] | None = None
     groups: list[Any] | None = None
     attended: bool = True
@@ -98,7 +104,7 @@ class Flow:
     def clear(self) -> None:
         """Let go of what a block has captured."""
         self.site = self.state = self.kwargs = self.groups = None
-        self.queries = self.keys = self.inputs = self.values = self.bias = self.rope = None
+        self.queries = self.keys = self.inputs = self.values = self.bias = self.rope = self.front = None
         self.attended = True
 
     def end(self) -> None:

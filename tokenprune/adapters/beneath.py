@@ -31,7 +31,7 @@ class TokenBlock(Mixin):
 
     @staticmethod
     def _tokenprune_restore(module: nn.Module) -> None:
-        _exchange(module, type(module)._tokenprune_original)  # type: ignore[arg-type]
+        _exchange(module, original_class(module))
 
 
 def token_block(original: type[nn.Module]) -> type[nn.Module]:
@@ -86,5 +86,3 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, whether or not it has been exchanged."""
     cls: type[nn.Module] = getattr(type(module), "_tokenprune_original", type(module))
     return cls
-
-

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tokenprune.adapters.beneath import original_class, token_block
 from tokenprune.denoisers.host import Arguments, BlockFacts, Slice
 from tokenprune.errors import UnsupportedModel
-from tokenprune.reduction import gather_tokens
+from tokenprune.kernels.merge import gather
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def batched_rows(table: Any, index: Tensor, tokens: int, text: int) -> Any:
         return tuple(batched_rows(part, index, tokens, text) for part in table)
     if table.shape[1] != tokens:
         return table
-    return gather_tokens(table, index) if table.shape[0] > 1 else table.index_select(1, index[0])
+    return gather(table, index) if table.shape[0] > 1 else table.index_select(1, index[0])
 
 
 def embedding_rows(embedding: Tensor, index: Tensor, tokens: int, text: int) -> Tensor:
@@ -195,7 +195,9 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
             f"{name}: the forward of {cls.__name__} takes {parameters}, and {row.parameters} is what is known of it"
         )
     if getattr(block, "pos_embed", None) is not None:
-        raise UnsupportedModel(f"{name} adds positions by a token's place in the sequence, so that none can be left out")
+        raise UnsupportedModel(
+            f"{name} adds positions by a token's place in the sequence, so that none can be left out"
+        )
     attention: Any = getattr(block, row.attention)
     queries, keys = _output_of(attention, "q"), _output_of(attention, "k")
     heads = attention.heads

@@ -69,5 +69,3 @@ class DiffusersUNet:
 
     def attach(self, model: nn.Module, patch: DenoiserPatch) -> None:
         attach(describe(model), patch)
-
-

@@ -1,4 +1,4 @@
-"""timm's blocks with a reduction point between attention and MLP.
+"""timm's blocks with a reduction point between attention and MLP, which leave off the tokens that nobody reads.
 
 Each class runs its host's own submodules in the host's order; whether that still gives the host's output is checked
 when a model is patched (`tokenprune.adapters.timm_vit`).
@@ -10,7 +10,7 @@ from timm.models import beit, cait, eva, vision_transformer, vision_transformer_
 from torch import Tensor, nn
 
 from tokenprune.adapters.swapping import Mixin, named_as
-from tokenprune.site import own_bias_here, reduce_here
+from tokenprune.site import front_here, own_bias_here, reduce_here
 
 
 @named_as(vision_transformer.Block)
@@ -18,7 +18,8 @@ class MidBlock(vision_transformer.Block):
     """Pre-norm block: attention, reduction, MLP."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        x = front_here(x) + self.drop_path1(self.ls1(front_here(attended)))
         x = reduce_here(x)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -28,7 +29,8 @@ class MidResPostBlock(vision_transformer.ResPostBlock):
     """Block normalised behind each layer."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        x = x + self.drop_path1(self.norm1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal)))
+        attended = self.attn(x, attn_mask=attn_mask, is_causal=is_causal)
+        x = front_here(x) + self.drop_path1(self.norm1(front_here(attended)))
         x = reduce_here(x)
         return x + self.drop_path2(self.norm2(self.mlp(x)))
 
@@ -40,8 +42,8 @@ class MidEvaBlock(eva.EvaBlock):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        attended = self.attn(self.norm1(x), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
+        attended = front_here(self.attn(self.norm1(x), rope=rope, attn_mask=attn_mask, is_causal=is_causal))
+        x = front_here(x) + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
         x = reduce_here(x)
         mapped = self.mlp(self.norm2(x))
         return x + self.drop_path2(mapped if self.gamma_2 is None else self.gamma_2 * mapped)
@@ -54,7 +56,8 @@ class MidEvaBlockPostNorm(eva.EvaBlockPostNorm):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        x = x + self.drop_path1(self.norm1(self.attn(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)))
+        attended = self.attn(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        x = front_here(x) + self.drop_path1(self.norm1(front_here(attended)))
         x = reduce_here(x)
         return x + self.drop_path2(self.norm2(self.mlp(x)))
 
@@ -64,8 +67,8 @@ class MidBeitBlock(beit.Block):
     """BEiT's block."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        attended = self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias)
-        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
+        attended = front_here(self.attn(self.norm1(x), shared_rel_pos_bias=shared_rel_pos_bias))
+        x = front_here(x) + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
         x = reduce_here(x)
         mapped = self.mlp(self.norm2(x))
         return x + self.drop_path2(mapped if self.gamma_2 is None else self.gamma_2 * mapped)
@@ -86,7 +89,8 @@ class MidRelPosBlock(vision_transformer_relpos.RelPosBlock):
     """Pre-norm block with relative position bias."""
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), shared_rel_pos=shared_rel_pos)))
+        attended = self.attn(self.norm1(x), shared_rel_pos=shared_rel_pos)
+        x = front_here(x) + self.drop_path1(self.ls1(front_here(attended)))
         x = reduce_here(x)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -96,7 +100,8 @@ class MidResPostRelPosBlock(vision_transformer_relpos.ResPostRelPosBlock):
     """Block with relative position bias, normalised behind each layer."""
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path1(self.norm1(self.attn(x, shared_rel_pos=shared_rel_pos)))
+        attended = self.attn(x, shared_rel_pos=shared_rel_pos)
+        x = front_here(x) + self.drop_path1(self.norm1(front_here(attended)))
         x = reduce_here(x)
         return x + self.drop_path2(self.norm2(self.mlp(x)))
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from timm.layers import Attention, AttentionRope
 from timm.layers.diff_attention import DiffAttention
-from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models import beit, cait, eva, naflexvit, vision_transformer, vision_transformer_relpos
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from tokenprune.adapters.swapping import Mixin, mixed
 from tokenprune.adapters.timm_blocks import MID_BLOCKS, ReindexedBeitAttention, ReindexedBias
+from tokenprune.adapters.timm_prefix import front_swaps, is_users_own, prefix_tail, reads_prefix, rotate
 from tokenprune.adapters.timm_ragged import ragged_facts
 from tokenprune.errors import UnsupportedModel
 from tokenprune.host import BlockHost, Caught, Host, tokens_first
@@ -58,7 +58,7 @@ class DenseOutputs(Mixin):
         head = super().forward_head  # type: ignore[misc]
         entry = flow().entry
         pack = entry.pack if entry is not None else None
-        if pack is None or _reads_prefix(self):
+        if pack is None or reads_prefix(self):
             return head(*args, **kwargs)
         return head_by_length(lambda images: head(images, *args[1:], **kwargs), args[0], pack)
 
@@ -104,6 +104,7 @@ class TimmVisionTransformer:
             ragged_head=True,
             has_class_token=in_blocks > 0 and _has_class_token(model),
             restored=_restored,
+            prefix_tail=prefix_tail,
             swaps=((model, mixed(DenseOutputs, type(model))),),
         )
 
@@ -120,16 +121,13 @@ def _restored(model: Any, merges: bool) -> frozenset[int]:
 
 def _needs_grid(model: Any, merges: bool) -> bool:
     """Whether what follows the blocks in a forward reads patch tokens as the full grid."""
+    if is_users_own(model):
+        return True
     if getattr(model, "attn_pool", None) is not None:
         return merges or getattr(model.attn_pool, "pos_embed", None) is not None
     if model.global_pool == "token" and not isinstance(model, cait.Cait):
         return False
     return merges or not model.global_pool
-
-
-def _reads_prefix(model: Any) -> bool:
-    """Whether pooling takes prefix tokens alone."""
-    return model.global_pool == "token" and getattr(model, "attn_pool", None) is None
 
 
 def _image_size(model: Any) -> tuple[int, int]:
@@ -203,6 +201,7 @@ def _block(name: str, block: nn.Module, width: int, prefix: int, tokens: int) ->
     if facts.mid is None and not facts.mid_refused:
         facts.mid_refused = f"{type(block).__name__} is not a block whose parts are known"
     ragged_facts(facts)
+    facts.front_swaps = front_swaps(block, prefix)
     return facts
 
 
@@ -220,11 +219,7 @@ def _masked_attention(facts: BlockHost, attention: Any, prefix: int) -> None:
     facts.scale = float(attention.scale)
     facts.mask_argument = facts.key_bias = "attn_mask"
     facts.takes_bias = True
-    facts.rotate = partial(_rotate, prefix=prefix, half=bool(getattr(attention, "rotate_half", False)))
-
-
-def _rotate(x: Tensor, table: Tensor, prefix: int, half: bool) -> Tensor:
-    return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], table, half=half)], 2)
+    facts.rotate = partial(rotate, prefix=prefix, half=bool(getattr(attention, "rotate_half", False)))
 
 
 def _beit_attention(facts: BlockHost, attention: Any) -> None:

@@ -22,8 +22,8 @@ class BlockFacts:
     returned: where the image tokens are in the block's output, None where they are the output. slices: (argument,
     how its value is taken at the computed tokens) of all else that is indexed by token. queries, keys: modules that
     put out [B, N, H D], [B, N, H, D] or [B, H, N, D]; heads, scale: of the attention. text_first: whether the text
-    stands before the image where they put out both. before: (block, its arguments) -> the same outputs, before the block has run, None
-    where it cannot be said. swapped: the block's class with the site in front.
+    stands before the image where both come out. before: (block, its arguments) -> the same outputs, before the block
+    has run, None where it cannot be said. swapped: the block's class with the site in front.
     """
 
     name: str
@@ -62,7 +62,8 @@ class DenoiserHost:
     arguments: names of its forward's parameters in order. latents, timestep: of them, those. last_timestep: the
     timestep of pure noise (1000, or 1 where noise levels are given). shared: whether all images of a batch must
     compute the same tokens (a rotary table has no batch). convolves: whether what follows a stack mixes neighbouring
-    tokens. divisible: whether a stack is a mere row of blocks that a method may divide. example: () -> keyword arguments of the usual forward on the meta device, None where they are not known.
+    tokens. divisible: whether a stack is a mere row of blocks that a method may divide. example: () -> keyword
+    arguments of the usual forward on the meta device, None where they are not known.
     """
 
     model: nn.Module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 from uuid import uuid4
@@ -130,7 +131,7 @@ class DenoiserPatch:
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 probe.counter = counter
                 copy(**inputs)
-            return counter.get_total_flops() // 2
+            return int(counter.get_total_flops()) // 2
 
         return count_costs(run, batch, self.fewest)
 
@@ -167,7 +168,9 @@ class DenoiserPatch:
             return data
         plan, positions = self.latest
         after = plan.mean(positions)
-        data.update(flops_before=round(plan.costs.total), flops_after=round(after), flops_ratio=after / plan.costs.total)
+        data.update(
+            flops_before=round(plan.costs.total), flops_after=round(after), flops_ratio=after / plan.costs.total
+        )
         data.update(places=_places(plan, positions), skipped=plan.skipped(positions))
         return data
 
@@ -190,7 +193,9 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
     """
     host = describe(model)
     if method.adaptive:
-        raise UnsupportedMethod(f"{method.name} keeps a different number of tokens in each image, which no denoiser runs")
+        raise UnsupportedMethod(
+            f"{method.name} keeps a different number of tokens in each image, which no denoiser runs"
+        )
     if method.proportional:
         raise UnsupportedMethod(
             f"{method.name} adds log(size) to the attention logits, and these attentions take no bias;"
@@ -203,7 +208,9 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
         raise BudgetError(f"{request.budget}: behind each stack all tokens are there again; use keep= or flops=")
     patch = DenoiserPatch(describe, host, adapter, method, request)
     if patch.active and len(patch.barred) == len(divided(host, method)):
-        raise UnsupportedMethod(f"{method.name} can be applied nowhere: " + "; ".join(map(" ".join, patch.barred.items())))
+        raise UnsupportedMethod(
+            f"{method.name} can be applied nowhere: " + "; ".join(map(" ".join, patch.barred.items()))
+        )
     if patch.active and host.example is not None:
         whole = patch._scheduled()
         first = whole[0] if whole else patch.last_timestep
@@ -265,7 +272,7 @@ def _places(plan: Plan, positions: tuple[float, ...]) -> list[dict[str, Any]]:
     borders, rows = plan.steps.borders(), []
     for stack, cost in plan.costs.stacks.items():
         told: list[tuple[float, float, float]] = []
-        for first, end in zip(borders, borders[1:], strict=False):
+        for first, end in pairwise(borders):
             kept = [plan.keep(p).get(stack, cost.tokens) for p in positions if first <= p < end]
             if not kept:
                 continue

@@ -19,7 +19,8 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
 from tokenprune.denoisers.run import Chosen, Pass, running
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
-from tokenprune.reduction import gather_tokens
+from tokenprune.kernels.merge import gather
+from tokenprune.reduction import Reduction
 from tokenprune.restore import stand_ins
 from tokenprune.state import TokenState, in_backward, recall, remember
 
@@ -150,7 +151,7 @@ class BlockSite:
         output = forward(**bound)
         reduced = self._image(output)
         if self.last and chosen.near is not None:
-            full = gather_tokens(reduced, chosen.near)
+            full = gather(reduced, chosen.near)
         else:
             full = reduction.bring_back(reduced, entered, x)
         if self.returned is None:
@@ -193,13 +194,13 @@ class BlockSite:
             if scores is not None:
                 scores = scores.view(copies, batch // copies, -1).mean(0)
         reduction = method.select(scores, record, keep)
-        assert not method.adaptive
-        reduction = reduction.tiled(copies)  # type: ignore[union-attr]
+        assert isinstance(reduction, Reduction)
+        reduction = reduction.tiled(copies)
         near = None
         if self.patch.recover == "similar":
             state = TokenState(tokens, tokens, grid=_grid(one.grid, tokens))
-            near = stand_ins(state, reduction, x.detach())  # type: ignore[arg-type]
-        one.sets[self.stack] = one.run.sets[self.stack] = Chosen(reduction, near)  # type: ignore[arg-type]
+            near = stand_ins(state, reduction, x.detach())
+        one.sets[self.stack] = one.run.sets[self.stack] = Chosen(reduction, near)
 
 
 def _check_caught(patch: DenoiserPatch) -> None:
@@ -216,7 +217,7 @@ def _heads(x: Tensor | None, heads: int, tokens: int, start: int) -> Tensor | No
     if x is None:
         return None
     if x.ndim == 3:
-        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        x = x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
     elif x.shape[2] == heads:
         x = x.transpose(1, 2)
     start = 0 if x.shape[2] == tokens else start

@@ -55,6 +55,8 @@ class Steps:
         return tuple(sorted({0.0, 1.0, *(p.start for p in self.parts), *(p.end for p in self.parts)}))
 
 
+EVERY_STEP = Steps()
+
 # AT-EDM's denoising-steps-aware pruning: for the first 15 of 50 steps, in which attention maps are chaotic, the first
 # stack of each stage on the way down and the last of each on the way up stay whole.
 PRUNE_LESS = Steps((Part(0.0, 0.3, 0.0, 0.0, only=("edges",)),))
@@ -73,14 +75,16 @@ def parse_steps(steps: Any) -> Steps:
     if isinstance(steps, Steps):
         return steps
     wrong = BudgetError(
-        f"steps must map ranges of the run to strengths in [0, 1], got {steps!r}; for example {{(0.0, 0.3): 0.0}} leaves"
-        " the first 30% of the steps alone"
+        f"steps must map ranges of the run to strengths in [0, 1], got {steps!r}; for example {{(0.0, 0.3): 0.0}}"
+        " leaves the first 30% of the steps alone"
     )
     if not isinstance(steps, Mapping):
         raise wrong
     parts = []
     for key, value in steps.items():
-        if not (isinstance(key, tuple) and len(key) == 2 and all(_number(k) for k in key) and 0 <= key[0] < key[1] <= 1):
+        if not (
+            isinstance(key, tuple) and len(key) == 2 and all(_number(k) for k in key) and 0 <= key[0] < key[1] <= 1
+        ):
             raise wrong
         for only, strength in value.items() if isinstance(value, Mapping) else [(None, value)]:
             names = () if only is None else (only,)

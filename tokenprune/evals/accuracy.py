@@ -61,7 +61,9 @@ def evaluate(
     )
     device, dtype = _placement(model)
     example, _ = next(images.batches(2, samples=samples, seed=seed))
-    arms = build_arms(model, example.to(device, dtype), methods, budgets, baselines=baselines)
+    arms = build_arms(
+        model, example.to(device, dtype), methods, budgets, baselines=baselines, dense=saliency is not None
+    )
     return evaluate_arms(
         arms,
         images,

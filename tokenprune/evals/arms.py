@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
+from tokenprune.budget import BUDGETS, parse_budget
 from tokenprune.errors import BudgetError, TokenPruneError
 from tokenprune.evals.flops import multiply_adds
 from tokenprune.evals.shared_copy import shared_copy
@@ -61,22 +62,26 @@ def build_arms(
     budgets: Sequence[Budget] = ({"flops": 0.6},),
     *,
     baselines: bool = True,
+    dense: bool = False,
 ) -> list[Arm]:
     """The arms of a comparison on `images` [B, C, H, W], the unpatched model first; `model` itself is left as it is.
 
     All arms share the weights of `model`. `methods=None` takes every method that fits the model. With `baselines`,
     random, uniform and a smaller input of equal FLOPs are added at each budget. A budget that a method cannot meet
-    becomes an arm with a note; so does a method that was not asked for by name and turns out not to fit.
+    becomes an arm with a note; so does a method that was not asked for by name and turns out not to fit. `dense`: patch
+    tokens are read behind the last block, so a budget is met with all of it computed.
 
-    Raises TokenPruneError for a method named in `methods` that is unknown or does not fit.
+    Raises TokenPruneError for a method named in `methods` that is unknown or does not fit, and for a malformed budget.
     """
+    for budget in budgets:
+        parse_budget(**{kind: value for kind, value in budget.items() if kind in BUDGETS})
     base = tokenprune.unpatch(shared_copy(model)).eval()
     names = [method.name for method in tokenprune.methods(base)] if methods is None else list(methods)
     if baselines:
         names += [name for name in DROP_BASELINES if name not in names]
     arms = [Arm(UNPATCHED, "", base, flops=multiply_adds(base, images), flops_ratio=1.0)]
     for budget in budgets:
-        rows = [_method_arm(base, images, name, budget, required=methods is not None) for name in names]
+        rows = [_method_arm(base, images, name, budget, required=methods is not None, dense=dense) for name in names]
         arms += rows
         if baselines:
             arms.append(_smaller_arm(base, images, budget, [r.flops_ratio for r in rows if r.flops_ratio is not None]))
@@ -94,11 +99,11 @@ def tokens_left(model: nn.Module) -> int | None:
     return places[-1]["tokens_out"] if places else None
 
 
-def _method_arm(base: nn.Module, images: Tensor, name: str, budget: Budget, *, required: bool) -> Arm:
+def _method_arm(base: nn.Module, images: Tensor, name: str, budget: Budget, *, required: bool, dense: bool) -> Arm:
     label = budget_label(budget)
     model = shared_copy(base)
     try:
-        tokenprune.patch(model, name, **budget)
+        tokenprune.patch(model, name, **budget, prefix_only_last=not dense)
         with torch.inference_mode():
             model(images)
         report = tokenprune.report(model).to_dict()

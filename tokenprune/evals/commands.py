@@ -13,13 +13,13 @@ from torch import Tensor
 import tokenprune
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.accuracy import evaluate
-from tokenprune.evals.arms import Arm, Budget, build_arms, runnable
+from tokenprune.evals.arms import FEWER_STEPS, SMALLER_INPUT, UNPATCHED, Arm, Budget, build_arms, runnable
 from tokenprune.evals.bench import bench
 from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 from tokenprune.evals.models import DIGITS, LoadedModel, load_model, noise
 from tokenprune.evals.sources import openclipart_data
-from tokenprune.evals.table import Row, Table
+from tokenprune.evals.table import SUFFIXES, Row, Table, checked_path
 from tokenprune.evals.transforms import denormalize, input_size
 from tokenprune.evals.viz import Panel, contact_sheet, place_panels
 
@@ -29,6 +29,7 @@ VIZ_IMAGES = 3
 
 def methods(options: argparse.Namespace) -> int:
     """`tokenprune methods`"""
+    check_output(options)
     model: object = None
     if options.model in DIFFUSION:
         from tokenprune.evals.digits_pipelines import digits_pipeline
@@ -42,6 +43,7 @@ def methods(options: argparse.Namespace) -> int:
             "paper": info.paper,
             "needs": ", ".join(info.needs) or "nothing",
             "families": ", ".join(info.families),
+            "options": ", ".join(f"{name}={default!r}" for name, default in info.options.items()),
         }
         for info in tokenprune.methods(model)
     ]
@@ -51,6 +53,7 @@ def methods(options: argparse.Namespace) -> int:
 
 def run_bench(options: argparse.Namespace) -> int:
     """`tokenprune bench`"""
+    check_output(options)
     loaded = _load(options)
     sizes = options.batch_size or [8]
     if options.data is None and loaded.data is None:
@@ -75,6 +78,7 @@ def run_bench(options: argparse.Namespace) -> int:
 
 def run_eval(options: argparse.Namespace) -> int:
     """`tokenprune eval`"""
+    check_output(options)
     loaded = _load(options)
     data = _data(options, loaded, options.samples or OWN_SAMPLES)
     table = evaluate(
@@ -96,6 +100,9 @@ def run_eval(options: argparse.Namespace) -> int:
 
 def viz(options: argparse.Namespace) -> int:
     """`tokenprune viz`"""
+    from PIL import Image
+
+    checked_path(options.output, Image.registered_extensions())
     loaded = _load(options)
     if options.image:
         inputs = _pictures(options.image, loaded)
@@ -205,6 +212,12 @@ def _pictures(paths: Sequence[str], loaded: LoadedModel) -> Tensor:
     return torch.stack(inputs)
 
 
+def check_output(options: argparse.Namespace) -> None:
+    """Raises TokenPruneError where the table could not be saved where the options say."""
+    if options.output is not None:
+        checked_path(options.output, SUFFIXES)
+
+
 def emit(table: Table, options: argparse.Namespace) -> None:
     """Prints the table in the format that the options name, and saves it where they say."""
     printed: dict[str | None, Any] = {"json": table.to_json, "csv": table.to_csv, "markdown": table.to_markdown}
@@ -215,5 +228,6 @@ def emit(table: Table, options: argparse.Namespace) -> None:
 
 def status(table: Table) -> int:
     """The exit code: 1 where not a single method could be run."""
-    ran = [row for row in table.rows if row.get("flops_ratio") is not None and row["method"] != "unpatched"]
+    unpatched = (UNPATCHED, SMALLER_INPUT, FEWER_STEPS)
+    ran = [row for row in table.rows if row.get("flops_ratio") is not None and row["method"] not in unpatched]
     return 0 if ran else 1

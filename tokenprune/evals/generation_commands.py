@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.commands import budgets, emit, set_machine, status
+from tokenprune.evals.commands import budgets, check_output, emit, set_machine, status
 from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, digits_pipeline
 from tokenprune.evals.generation import evaluate_generation
 from tokenprune.evals.generation_bench import bench_generation
@@ -18,6 +18,7 @@ from tokenprune.evals.table import Row, Table, interval_cells
 
 def run_eval(options: argparse.Namespace) -> int:
     """`tokenprune eval --model dit-digits`"""
+    check_output(options)
     table = evaluate_generation(
         _load(options),
         options.method,
@@ -39,6 +40,7 @@ def run_bench(options: argparse.Namespace) -> int:
     """`tokenprune bench --model dit-digits`"""
     if options.batch_size is not None:
         raise TokenPruneError("--batch-size is for models that take images; whole runs are timed at one batch size")
+    check_output(options)
     table = bench_generation(
         _load(options),
         options.method,
@@ -63,6 +65,7 @@ def score(options: argparse.Namespace) -> int:
     """`tokenprune score`"""
     from tokenprune.evals.full_size import clip_score, inception_fid, picture_files
 
+    check_output(options)
     row: Row = {"pictures": len(picture_files(options.pictures))}
     if options.real is None and options.prompts is None:
         raise TokenPruneError("nothing to score against: name --real FOLDER for FID, --prompts FILE for CLIP, or both")

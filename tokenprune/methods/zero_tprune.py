@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.errors import UnsupportedMethod
 from tokenprune.method import Method
 from tokenprune.reduction import Reduction
 from tokenprune.registry import register_method
@@ -30,11 +32,31 @@ class ImportanceAndSimilarity:
     variance: tuple[float, float] | None
     class_start: bool
 
+    def __post_init__(self) -> None:
+        counts = [self.iterations] if not isinstance(self.iterations, tuple) else [n for _, n in self.iterations]
+        if not all(n is None or (_whole(n) and n >= 1) for n in counts):
+            raise UnsupportedMethod(
+                f"iterations are whole numbers of at least 1, got {self.iterations!r}; for example iterations=30"
+            )
+        fixed = _whole(self.similarity) and self.similarity >= 0
+        if not fixed and not (_pair(self.similarity) and all(0 <= share <= 1 for share in self.similarity)):
+            raise UnsupportedMethod(
+                "similarity is a number of tokens, or its share in [0, 1] of those removed at the first block and from"
+                f" three quarters of the depth on, got {self.similarity!r}; for example similarity=(1.0, 0.75)"
+            )
+        if self.variance is not None and not (_pair(self.variance) and self.variance[0] <= self.variance[1]):
+            raise UnsupportedMethod(
+                f"variance is the lower and the upper bound, got {self.variance!r}; for example variance=(0.01, 0.7)"
+            )
+
     def rounds(self, place: int, depth: int) -> int:
         """PageRank iterations at a block: 30 in the first quarter, 1 in the last and 5 between (section 4.1 for 12
         blocks: the first and the last three)."""
         if isinstance(self.iterations, int):
             return self.iterations
+        outside = [block for block, _ in self.iterations or () if not 0 <= block < depth]
+        if outside:
+            raise UnsupportedMethod(f"iterations names block {outside[0]!r}; the model has blocks 0 to {depth - 1}")
         edge = max(1, depth // 4)
         published = 30 if place < edge else 1 if place >= depth - edge else 5
         return dict(self.iterations or ()).get(place, published)
@@ -68,6 +90,14 @@ class ImportanceAndSimilarity:
             gone = similar_to_important(order, record.metric, redundant)
             importance = torch.where(gone, -1.0, importance)
         return keep_top_k(importance, record, keep)
+
+
+def _whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _pair(value: object) -> TypeGuard[tuple[float, float]]:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ def hashed_scores(record: AttentionRecord, seed: int) -> Tensor:
     Stateless, so that the global generator is untouched, an image's tokens do not depend on its batch mates, and it
     compiles and exports.
     """
-    h = record.origin * 0x9E3779B1 + (seed * 1000003 + record.place * 7919 + 12345)
+    h = record.origin * 0x9E3779B1 + ((seed * 1000003 + record.place * 7919 + 12345) & _MASK)
     for constant in _MIX:
         h = h & _MASK
         h = ((h ^ (h >> 16)) * constant) & _MASK

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.kernels.matching import cosine_match
+from tokenprune.kernels.merge import gather
 from tokenprune.reduction import Reduction
 from tokenprune.selection.top_k import ranked
 
@@ -27,7 +28,7 @@ def merge_similar_pairs(scores: Tensor | None, record: AttentionRecord, keep: in
     return Reduction(
         kept=torch.cat([a[rest], b.expand(batch, -1)], 1),
         moved=a[merged],
-        target=match.gather(1, merged) + rest.shape[1],
+        target=gather(match, merged) + rest.shape[1],
     )
 
 
@@ -41,10 +42,6 @@ def similar_to_important(importance: Tensor, metric: Tensor, remove: int) -> Ten
     order = ranked(importance)
     half = order.shape[1] // 2
     strong, weak = order[:, : order.shape[1] - half], order[:, order.shape[1] - half :].sort(dim=1).values
-    rows = metric.shape[-1]
-    similarity, _ = cosine_match(
-        metric.gather(1, weak.unsqueeze(-1).expand(-1, -1, rows)),
-        metric.gather(1, strong.unsqueeze(-1).expand(-1, -1, rows)),
-    )
-    gone = weak.gather(1, ranked(similarity)[:, :remove])
+    similarity, _ = cosine_match(gather(metric, weak), gather(metric, strong))
+    gone = gather(weak, ranked(similarity)[:, :remove])
     return torch.zeros_like(importance, dtype=torch.bool).scatter(1, gone, True)

@@ -1,0 +1,46 @@
+"""AT-EDM: attention-driven pruning of denoisers (Wang et al., "Attention-Driven Training-Free Efficiency Enhancement of
+Diffusion Models", CVPR 2024)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from tokenprune.attention_record import AttentionRecord
+from tokenprune.denoisers.steps import PRUNE_LESS
+from tokenprune.method import Method
+from tokenprune.registry import register_method
+from tokenprune.schedule import Stages
+from tokenprune.scores.pagerank import fuse_heads, passing_heads, weighted_pagerank
+from tokenprune.selection.top_k import keep_top_k
+
+
+def graph_score(record: AttentionRecord, iterations: int) -> Tensor:
+    """Importance of each token [B, n]: weighted PageRank on each head's self-attention graph from a uniform start
+    (section 3.2, G-WPR), fused over heads."""
+    scores = weighted_pagerank(record, iterations, class_start=False)[:, :, record.num_prefix_tokens :]
+    return fuse_heads(scores, passing_heads(scores, None))
+
+
+@register_method("at_edm")
+def at_edm(*, rate: float = 0.37, iterations: int = 1) -> Method:
+    """Compute only the tokens that matter in a stack's attention graph; the others skip its remaining blocks whole.
+
+    Scored in the first block of each stack, or before a stack of one block; behind the stack a token left out is a
+    copy of the most similar one computed where convolutions follow, and keeps its own value where none do. For the
+    first 30% of the steps the stacks at the edges of the stages are whole (denoising-steps-aware pruning).
+
+    rate: share of the tokens computed in a stack (the paper removes 63%). iterations: of the PageRank; the paper runs
+    it until it settles and gives no number.
+    """
+    return Method(
+        name="at_edm",
+        paper="Wang et al., AT-EDM, CVPR 2024",
+        schedule=Stages(rate),
+        score=partial(graph_score, iterations=iterations),
+        select=keep_top_k,
+        needs=frozenset({"queries", "keys", "stacks"}),
+        stack_share=rate,
+        steps=PRUNE_LESS,
+    )
