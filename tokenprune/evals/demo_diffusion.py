@@ -21,7 +21,7 @@ from tokenprune.evals.progress import progress
 from tokenprune.evals.table import Cell, Row, Table, environment
 from tokenprune.evals.viz import Panel, contact_sheet
 
-BUDGET = {"flops": 0.7}
+BUDGET = {"flops": 0.8}
 BATCH = 10
 SCALE = 2
 
