@@ -1,3 +1,4 @@
+import pytest
 from PIL import Image
 
 from tokenprune import cli
@@ -5,6 +6,7 @@ from tokenprune.evals import demo_diffusion, generation
 from tokenprune.evals.table import Table
 
 
+@pytest.mark.full
 def test_demo_writes_a_grid_for_each_model_and_a_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo_diffusion, "STEPS", 2)
     monkeypatch.setattr(demo_diffusion, "BATCH", 2)

@@ -19,13 +19,13 @@ def run(*arguments):
     return cli.main([str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("model", ["dit-digits", "unet-digits"])
+@pytest.mark.parametrize("model", ["dit-digits", pytest.param("unet-digits", marks=pytest.mark.full)])
 def test_eval_prints_quality_and_cost(model, capsys, tmp_path):
-    quick = ["--quiet", "--threads", 1, "--samples", 4, "--steps", 2, "--flops", 0.8]
+    quick = ["--quiet", "--threads", 1, "--samples", 4, "--steps", 2, "--flops", 0.8, "--method", "at_edm"]
     assert run("eval", "--model", model, *quick, "--json", "--output", tmp_path / "t.md") == 0
     table = json.loads(capsys.readouterr().out)
     rows = {row["method"]: row for row in table["rows"]}
-    assert {"unpatched", "fewer steps", "random", "uniform"} <= set(rows)
+    assert {"unpatched", "at_edm", "fewer steps", "random", "uniform"} == set(rows)
     assert rows["unpatched"]["gmacs"] > 0
     assert {"frechet", "accuracy", "flops_ratio"} <= set(rows["unpatched"])
     assert {"frechet_rise", "accuracy_drop", "psnr", "cosine"} <= set(rows["fewer steps"])
