@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # torch and torchvision must come as a pair; CPU wheels of other platforms resolve to the same versions.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo demo-diffusion bench-kernels bench-gpu test test-full test-hosts lint install clean
+.PHONY: demo demo-diffusion bench-kernels bench-speed bench-gpu test test-full test-hosts lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
@@ -14,6 +14,11 @@ demo-diffusion: $(VENV)/.installed
 
 bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.kernel_bench --output bench-output $(BENCH_OPTIONS)
+
+bench-speed: $(VENV)/.installed
+	$(BIN)/python -m tokenprune.evals.dinov2_speed
+	$(BIN)/python -m tokenprune.evals.dinov2_speed --compile
+	$(BIN)/python -m tokenprune.evals.ragged
 
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.gpu_bench --output bench-output $(BENCH_OPTIONS)

@@ -157,6 +157,18 @@ def test_a_budget_that_no_method_meets_is_a_failure(capsys, monkeypatch):
     assert [row["method"] for row in rows if row.get("flops_ratio") is not None] == ["unpatched", "smaller input"]
 
 
+def test_bench_profiles(capsys, monkeypatch):
+    monkeypatch.setitem(bench.__globals__, "measure", partial(measure, sample_seconds=0))
+    command = ["bench", "--model", "small_vit:build", "--method", "tome", "--flops", "0.7", "--batch-size", "2"]
+    assert run(*command, "--profile", "--json", *QUICK) == 0
+    rows = {row["method"]: row for row in Table.from_json(capsys.readouterr().out).rows}
+    assert "overhead" not in rows["unpatched"]
+    for name in ("tome", "random"):
+        row = rows[name]
+        assert 0 < row["overhead_low"] <= row["overhead"] <= row["overhead_high"] < 5
+        assert min(row["score"], row["select"], row["reduce"]) > 0
+
+
 def test_eval_on_a_folder(capsys, pictures):
     command = ["eval", "--model", "small_vit:build", "--data", pictures, "--method", "top_k", "--keep", "0.5"]
     assert run(*command, "--json", *QUICK) == 0

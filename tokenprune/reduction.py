@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,13 @@ class Reduction:
             return torch.cat([gather(x, self.kept), fused], 1)
         assert self.target is not None
         return merge(x, self.kept, self.moved, self.target, sizes)[0]
+
+    def with_prefix(self, count: int) -> Reduction:
+        """The same behind `count` tokens in front of the n, which stay where they are; not of a dense matrix."""
+        assert self.matrix is None
+        own = torch.arange(count, device=self.kept.device).expand(self.kept.shape[0], -1)
+        moved, target = (None if index is None else index + count for index in (self.moved, self.target))
+        return replace(self, kept=torch.cat([own, self.kept + count], 1), moved=moved, target=target)
 
     def follow(self, table: Tensor) -> Tensor:
         """Re-index a per-token table that cannot be averaged (positions, origins): [B, n] -> [B, K].

@@ -24,6 +24,7 @@ _BUILTIN_METHODS = ("baselines", "top_k", "evit", "tome", "zero_tprune", "ats", 
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {
     "timm": ("tokenprune.adapters.timm_vit",),
+    "transformers": ("tokenprune.adapters.hf_vision",),
     "diffusers": ("tokenprune.adapters.diffusers_unet", "tokenprune.adapters.diffusers_dit"),
 }
 _loaded: set[str] = set()

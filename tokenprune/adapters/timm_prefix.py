@@ -155,4 +155,4 @@ def _projected(attention: Any, front: Tensor, x: Tensor) -> tuple[Tensor, Tensor
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
-    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+    return x.reshape(*x.shape[:2], heads, x.shape[-1] // heads).transpose(1, 2)

@@ -69,6 +69,7 @@ def run_bench(options: argparse.Namespace) -> int:
         batch_sizes=sizes,
         rounds=options.rounds,
         seed=options.seed,
+        profile=options.profile,
         show_progress=not options.quiet,
     )
     table.environment = {"model": options.model, "inputs": source, **table.environment}

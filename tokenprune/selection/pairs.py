@@ -21,7 +21,7 @@ def merge_similar_pairs(scores: Tensor | None, record: AttentionRecord, keep: in
     first = record.num_prefix_tokens % 2
     a = torch.arange(first, n, 2, device=metric.device)
     b = torch.arange(1 - first, n, 2, device=metric.device)
-    similarity, match = cosine_match(metric[:, a], metric[:, b])
+    similarity, match = cosine_match(metric[:, first::2], metric[:, 1 - first :: 2])
     order = ranked(similarity)
     merged, rest = order[:, : n - keep], order[:, n - keep :].sort(dim=1).values
     batch = metric.shape[0]
