@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
 
 demo-diffusion: $(VENV)/.installed
-	$(BIN)/tokenprune demo-diffusion --output demo-diffusion-output
+	$(BIN)/tokenprune demo-diffusion --output demo-diffusion-output $(DEMO_OPTIONS)
 
 bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.kernel_bench --output bench-output $(BENCH_OPTIONS)

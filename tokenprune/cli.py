@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 EXAMPLES = {
     "demo": ["tokenprune demo --output demo-output"],
-    "demo-diffusion": ["tokenprune demo-diffusion --output demo-diffusion-output"],
+    "demo-diffusion": ["tokenprune demo-diffusion --checkpoint dit-run --checkpoint unet-run"],
     "methods": ["tokenprune methods", "tokenprune methods --model digits-vit --markdown"],
     "bench": [
         "tokenprune bench --model digits-vit --flops 0.6 --batch-size 1 --batch-size 16",
@@ -22,7 +22,7 @@ EXAMPLES = {
         "tokenprune eval --model digits-vit --method tome --method zero_tprune --flops 0.6",
         "tokenprune eval --model dinov2-small-wheel --flops 0.6 --output dinov2.md",
         "tokenprune eval --model deit_small_patch16_224 --data imagenet/val --samples 5000 --flops 0.6 --csv",
-        "tokenprune eval --model dit-digits --flops 0.7 --rounds 20",
+        "tokenprune eval --model dit-digits --checkpoint dit-run --flops 0.7 --rounds 20",
     ],
     "viz": ["tokenprune viz --model digits-vit --method tome --flops 0.6 --output kept.png"],
     "score": ["tokenprune score --pictures patched --real coco-val --prompts captions.txt"],
@@ -61,6 +61,12 @@ def parser() -> argparse.ArgumentParser:
     drawn = _command(commands, "demo-diffusion", "a grid of pictures, unpatched and each method from the same noise")
     drawn.add_argument(
         "--output", default="demo-diffusion-output", metavar="FOLDER", help="where to write (default: %(default)s)"
+    )
+    drawn.add_argument(
+        "--checkpoint",
+        action="append",
+        metavar="FOLDER",
+        help="where tokenprune train wrote dit-digits or unet-digits; repeatable (default: the package's own weights)",
     )
     drawn.add_argument("--samples", type=_positive, default=30, help="pictures a row (default: %(default)s)")
     _add_machine(drawn)
@@ -116,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--clip", default="openai/clip-vit-large-patch14", help="name or folder (default: %(default)s)")
     _add_format(score)
 
-    train = _command(commands, "train", "train a model that the package ships, by its recipe")
+    train = _command(commands, "train", "train a model of the package by its recipe")
     train.add_argument("model", choices=["digits-vit", "dit-digits", "unet-digits", "digit-reader"])
     train.add_argument("--output", required=True, metavar="FOLDER", help="for the checkpoint and its record")
     train.add_argument("--steps", type=_positive, help="other than the recipe's only to try the command out")
@@ -170,7 +176,11 @@ def _add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
         help="digits-vit, dinov2-small-wheel, dit-digits, unet-digits, a timm name, owner/name on the Hugging Face hub"
         " or module:function",
     )
-    command.add_argument("--checkpoint", metavar="FILE", help="weights, safetensors only")
+    command.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="weights, safetensors only; of dit-digits and unet-digits the folder that tokenprune train wrote",
+    )
     command.add_argument("--random-weights", action="store_true", help="download none: enough for speed")
 
 

@@ -7,11 +7,27 @@ from tokenprune.evals.table import Table
 
 
 @pytest.mark.full
-def test_demo_writes_a_grid_for_each_model_and_a_table(tmp_path, capsys, monkeypatch):
+def test_demo_writes_a_grid_for_each_model_and_a_table(checkpoints, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo_diffusion, "STEPS", 2)
     monkeypatch.setattr(demo_diffusion, "BATCH", 2)
     monkeypatch.setattr(generation, "REAL_IMAGES", 100)
-    assert cli.main(["demo-diffusion", "--output", str(tmp_path), "--samples", "4", "--threads", "1", "--quiet"]) == 0
+    assert (
+        cli.main(
+            [
+                "demo-diffusion",
+                "--checkpoint",
+                str(checkpoints),
+                "--output",
+                str(tmp_path),
+                "--samples",
+                "4",
+                "--threads",
+                "1",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     table = Table.from_json((tmp_path / "table.json").read_text())
     for name in ("dit-digits", "unet-digits"):
         rows = {row["method"]: row for row in table.rows if row["model"] == name}

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import PatchEmbed
 
+from tokenprune.errors import TokenPruneError
 from tokenprune.evals import digits_denoisers, train_diffusion
 from tokenprune.evals.train_diffusion import Recipe, Training
 
@@ -49,6 +50,12 @@ def test_a_training_that_was_killed_goes_on_exactly(name, tmp_path, monkeypatch)
     assert resumed["log"] == straight["log"]
     files = [(tmp_path / folder / digits_denoisers.CHECKPOINTS[name]).read_bytes() for folder in ("straight", "killed")]
     assert files[0] == files[1]
+
+
+def test_the_state_of_another_model_is_refused(tmp_path):
+    train_diffusion.train(NAMES[0], tmp_path, Recipe(1, 0, 1e-3))
+    with pytest.raises(TokenPruneError, match="output of its own"):
+        train_diffusion.train(NAMES[1], tmp_path, Recipe(1, 0, 1e-3))
 
 
 def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):

@@ -32,9 +32,11 @@ def methods(options: argparse.Namespace) -> int:
     check_output(options)
     model: object = None
     if options.model in DIFFUSION:
-        from tokenprune.evals.digits_pipelines import digits_pipeline
+        from tokenprune.evals.digits_denoisers import untrained
+        from tokenprune.evals.digits_pipelines import digits_pipeline, pipeline_of
 
-        model = digits_pipeline(options.model)
+        folder = options.checkpoint  # what fits depends on the blocks alone
+        model = digits_pipeline(options.model, [folder]) if folder else pipeline_of(untrained(options.model))
     elif options.model is not None:
         model = load_model(options.model, checkpoint=options.checkpoint, random_weights=options.random_weights).model
     rows: list[Row] = [

@@ -1,4 +1,4 @@
-"""`tokenprune demo-diffusion`: the shipped diffusion models, unpatched and each method from the same noise."""
+"""`tokenprune demo-diffusion`: the small diffusion models, unpatched and each method from the same noise."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ SCALE = 2
 
 
 def run(options: argparse.Namespace) -> int:
-    """Writes pictures-MODEL.png and table.{md,csv,json} into the output folder, for both shipped models.
+    """Writes pictures-MODEL.png and table.{md,csv,json} into the output folder, for both models.
 
     Every batch of pictures goes through all rows in turn, so that a busy moment of the machine hits them alike. Column
     `time`: of a batch over the unpatched row's, the median of so few rounds; `tokenprune bench` measures with more.
     """
     set_machine(options)
+    pipes = {name: digits_pipeline(name, options.checkpoint or ()) for name in CHECKPOINTS}
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     real = real_features()
-    for name in CHECKPOINTS:
-        pipe = digits_pipeline(name)
+    for name, pipe in pipes.items():
         pipe.to(options.device, getattr(torch, options.dtype))
         orders = drawing_orders(options.samples, options.seed)
         arms = generation_arms(pipe, orders.first(1), None, [BUDGET], steps=STEPS, guidance=GUIDANCE)

@@ -1,6 +1,5 @@
-"""The denoisers of the diffusion models that the package ships, and what they are conditioned on."""
+"""The denoisers of the small diffusion models, and what they are conditioned on."""
 
-from importlib import resources
 from typing import Any
 
 import torch
@@ -99,22 +98,11 @@ def prompts(labels: Tensor, centres: Tensor | None = None, size: int = IMAGE_SIZ
 def untrained(name: str) -> nn.Module:
     """The denoiser called `name` with weights drawn from the global generator.
 
-    Raises TokenPruneError for a name that is not shipped.
+    Raises TokenPruneError for a name that is not known.
     """
     if name not in CHECKPOINTS:
-        raise TokenPruneError(f"no diffusion model is called {name!r}; shipped: {', '.join(CHECKPOINTS)}")
+        raise TokenPruneError(f"no diffusion model is called {name!r}; known: {', '.join(CHECKPOINTS)}")
     return dit() if name == DIT else unet()
-
-
-def trained(name: str) -> nn.Module:
-    """The denoiser called `name` with the weights that the package ships, fp32, in eval mode."""
-    from safetensors.torch import load
-
-    model = untrained(name)
-    stored = (resources.files("tokenprune.evals") / "checkpoints" / CHECKPOINTS[name]).read_bytes()
-    # Stored in half precision to stay small; copying into the model's parameters makes it fp32 again.
-    model.load_state_dict(load(stored))
-    return model
 
 
 def predict(

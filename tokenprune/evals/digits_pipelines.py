@@ -1,14 +1,17 @@
-"""The shipped diffusion models as diffusers pipelines: labels in, pictures out."""
+"""The small diffusion models as diffusers pipelines: labels in, pictures out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from tokenprune.evals.digits_denoisers import UNCONDITIONAL, predict, trained
+from tokenprune.evals.digits_checkpoints import trained
+from tokenprune.evals.digits_denoisers import UNCONDITIONAL, predict
 from tokenprune.evals.drawn_digits import IMAGE_SIZE, to_pixels
 
 STEPS = 20
@@ -78,9 +81,9 @@ class UNetDigitsPipeline(DigitsPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
 
 
-def digits_pipeline(name: str) -> DigitsPipeline:
-    """The pipeline of the shipped model called `name` (`dit-digits` or `unet-digits`), fp32."""
-    return pipeline_of(trained(name))
+def digits_pipeline(name: str, folders: Sequence[str | Path] = ()) -> DigitsPipeline:
+    """The pipeline of the model called `name` (`dit-digits` or `unet-digits`), fp32; folders: as in `trained`."""
+    return pipeline_of(trained(name, folders))
 
 
 def pipeline_of(denoiser: nn.Module) -> DigitsPipeline:

@@ -1,4 +1,4 @@
-"""The commands of the command line for the diffusion models that the package ships."""
+"""The commands of the command line for the small diffusion models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.commands import budgets, check_output, emit, set_machine, status
-from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, digits_pipeline
+from tokenprune.evals.digits_denoisers import untrained
+from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, digits_pipeline, pipeline_of
 from tokenprune.evals.generation import evaluate_generation
 from tokenprune.evals.generation_bench import bench_generation
 from tokenprune.evals.stats import bootstrap_mean
@@ -19,6 +20,8 @@ from tokenprune.evals.table import Row, Table, interval_cells
 def run_eval(options: argparse.Namespace) -> int:
     """`tokenprune eval --model dit-digits`"""
     check_output(options)
+    if options.random_weights:
+        raise TokenPruneError("pictures of random weights say nothing; --random-weights is for bench")
     table = evaluate_generation(
         _load(options),
         options.method,
@@ -40,6 +43,8 @@ def run_bench(options: argparse.Namespace) -> int:
     """`tokenprune bench --model dit-digits`"""
     if options.batch_size is not None:
         raise TokenPruneError("--batch-size is for models that take images; whole runs are timed at one batch size")
+    if options.profile:
+        raise TokenPruneError("--profile is for models that take images")
     check_output(options)
     table = bench_generation(
         _load(options),
@@ -82,10 +87,14 @@ def score(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> DigitsPipeline:
     set_machine(options)
-    given = [name for name in ("data", "split", "checkpoint") if getattr(options, name, None) is not None]
-    if given or options.random_weights:
-        names = ", ".join(f"--{name}" for name in (*given, *(["random-weights"] if options.random_weights else [])))
-        raise TokenPruneError(f"{options.model} has weights and pictures of its own; it takes no {names}")
-    pipe = digits_pipeline(options.model)
+    given = [f"--{name}" for name in ("data", "split") if getattr(options, name) is not None]
+    if given:
+        raise TokenPruneError(f"{options.model} draws its pictures; it takes no {', '.join(given)}")
+    if options.random_weights:
+        if options.checkpoint is not None:
+            raise TokenPruneError("--random-weights or --checkpoint, not both")
+        pipe = pipeline_of(untrained(options.model))
+    else:
+        pipe = digits_pipeline(options.model, [] if options.checkpoint is None else [options.checkpoint])
     pipe.to(options.device, getattr(torch, options.dtype))
     return pipe

@@ -1,4 +1,4 @@
-"""``python -m tokenprune.evals.train_diffusion dit-digits --output FOLDER`` trains a shipped diffusion model anew.
+"""``python -m tokenprune.evals.train_diffusion dit-digits --output FOLDER`` trains a small diffusion model.
 
 Data, recipe and stopping rule are the constants below; nothing is chosen on test scans or on how a model behaves when
 tokens are removed. The objective is flow matching (Lipman et al., 2023) on straight paths: x_t = (1 - t) x + t noise,
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.errors import TokenPruneError
 from tokenprune.evals.digits_denoisers import CHECKPOINTS, DIT, UNCONDITIONAL, UNET, predict, untrained
 from tokenprune.evals.drawn_digits import IMAGE_SIZE, PIXEL_MEAN, PIXEL_STD, drawn_digit_pictures, to_model
 
@@ -178,9 +179,12 @@ class Training:
         os.replace(partial, path)
 
     def resume(self, path: Path) -> None:
-        """The inverse of `save`."""
+        """The inverse of `save`. Raises TokenPruneError for a state of the other model."""
         state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise TokenPruneError(f"{path} is of another model; {self.name} needs an --output of its own") from error
         self.average = state["average"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.log, self.recent = state["step"], state["log"], state["recent"]
@@ -248,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command; ``arguments`` replaces the process's own."""
     parser = argparse.ArgumentParser(
         prog="python -m tokenprune.evals.train_diffusion",
-        description="Train a small diffusion model that tokenprune ships by the recipe fixed in this file.",
+        description="Train a small diffusion model by the recipe fixed in this file.",
         epilog="example: python -m tokenprune.evals.train_diffusion dit-digits --output dit-run",
     )
     parser.add_argument("model", choices=list(CHECKPOINTS))
