@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint",
         action="append",
         metavar="FOLDER",
-        help="where tokenprune train wrote dit-digits or unet-digits; repeatable (default: the package's own weights)",
+        help="where tokenprune train wrote dit-digits or unet-digits; repeatable (default: the package's, if any)",
     )
     drawn.add_argument("--samples", type=_positive, default=30, help="pictures a row (default: %(default)s)")
     _add_machine(drawn)

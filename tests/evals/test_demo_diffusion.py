@@ -11,23 +11,8 @@ def test_demo_writes_a_grid_for_each_model_and_a_table(checkpoints, tmp_path, ca
     monkeypatch.setattr(demo_diffusion, "STEPS", 2)
     monkeypatch.setattr(demo_diffusion, "BATCH", 2)
     monkeypatch.setattr(generation, "REAL_IMAGES", 100)
-    assert (
-        cli.main(
-            [
-                "demo-diffusion",
-                "--checkpoint",
-                str(checkpoints),
-                "--output",
-                str(tmp_path),
-                "--samples",
-                "4",
-                "--threads",
-                "1",
-                "--quiet",
-            ]
-        )
-        == 0
-    )
+    quick = ["--samples", "4", "--threads", "1", "--quiet"]
+    assert cli.main(["demo-diffusion", "--checkpoint", str(checkpoints), "--output", str(tmp_path), *quick]) == 0
     table = Table.from_json((tmp_path / "table.json").read_text())
     for name in ("dit-digits", "unet-digits"):
         rows = {row["method"]: row for row in table.rows if row["model"] == name}

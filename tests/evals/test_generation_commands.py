@@ -23,22 +23,9 @@ def run(*arguments):
 
 @pytest.mark.parametrize("model", ["dit-digits", pytest.param("unet-digits", marks=pytest.mark.full)])
 def test_eval_prints_quality_and_cost(model, checkpoints, capsys, tmp_path):
-    quick = [
-        "--checkpoint",
-        checkpoints,
-        "--quiet",
-        "--threads",
-        1,
-        "--samples",
-        4,
-        "--steps",
-        2,
-        "--flops",
-        0.8,
-        "--method",
-        "at_edm",
-    ]
-    assert run("eval", "--model", model, *quick, "--json", "--output", tmp_path / "t.md") == 0
+    quick = ["--quiet", "--threads", 1, "--samples", 4, "--steps", 2, "--flops", 0.8, "--method", "at_edm"]
+    shown = ["--json", "--output", tmp_path / "t.md"]
+    assert run("eval", "--model", model, "--checkpoint", checkpoints, *quick, *shown) == 0
     table = json.loads(capsys.readouterr().out)
     rows = {row["method"]: row for row in table["rows"]}
     assert {"unpatched", "at_edm", "fewer steps", "random", "uniform"} == set(rows)
