@@ -2,6 +2,7 @@ import sys
 
 import pytest
 import torch
+import torch_fidelity
 from PIL import Image
 
 from tokenprune import cli
@@ -71,7 +72,6 @@ def test_what_cannot_be_had_is_said(pictures, tmp_path, monkeypatch, capsys):
 
 
 def test_fid_is_what_torch_fidelity_says(pictures, monkeypatch):
-    torch_fidelity = pytest.importorskip("torch_fidelity")
     asked = {}
 
     def calculate(**options):
@@ -86,6 +86,5 @@ def test_fid_is_what_torch_fidelity_says(pictures, monkeypatch):
 
 
 def test_missing_inception_weights_are_said(pictures, tmp_path):
-    pytest.importorskip("torch_fidelity")
     with pytest.raises(TokenPruneError, match="weights=FILE"):
         full_size.inception_fid(pictures, pictures, weights=tmp_path / "nothing.pth")

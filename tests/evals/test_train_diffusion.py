@@ -92,7 +92,7 @@ def test_a_window_has_the_positions_of_its_place_in_the_whole():
     torch.testing.assert_close(embed(images).view(2, 18, 18, 16), whole)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["dit-digits", pytest.param("unet-digits", marks=pytest.mark.full)])
 def test_steps_on_either_canvas_lower_the_loss(name, monkeypatch):
     monkeypatch.setattr(train_diffusion, "WARMUP_STEPS", 5)
     monkeypatch.setattr(train_diffusion, "BATCH", 8)
@@ -122,9 +122,9 @@ def test_the_learning_rate_warms_up_stays_and_comes_down():
     recipe = Recipe(600, 400, 2e-3)
     rates = [train_diffusion.learning_rate(step, recipe) for step in range(1000)]
     assert rates[0] == pytest.approx(2e-3 / train_diffusion.WARMUP_STEPS)
-    assert rates[100:700] == [2e-3] * 600
+    assert rates[100:750] == [2e-3] * 650
     assert rates[-1] < 0.03 * 2e-3
-    assert all(a > b for a, b in itertools.pairwise(rates[700:]))
+    assert all(a > b for a, b in itertools.pairwise(rates[750:]))
 
 
 def test_labels_are_dropped_in_training_only(monkeypatch):
