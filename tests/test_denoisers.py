@@ -94,6 +94,7 @@ def test_a_flops_budget_is_met_at_any_size_and_batch(denoiser, size):
     assert all(place["tokens_out"] < place["tokens_in"] for place in report["places"])
 
 
+@pytest.mark.parametrize("denoiser", ["flux", "unet_sd"], indirect=True)
 def test_costs_are_counted_once_for_an_image_size_and_are_those_of_any_batch(denoiser, monkeypatch):
     _, model, inputs = denoiser
     counted = []
