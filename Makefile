@@ -4,10 +4,13 @@ BIN := $(VENV)/bin
 # torch and torchvision must come as a pair; CPU wheels of other platforms resolve to the same versions.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo bench-kernels bench-speed bench-gpu test test-full test-hosts lint install clean
+.PHONY: demo demo-diffusion bench-kernels bench-speed bench-gpu test test-full test-hosts lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
+
+demo-diffusion: $(VENV)/.installed
+	$(BIN)/tokenprune demo-diffusion --output demo-diffusion-output $(DEMO_OPTIONS)
 
 bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.kernel_bench --output bench-output $(BENCH_OPTIONS)
@@ -48,4 +51,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist demo-output bench-output
+	rm -rf $(VENV) dist demo-output demo-diffusion-output bench-output

@@ -11,6 +11,7 @@ from denoisers_zoo import ZOO, build, run
 
 import tokenprune
 from tokenprune import registry
+from tokenprune.denoisers.patch import DenoiserPatch
 from tokenprune.method import Method
 from tokenprune.reduction import Reduction
 from tokenprune.schedule import Stages
@@ -91,6 +92,27 @@ def test_a_flops_budget_is_met_at_any_size_and_batch(denoiser, size):
     assert not torch.equal(out, plain)
     assert report["flops_ratio"] == pytest.approx(0.6, abs=0.02), name
     assert all(place["tokens_out"] < place["tokens_in"] for place in report["places"])
+
+
+@pytest.mark.parametrize("denoiser", ["flux", "unet_sd"], indirect=True)
+def test_costs_are_counted_once_for_an_image_size_and_are_those_of_any_batch(denoiser, monkeypatch):
+    _, model, inputs = denoiser
+    counted = []
+    count = DenoiserPatch._count
+    monkeypatch.setattr(DenoiserPatch, "_count", lambda *arguments: counted.append(1) or count(*arguments))
+
+    def report_of(*sizes):
+        tokenprune.patch(model, "random", flops=0.6, steps={})
+        for size in sizes:
+            before = len(counted)
+            run(model, inputs(*size))
+        report = tokenprune.report(model).to_dict()
+        tokenprune.unpatch(model)
+        return report, len(counted) - before
+
+    alone, again = report_of((1, 16, 12), (3, 16, 12))
+    assert again == 0
+    assert report_of((1, 16, 16), (3, 16, 12))[0] == alone
 
 
 def test_every_supported_class_is_here():

@@ -1,4 +1,4 @@
-"""The command line: `tokenprune demo | methods | bench | eval | viz | train`.
+"""The command line: `tokenprune demo | demo-diffusion | methods | bench | eval | viz | score | train`.
 
 Nothing but argparse is imported until a command runs, so that `--help` is quick and needs no extra.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 EXAMPLES = {
     "demo": ["tokenprune demo --output demo-output"],
+    "demo-diffusion": ["tokenprune demo-diffusion --checkpoint dit-run --checkpoint unet-run"],
     "methods": ["tokenprune methods", "tokenprune methods --model digits-vit --markdown"],
     "bench": [
         "tokenprune bench --model digits-vit --flops 0.6 --batch-size 1 --batch-size 16",
@@ -21,9 +22,11 @@ EXAMPLES = {
         "tokenprune eval --model digits-vit --method tome --method zero_tprune --flops 0.6",
         "tokenprune eval --model dinov2-small-wheel --flops 0.6 --output dinov2.md",
         "tokenprune eval --model deit_small_patch16_224 --data imagenet/val --samples 5000 --flops 0.6 --csv",
+        "tokenprune eval --model dit-digits --checkpoint dit-run --flops 0.7 --rounds 20",
     ],
     "viz": ["tokenprune viz --model digits-vit --method tome --flops 0.6 --output kept.png"],
-    "train": ["tokenprune train digits-vit --output digits-run"],
+    "score": ["tokenprune score --pictures patched --real coco-val --prompts captions.txt"],
+    "train": ["tokenprune train digits-vit --output digits-run", "tokenprune train dit-digits --output dit-run"],
 }
 
 
@@ -55,6 +58,19 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--samples", type=_positive, default=500, help="test pictures (default: %(default)s)")
     _add_machine(demo)
 
+    drawn = _command(commands, "demo-diffusion", "a grid of pictures, unpatched and each method from the same noise")
+    drawn.add_argument(
+        "--output", default="demo-diffusion-output", metavar="FOLDER", help="where to write (default: %(default)s)"
+    )
+    drawn.add_argument(
+        "--checkpoint",
+        action="append",
+        metavar="FOLDER",
+        help="where tokenprune train wrote dit-digits or unet-digits; repeatable (default: the package's, if any)",
+    )
+    drawn.add_argument("--samples", type=_positive, default=30, help="pictures a row (default: %(default)s)")
+    _add_machine(drawn)
+
     methods = _command(commands, "methods", "the methods, or those that fit a model")
     _add_model(methods, required=False)
     _add_format(methods)
@@ -69,17 +85,24 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--profile", action="store_true", help="also what share of the time scoring, selecting and reducing take"
     )
+    _add_generation(bench)
     _add_data(bench, "what to time on (default: the model's own images, else noise)")
     _add_machine(bench)
     _add_format(bench)
 
-    evaluate = _command(commands, "eval", "accuracy, agreement and feature cosine with the unpatched model")
+    evaluate = _command(
+        commands, "eval", "accuracy and fidelity to the unpatched model; of diffusion models their pictures"
+    )
     _add_model(evaluate)
     _add_methods(evaluate)
     _add_data(evaluate, "what to evaluate on (default: the model's own images)")
     evaluate.add_argument("--samples", type=_positive, help="images, drawn by --seed (default: all; digits: 1000)")
     evaluate.add_argument("--batch-size", type=_positive, default=32, help="(default: %(default)s)")
     evaluate.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
+    evaluate.add_argument(
+        "--rounds", type=_positive, help="dit-digits, unet-digits: time every row too, at least 20 rounds"
+    )
+    _add_generation(evaluate)
     _add_machine(evaluate)
     _add_format(evaluate)
 
@@ -91,8 +114,16 @@ def parser() -> argparse.ArgumentParser:
     viz.add_argument("--output", default="kept.png", metavar="FILE", help="(default: %(default)s)")
     _add_machine(viz)
 
-    train = _command(commands, "train", "train the model that the package ships, by its recipe")
-    train.add_argument("model", choices=["digits-vit"])
+    score = _command(commands, "score", "Inception FID and CLIP score of pictures from a full-size diffusion model")
+    score.add_argument("--pictures", required=True, metavar="FOLDER", help="generated, by name in the prompts' order")
+    score.add_argument("--real", metavar="FOLDER", help="real pictures: FID, by torch-fidelity")
+    score.add_argument("--inception", metavar="FILE", help="weights of its Inception (default: downloaded)")
+    score.add_argument("--prompts", metavar="FILE", help="one line a picture: CLIP score, by transformers")
+    score.add_argument("--clip", default="openai/clip-vit-large-patch14", help="name or folder (default: %(default)s)")
+    _add_format(score)
+
+    train = _command(commands, "train", "train a model of the package by its recipe")
+    train.add_argument("model", choices=["digits-vit", "dit-digits", "unet-digits", "digit-reader"])
     train.add_argument("--output", required=True, metavar="FOLDER", help="for the checkpoint and its record")
     train.add_argument("--steps", type=_positive, help="other than the recipe's only to try the command out")
     train.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: %(default)s)")
@@ -101,7 +132,20 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     from tokenprune.evals import commands, demo
+    from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 
+    if options.command in ("demo-diffusion", "score") or (
+        options.command in ("bench", "eval", "viz") and options.model in DIFFUSION
+    ):
+        from tokenprune.evals import demo_diffusion, generation_commands
+
+        return {
+            "demo-diffusion": demo_diffusion.run,
+            "score": generation_commands.score,
+            "bench": generation_commands.run_bench,
+            "eval": generation_commands.run_eval,
+            "viz": generation_commands.viz,
+        }[options.command](options)
     run: dict[str, Callable[[argparse.Namespace], int]] = {
         "demo": demo.run,
         "methods": commands.methods,
@@ -129,9 +173,14 @@ def _add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument(
         "--model",
         required=required,
-        help="digits-vit, dinov2-small-wheel, a timm name, owner/name on the Hugging Face hub, or module:function",
+        help="digits-vit, dinov2-small-wheel, dit-digits, unet-digits, a timm name, owner/name on the Hugging Face hub"
+        " or module:function",
     )
-    command.add_argument("--checkpoint", metavar="FILE", help="weights, safetensors only")
+    command.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="weights, safetensors only; of dit-digits and unet-digits the folder that tokenprune train wrote",
+    )
     command.add_argument("--random-weights", action="store_true", help="download none: enough for speed")
 
 
@@ -141,6 +190,12 @@ def _add_methods(command: argparse.ArgumentParser) -> None:
     budgets.add_argument("--flops", type=float, action="append", metavar="SHARE", help="of the multiply-adds")
     budgets.add_argument("--keep", type=float, action="append", metavar="SHARE", help="of the patch tokens at the end")
     budgets.add_argument("--tokens", type=int, action="append", metavar="N", help="patch tokens at the end")
+
+
+def _add_generation(command: argparse.ArgumentParser) -> None:
+    options = command.add_argument_group("only for dit-digits and unet-digits")
+    options.add_argument("--steps", type=_positive, help="denoising steps (default: 20)")
+    options.add_argument("--guidance", type=float, help="classifier-free guidance, 1 for none (default: 1)")
 
 
 def _add_data(command: argparse.ArgumentParser, what: str) -> None:

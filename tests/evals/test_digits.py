@@ -31,10 +31,10 @@ def test_splits_are_disjoint_and_use_every_scan():
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_answers_and_clutter_come_from_the_scans_of_the_split_alone(split, monkeypatch):
     expected, labels = digits.cluttered_digit_pictures(split, 40)
-    scans, answers = (values.copy() for values in digits._scans())
+    scans, answers = (values.copy() for values in digits.scans())
     foreign = np.setdiff1d(np.arange(1797), digits.scan_indices(split))
     scans[foreign], answers[foreign] = np.nan, -1
-    monkeypatch.setattr(digits, "_scans", lambda: (scans, answers))
+    monkeypatch.setattr(digits, "scans", lambda: (scans, answers))
     pictures, same_labels = digits.cluttered_digit_pictures(split, 40)
     assert np.array_equal(pictures, expected)
     assert np.array_equal(same_labels, labels)
@@ -43,8 +43,8 @@ def test_answers_and_clutter_come_from_the_scans_of_the_split_alone(split, monke
 def test_clutter_is_strips_of_scans(monkeypatch):
     # Guards the test above: were no strip drawn, it could not see one of a foreign split.
     drawn = []
-    enlarge = digits._enlarge
-    monkeypatch.setattr(digits, "_enlarge", lambda ink, *rest: drawn.append(ink.shape) or enlarge(ink, *rest))
+    enlarge = digits.enlarge
+    monkeypatch.setattr(digits, "enlarge", lambda ink, *rest: drawn.append(ink.shape) or enlarge(ink, *rest))
     digits.cluttered_digit_pictures("test", 40)
     assert drawn.count((8, 8)) == 40
     assert drawn.count((digits.STRIP_WIDTH, 8)) >= 80

@@ -1,6 +1,6 @@
 import pytest
 
-from tokenprune.evals.plot import plot_accuracy_against_speed
+from tokenprune.evals.plot import plot_accuracy_against_speed, plot_training
 from tokenprune.evals.table import Table, interval_cells
 
 
@@ -31,3 +31,13 @@ def test_png_is_written_without_touching_pyplot(table, tmp_path):
     plot_accuracy_against_speed(table, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+def test_training_curves_have_one_panel_a_model(tmp_path):
+    import matplotlib
+
+    log = [{"step": 10.0 * i, "canvas": 20 if i < 3 else 36, "loss": 1 / i, "validation": 1.1 / i} for i in range(1, 6)]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_training({"dit": log, "unet": log[:3]}, tmp_path / "training.svg")
+    drawn = (tmp_path / "training.svg").read_text()
+    assert all(f">{name}<" in drawn for name in ("dit", "unet", "training", "step"))

@@ -90,12 +90,13 @@ class DenoiserPatch:
             self.probe.mark(stack, point, x)
 
     def plan(self, model: nn.Module, bound: Arguments, positions: tuple[float, ...]) -> Plan:
-        """The plan for a run of these positions with inputs of these shapes, solved once for each.
+        """The plan for a run of these positions with images of these shapes, solved once for each, whatever the batch.
 
         Raises:
             BudgetError: the budget cannot be met at this size or in such a run.
         """
-        size = tuple((name, tuple(x.shape)) for name, x in sorted(bound.items()) if isinstance(x, Tensor))
+        batch = bound[self.latents].shape[0]
+        size = tuple((name, _of_one(x, batch)) for name, x in sorted(bound.items()) if isinstance(x, Tensor))
         if (size, positions) not in self.plans:
             latents = bound[self.latents]
             if size not in self.costs:
@@ -334,6 +335,11 @@ def _places(plan: Plan, positions: tuple[float, ...]) -> list[dict[str, Any]]:
             steps = "every step" if len(told) == 1 else f"{first:.0%} to {end:.0%} of the run"
             rows.append({"name": stack, "tokens_in": cost.tokens, "tokens_out": mean, "steps": steps})
     return rows
+
+
+def _of_one(x: Tensor, batch: int) -> tuple[str | int, ...]:
+    """The shape of a tensor, without the size of the batch where that comes first."""
+    return ("batch", *x.shape[1:]) if x.shape[:1] == (batch,) else tuple(x.shape)
 
 
 def _value(timestep: Any, unknown: float) -> float:

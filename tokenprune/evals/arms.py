@@ -24,6 +24,7 @@ Budget = Mapping[str, Any]
 DROP_BASELINES = ("random", "uniform")
 UNPATCHED = "unpatched"
 SMALLER_INPUT = "smaller input"
+FEWER_STEPS = "fewer steps"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Arm:
     @property
     def is_patched(self) -> bool:
         """Whether `model` carries a patch, and so has a report."""
-        return self.model is not None and self.method not in (UNPATCHED, SMALLER_INPUT)
+        return self.model is not None and self.method not in (UNPATCHED, SMALLER_INPUT, FEWER_STEPS)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] as this arm's model takes them."""

@@ -33,7 +33,8 @@ _SPLIT_ENDS = {"train": (0, 1097), "val": (1097, 1297), "test": (1297, 1797)}
 
 
 @lru_cache(maxsize=1)
-def _scans() -> tuple[Floats, NDArray[np.int64]]:
+def scans() -> tuple[Floats, NDArray[np.int64]]:
+    """The scans [1797, 8, 8], ink in [0, 1], and the digits [1797] that they show."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -49,7 +50,7 @@ def scan_indices(split: Split) -> NDArray[np.int64]:
     return np.random.default_rng(1797).permutation(1797)[start:end]
 
 
-def _enlarge(ink: Floats, height: int, width: int, angle: float) -> Floats:
+def enlarge(ink: Floats, height: int, width: int, angle: float) -> Floats:
     """[h, w] to [height, width], turned by ``angle`` radians about the centre, bilinear, no ink outside."""
     rows = ((np.arange(height, dtype=np.float32) + 0.5) / height - 0.5)[:, None]
     cols = ((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5)[None, :]
@@ -69,20 +70,27 @@ def _enlarge(ink: Floats, height: int, width: int, angle: float) -> Floats:
     return enlarged
 
 
-def _paint(canvas: Floats, ink: Floats, top: int, left: int, rng: np.random.Generator) -> None:
+def paint(canvas: Floats, ink: Floats, top: int, left: int, rng: np.random.Generator) -> None:
+    """Covers canvas [H, W, 3] with a light colour where there is ink [h, w], from row ``top`` and column ``left``."""
     colour = rng.uniform(0.7, 1.0, 3).astype(np.float32)
     area = canvas[top : top + ink.shape[0], left : left + ink.shape[1]]
     area += ink[:, :, None] * (colour - area)
 
 
-def _background(rng: np.random.Generator, size: int) -> Floats:
-    """A gradient between two dark colours in any direction, with faint grain."""
+def gradient(rng: np.random.Generator, size: int) -> Floats:
+    """A gradient [size, size, 3] between two dark colours in any direction."""
     axis = np.linspace(-0.5, 0.5, size, dtype=np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     ramp = np.float32(np.sin(angle)) * axis[:, None] + np.float32(np.cos(angle)) * axis[None, :] + 0.5
     first, second = rng.uniform(0.0, 0.4, (2, 3)).astype(np.float32)
-    grain = rng.standard_normal((size, size), np.float32) * np.float32(0.02)
-    background: Floats = first + ramp[:, :, None] * (second - first) + grain[:, :, None]
+    blend: Floats = first + ramp[:, :, None] * (second - first)
+    return blend
+
+
+def _background(rng: np.random.Generator, size: int) -> Floats:
+    """A gradient with faint grain."""
+    smooth = gradient(rng, size)
+    background: Floats = smooth + (rng.standard_normal((size, size), np.float32) * np.float32(0.02))[:, :, None]
     return background
 
 
@@ -98,26 +106,26 @@ def _line(rng: np.random.Generator, size: int) -> Floats:
 
 
 def _canvas(rng: np.random.Generator, allowed: NDArray[np.int64], size: int) -> tuple[NDArray[np.uint8], int]:
-    scans, labels = _scans()
+    ink, labels = scans()
     answer, *others = allowed[rng.integers(len(allowed), size=1 + STRIPS[1])]
     canvas = _background(rng, size)
     for _ in range(rng.integers(LINES[0], LINES[1] + 1)):
-        _paint(canvas, _line(rng, size), 0, 0, rng)
+        paint(canvas, _line(rng, size), 0, 0, rng)
 
     height, width = rng.integers(DIGIT_SIZE[0], DIGIT_SIZE[1] + 1, 2)
     top, left = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1)
     for other in others[: rng.integers(STRIPS[0], STRIPS[1] + 1)]:
         start = rng.integers(0, 8 - STRIP_WIDTH + 1)
-        strip = scans[other][start : start + STRIP_WIDTH]
+        strip = ink[other][start : start + STRIP_WIDTH]
         long, short = height, round(height * STRIP_WIDTH / 8)
-        ink = _enlarge(strip, short, long, rng.uniform(-TILT, TILT))
+        piece = enlarge(strip, short, long, rng.uniform(-TILT, TILT))
         if rng.random() < 0.5:
-            ink = ink.T
-        y, x = rng.integers(0, size - ink.shape[0] + 1), rng.integers(0, size - ink.shape[1] + 1)
-        beside = y >= top + height or y + ink.shape[0] <= top or x >= left + width or x + ink.shape[1] <= left
+            piece = piece.T
+        y, x = rng.integers(0, size - piece.shape[0] + 1), rng.integers(0, size - piece.shape[1] + 1)
+        beside = y >= top + height or y + piece.shape[0] <= top or x >= left + width or x + piece.shape[1] <= left
         if beside:
-            _paint(canvas, ink, y, x, rng)
-    _paint(canvas, _enlarge(scans[answer], height, width, rng.uniform(-TILT, TILT)), top, left, rng)
+            paint(canvas, piece, y, x, rng)
+    paint(canvas, enlarge(ink[answer], height, width, rng.uniform(-TILT, TILT)), top, left, rng)
     return (canvas.clip(0, 1) * 255).round().astype(np.uint8), int(labels[answer])
 
 

@@ -55,7 +55,7 @@ def load_model(name: str, *, checkpoint: str | Path | None = None, random_weight
     safetensors are read: a pickle can run any code.
     """
     if checkpoint is not None:
-        _require_safetensors(Path(checkpoint))
+        require_safetensors(Path(checkpoint))
     if name in SHIPPED and (checkpoint is not None or random_weights):
         raise TokenPruneError(f"{name} comes with its own weights; --checkpoint and --random-weights are for others")
     if name == DIGITS:
@@ -65,7 +65,7 @@ def load_model(name: str, *, checkpoint: str | Path | None = None, random_weight
     if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "timm:")):
         model = _from_function(name)
         if checkpoint is not None:
-            _load_into(model, Path(checkpoint))
+            load_weights(model, Path(checkpoint))
     else:
         model = _from_timm(name, checkpoint, pretrained=not random_weights and checkpoint is None)
     transform = model_transform(model)
@@ -135,7 +135,8 @@ def _from_function(name: str) -> nn.Module:
     return made
 
 
-def _require_safetensors(path: Path) -> None:
+def require_safetensors(path: Path) -> None:
+    """Raises TokenPruneError for a file that is not there or no safetensors."""
     if not path.is_file():
         raise TokenPruneError(f"there is no checkpoint {path}")
     if path.suffix != ".safetensors":
@@ -152,9 +153,14 @@ def _require_safetensors(path: Path) -> None:
         raise TokenPruneError(f"{path} is no safetensors file, whatever its name: {error}") from error
 
 
-def _load_into(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads safetensors into the model's parameters, in their own precision.
+
+    Raises TokenPruneError where the file is not there, no safetensors, or of another model.
+    """
     from safetensors.torch import load_file
 
+    require_safetensors(path)
     try:
         model.load_state_dict(load_file(path))
     except RuntimeError as error:

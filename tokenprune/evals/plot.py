@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tokenprune.evals.arms import SMALLER_INPUT, UNPATCHED
+from tokenprune.evals.arms import FEWER_STEPS, SMALLER_INPUT, UNPATCHED
 from tokenprune.evals.table import Cell, Row, Table
 
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
@@ -15,6 +16,7 @@ BASELINE_STYLES = {
     "random": ("0.55", "x"),
     "uniform": ("0.55", "+"),
     SMALLER_INPUT: ("0.55", "s"),
+    FEWER_STEPS: ("0.2", "s"),
 }
 
 
@@ -67,6 +69,28 @@ def plot_accuracy_against_speed(table: Table, path: str | Path, quality: str = "
         ", ".join(f"{k} {environment[k]}" for k in ("device", "threads", "dtype") if k in environment), size=8
     )
     figure.savefig(path, dpi=140)
+
+
+def plot_training(logs: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> None:
+    """Draws the losses of trainings by name over their steps to `path`; a log has the lines of a checkpoint's record.
+
+    Where the canvas changes the task does too, and a dotted line stands there.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(logs), 3.2), layout="constrained")
+    for axes, (name, log) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items(), strict=True):
+        steps = [line["step"] for line in log]
+        axes.plot(steps, [line["loss"] for line in log], label="training")
+        axes.plot(steps, [line["validation"] for line in log], label="validation, averaged weights")
+        for before, after in itertools.pairwise(log):
+            if before["canvas"] != after["canvas"]:
+                axes.axvline(before["step"], color="0.5", linestyle=":")
+        axes.set(title=name, xlabel="step", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    axes.set_ylabel("mean squared error of the velocity")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 def _value(row: Row, name: str) -> float:

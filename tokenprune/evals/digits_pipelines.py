@@ -1,0 +1,92 @@
+"""The small diffusion models as diffusers pipelines: labels in, pictures out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from tokenprune.evals.digits_checkpoints import trained
+from tokenprune.evals.digits_denoisers import UNCONDITIONAL, predict
+from tokenprune.evals.drawn_digits import IMAGE_SIZE, to_pixels
+
+STEPS = 20
+GUIDANCE = 1.0
+
+
+class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Draws digits: ``pipe(labels)`` gives pictures [B, 3, 36, 36] in [0, 1]. `denoiser` is its model."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The transformer or the U-Net."""
+        components: dict[str, Any] = self.components
+        model: nn.Module = components.get("transformer") or components["unet"]
+        return model
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        labels: Tensor,
+        *,
+        centres: Tensor | None = None,
+        num_inference_steps: int = STEPS,
+        guidance_scale: float = GUIDANCE,
+        latents: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """labels: [B] in 0..9. centres: [B, 2], row and column in pixels where the U-Net is to draw the digit (the DiT
+        takes no place), None for anywhere. guidance_scale: of classifier-free guidance; 1 is one forward a step.
+
+        latents: noise [B, 3, 36, 36] to start from, drawn by `generator` where it is not given.
+        """
+        model = self.denoiser
+        parameter = next(model.parameters())
+        labels = labels.to(parameter.device)
+        if latents is None:
+            latents = torch.randn(len(labels), 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+        images = latents.to(parameter.device, parameter.dtype)
+        # The scheduler's own spacing would spend the last of its steps on the last thousandth of the way.
+        sigmas = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
+        self.scheduler.set_timesteps(sigmas=sigmas, device=parameter.device)
+        for timestep in self.scheduler.timesteps:
+            if guidance_scale == 1.0:
+                velocity = predict(model, images, timestep.expand(len(images)), labels, centres)
+            else:
+                both = torch.cat([torch.full_like(labels, UNCONDITIONAL), labels])
+                twice, places = images.repeat(2, 1, 1, 1), None if centres is None else centres.repeat(2, 1)
+                free, bound = predict(model, twice, timestep.expand(len(both)), both, places).chunk(2)
+                velocity = free + guidance_scale * (bound - free)
+            images = self.scheduler.step(velocity, timestep, images, return_dict=False)[0]
+        return to_pixels(images)
+
+
+class DiTDigitsPipeline(DigitsPipeline):
+    """`DigitsPipeline` around a `DiTTransformer2DModel`."""
+
+    def __init__(self, transformer: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+
+class UNetDigitsPipeline(DigitsPipeline):
+    """`DigitsPipeline` around a `UNet2DConditionModel`."""
+
+    def __init__(self, unet: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+
+def digits_pipeline(name: str, folders: Sequence[str | Path] = ()) -> DigitsPipeline:
+    """The pipeline of the model called `name` (`dit-digits` or `unet-digits`), fp32; folders: as in `trained`."""
+    return pipeline_of(trained(name, folders))
+
+
+def pipeline_of(denoiser: nn.Module) -> DigitsPipeline:
+    """A pipeline around `denoiser`, with a scheduler of its own."""
+    kind = DiTDigitsPipeline if hasattr(denoiser, "transformer_blocks") else UNetDigitsPipeline
+    return kind(denoiser, FlowMatchEulerDiscreteScheduler())

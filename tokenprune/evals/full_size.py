@@ -1,0 +1,94 @@
+"""Inception FID and CLIP score of pictures from full-size models, on machines that have the weights of the judges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenprune.errors import TokenPruneError
+
+CLIP_MODEL = "openai/clip-vit-large-patch14"
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+
+
+def picture_files(folder: str | Path) -> list[Path]:
+    """The pictures in `folder` and below, by name.
+
+    Raises TokenPruneError where there are none.
+    """
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise TokenPruneError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
+    return files
+
+
+def inception_fid(generated: str | Path, real: str | Path, *, weights: str | Path | None = None) -> float:
+    """Fréchet distance of two folders of pictures in Inception v3's features (Heusel et al., 2017), by torch-fidelity.
+
+    weights: of its Inception, where they must not be downloaded.
+
+    Raises ImportError without torch-fidelity, TokenPruneError for a folder without pictures and where the weights
+    cannot be had.
+    """
+    for folder in (generated, real):
+        picture_files(folder)
+    try:
+        import torch_fidelity
+    except ImportError as error:
+        raise ImportError("Inception FID needs torch-fidelity: pip install 'tokenprune-torch[fid]'") from error
+    options: dict[str, Any] = {"feature_extractor_weights_path": str(weights)} if weights is not None else {}
+    try:
+        found = torch_fidelity.calculate_metrics(
+            input1=str(generated),
+            input2=str(real),
+            fid=True,
+            samples_find_deep=True,
+            cuda=torch.cuda.is_available(),
+            verbose=False,
+            **options,
+        )
+    except (OSError, RuntimeError) as error:
+        raise TokenPruneError(
+            f"torch-fidelity failed: {str(error).splitlines()[0]}; weights=FILE names Inception weights that are here"
+        ) from error
+    return float(found["frechet_inception_distance"])
+
+
+def clip_score(
+    pictures: Sequence[str | Path], prompts: Sequence[str], *, model: str = CLIP_MODEL, batch_size: int = 16
+) -> list[float]:
+    """Cosine of each picture with its prompt in CLIP's space, at least 0 (Hessel et al., 2021, without its factor 2.5).
+
+    model: a name on the Hugging Face hub, or a folder.
+
+    Raises ImportError without transformers, TokenPruneError for lists of different lengths and where the model cannot
+    be had.
+    """
+    if len(pictures) != len(prompts):
+        raise TokenPruneError(f"{len(pictures)} pictures and {len(prompts)} prompts: one prompt a picture is needed")
+    try:
+        from transformers import CLIPModel, CLIPProcessor
+    except ImportError as error:
+        raise ImportError("CLIP score needs transformers: pip install transformers") from error
+    from PIL import Image
+
+    try:
+        clip: Any = CLIPModel.from_pretrained(model)
+        processor: Any = CLIPProcessor.from_pretrained(model)
+    except OSError as error:
+        raise TokenPruneError(f"CLIP {model} could not be loaded: {str(error).splitlines()[0]}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clip.eval().to(device)
+    scores: list[float] = []
+    for start in range(0, len(pictures), batch_size):
+        texts = list(prompts[start : start + batch_size])
+        images = [Image.open(path).convert("RGB") for path in pictures[start : start + batch_size]]
+        inputs = processor(text=texts, images=images, return_tensors="pt", padding=True, truncation=True).to(device)
+        with torch.inference_mode():
+            output = clip(**inputs)
+        cosine = torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
+        scores += cosine.clamp(min=0).tolist()
+    return scores

@@ -1,0 +1,110 @@
+"""What a comparison of diffusion models compares: unpatched, each method at each budget, and fewer steps."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+import tokenprune
+from tokenprune.errors import BudgetError, TokenPruneError
+from tokenprune.evals.arms import DROP_BASELINES, FEWER_STEPS, UNPATCHED, Arm, Budget, budget_label, tokens_left
+from tokenprune.evals.digits_pipelines import GUIDANCE, DigitsPipeline, pipeline_of
+from tokenprune.evals.drawing_orders import Orders
+from tokenprune.evals.flops import count_multiply_adds
+from tokenprune.evals.shared_copy import shared_copy
+
+
+@dataclass(frozen=True)
+class GenerationArm(Arm):
+    """An arm that draws: `model` is the denoiser of `pipe`, which takes `steps` steps at `guidance`.
+
+    flops: multiply-adds of one image over the whole run, both branches of the guidance.
+    """
+
+    pipe: DigitsPipeline | None = None
+    steps: int = 0
+    guidance: float = GUIDANCE
+
+    def draw(self, orders: Orders) -> Tensor:
+        """Pictures [N, 3, 36, 36] in [0, 1]."""
+        assert self.pipe is not None, "only arms that were built draw"
+        pictures: Tensor = self.pipe(
+            orders.labels,
+            centres=orders.centres,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance,
+            latents=orders.noise,
+        )
+        return pictures
+
+
+def generation_arms(
+    pipe: DigitsPipeline,
+    orders: Orders,
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[Budget] = ({"flops": 0.6},),
+    *,
+    steps: int,
+    guidance: float = GUIDANCE,
+    baselines: bool = True,
+) -> list[GenerationArm]:
+    """The arms of a comparison, the unpatched pipeline first; `pipe` itself is left as it is.
+
+    orders: a few, to solve the budgets on. `methods=None` takes every
+    method that fits. With `baselines`, random, uniform and a run of fewer steps at equal FLOPs are added at each
+    budget. A budget that cannot be met becomes an arm with a note, as in `tokenprune.evals.arms.build_arms`.
+
+    Raises TokenPruneError for a method named in `methods` that is unknown or does not fit.
+    """
+    base = pipeline_of(tokenprune.unpatch(shared_copy(pipe.denoiser)))
+    names = [method.name for method in tokenprune.methods(base)] if methods is None else list(methods)
+    if baselines:
+        names += [name for name in DROP_BASELINES if name not in names]
+    one_step = GenerationArm(UNPATCHED, "", base.denoiser, pipe=base, steps=1, guidance=guidance)
+    flops = steps * count_multiply_adds(lambda: one_step.draw(orders.first(1)))
+    first = replace(one_step, flops=flops, flops_ratio=1.0, steps=steps)
+    arms = [first]
+    for budget in budgets:
+        rows = [_method_arm(first, orders, name, budget, required=name in (methods or ())) for name in names]
+        arms += rows
+        ratios = [row.flops_ratio for row in rows if row.flops_ratio is not None]
+        target = budget.get("flops") or (statistics.median(ratios) if ratios else None)
+        if baselines and target is not None:
+            arms.append(fewer_steps(first, max(1, round(steps * target)), budget_label(budget)))
+    return arms
+
+
+def fewer_steps(base: GenerationArm, steps: int, budget: str) -> GenerationArm:
+    """The unpatched arm `base` with `steps` steps, in the rows of `budget`."""
+    assert base.flops is not None
+    ratio = steps / base.steps
+    return replace(
+        base,
+        method=FEWER_STEPS,
+        budget=budget,
+        flops=round(base.flops * ratio),
+        flops_ratio=ratio,
+        note=f"{steps} of {base.steps} steps",
+        steps=steps,
+    )
+
+
+def _method_arm(base: GenerationArm, orders: Orders, name: str, budget: Budget, *, required: bool) -> GenerationArm:
+    label = budget_label(budget)
+    assert base.model is not None
+    assert base.flops is not None
+    pipe = pipeline_of(shared_copy(base.model))
+    arm = replace(base, method=name, budget=label, model=pipe.denoiser, pipe=pipe)
+    try:
+        tokenprune.patch(pipe, name, **budget)
+        arm.draw(orders)
+        report = tokenprune.report(pipe).to_dict()
+    except TokenPruneError as error:
+        if required and not isinstance(error, BudgetError):
+            raise
+        return replace(arm, model=None, pipe=None, flops=None, flops_ratio=None, note=str(error))
+    ratio = report["flops_ratio"]
+    return replace(arm, flops=round(base.flops * ratio), flops_ratio=ratio, tokens=tokens_left(pipe.denoiser))

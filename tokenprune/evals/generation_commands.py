@@ -1,0 +1,100 @@
+"""The commands of the command line for the small diffusion models."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from tokenprune.errors import TokenPruneError
+from tokenprune.evals.commands import budgets, check_output, emit, set_machine, status
+from tokenprune.evals.digits_denoisers import untrained
+from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, digits_pipeline, pipeline_of
+from tokenprune.evals.generation import evaluate_generation
+from tokenprune.evals.generation_bench import bench_generation
+from tokenprune.evals.stats import bootstrap_mean
+from tokenprune.evals.table import Row, Table, interval_cells
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    """`tokenprune eval --model dit-digits`"""
+    check_output(options)
+    if options.random_weights:
+        raise TokenPruneError("pictures of random weights say nothing; --random-weights is for bench")
+    table = evaluate_generation(
+        _load(options),
+        options.method,
+        budgets(options),
+        samples=options.samples or 1000,
+        batch_size=options.batch_size,
+        steps=options.steps or STEPS,
+        guidance=GUIDANCE if options.guidance is None else options.guidance,
+        rounds=options.rounds,
+        seed=options.seed,
+        show_progress=not options.quiet,
+    )
+    table.environment = {"model": options.model, **table.environment}
+    emit(table, options)
+    return status(table)
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """`tokenprune bench --model dit-digits`"""
+    if options.batch_size is not None:
+        raise TokenPruneError("--batch-size is for models that take images; whole runs are timed at one batch size")
+    if options.profile:
+        raise TokenPruneError("--profile is for models that take images")
+    check_output(options)
+    table = bench_generation(
+        _load(options),
+        options.method,
+        budgets(options),
+        steps=options.steps or STEPS,
+        guidance=GUIDANCE if options.guidance is None else options.guidance,
+        rounds=options.rounds,
+        seed=options.seed,
+        show_progress=not options.quiet,
+    )
+    table.environment = {"model": options.model, **table.environment}
+    emit(table, options)
+    return status(table)
+
+
+def viz(options: argparse.Namespace) -> int:
+    """`tokenprune viz --model dit-digits`"""
+    raise TokenPruneError(f"viz shows images of a classifier; for {options.model} run tokenprune demo-diffusion")
+
+
+def score(options: argparse.Namespace) -> int:
+    """`tokenprune score`"""
+    from tokenprune.evals.full_size import clip_score, inception_fid, picture_files
+
+    check_output(options)
+    row: Row = {"pictures": len(picture_files(options.pictures))}
+    if options.real is None and options.prompts is None:
+        raise TokenPruneError("nothing to score against: name --real FOLDER for FID, --prompts FILE for CLIP, or both")
+    if options.real is not None:
+        row["fid"] = inception_fid(options.pictures, options.real, weights=options.inception)
+    if options.prompts is not None:
+        prompts = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+        scores = clip_score(picture_files(options.pictures), prompts, model=options.clip)
+        found = bootstrap_mean(scores)
+        row |= interval_cells("clip_score", found.estimate, found.low, found.high)
+    emit(Table([row]), options)
+    return 0
+
+
+def _load(options: argparse.Namespace) -> DigitsPipeline:
+    set_machine(options)
+    given = [f"--{name}" for name in ("data", "split") if getattr(options, name) is not None]
+    if given:
+        raise TokenPruneError(f"{options.model} draws its pictures; it takes no {', '.join(given)}")
+    if options.random_weights:
+        if options.checkpoint is not None:
+            raise TokenPruneError("--random-weights or --checkpoint, not both")
+        pipe = pipeline_of(untrained(options.model))
+    else:
+        pipe = digits_pipeline(options.model, [] if options.checkpoint is None else [options.checkpoint])
+    pipe.to(options.device, getattr(torch, options.dtype))
+    return pipe

@@ -1,0 +1,268 @@
+"""``python -m tokenprune.evals.train_diffusion dit-digits --output FOLDER`` trains a small diffusion model.
+
+Data, recipe and stopping rule are the constants below; nothing is chosen on test scans or on how a model behaves when
+tokens are removed. The objective is flow matching (Lipman et al., 2023) on straight paths: x_t = (1 - t) x + t noise,
+the target is noise - x, and t is logit-normal (Esser et al., 2024, equation 19). First the model learns to draw digits
+on small canvases (a DiT in a window of its patch grid that lies elsewhere at every step), then to place them on whole
+ones. Training stops after a fixed number of steps, and the moving average of the weights is kept.
+
+What is drawn at a step depends on the step alone, and everything else is in the state that is saved on the way: a
+training that was interrupted goes on exactly as it would have without.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.errors import TokenPruneError
+from tokenprune.evals.digits_denoisers import CHECKPOINTS, DIT, UNCONDITIONAL, UNET, predict, untrained
+from tokenprune.evals.drawn_digits import IMAGE_SIZE, PIXEL_MEAN, PIXEL_STD, drawn_digit_pictures, to_model
+
+SEED = 0
+BATCH = 32
+SMALL_SIZE = 20
+BETAS = (0.9, 0.98)
+WEIGHT_DECAY = 0.01
+CLIP_NORM = 1.0
+WARMUP_STEPS = 100
+COOLDOWN_SHARE = 0.25
+LAST_LR_SHARE = 0.02
+EMA_DECAY = 0.995
+LABEL_DROPOUT = 0.1
+PLACE_DROPOUT = 0.3
+VALIDATE_EVERY = 100
+VALIDATION_IMAGES = 256
+SAVE_EVERY = 50
+
+DATA = {
+    "name": "Optical Recognition of Handwritten Digits, drawn on gradients by tokenprune.evals.drawn_digits",
+    "source": "https://doi.org/10.24432/C50P49, through sklearn.datasets.load_digits",
+    "authors": "E. Alpaydin, C. Kaynak",
+    "licence": "CC BY 4.0",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """small_steps on canvases of SMALL_SIZE pixels, then whole_steps on whole ones; peak_lr of AdamW."""
+
+    small_steps: int
+    whole_steps: int
+    peak_lr: float
+
+    @property
+    def steps(self) -> int:
+        return self.small_steps + self.whole_steps
+
+
+RECIPES = {DIT: Recipe(4000, 900, 2e-3), UNET: Recipe(2500, 600, 2e-3)}
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up to the peak, constant, and a linear descent over the last steps."""
+    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+    left = (recipe.steps - step) / (COOLDOWN_SHARE * recipe.steps)
+    return recipe.peak_lr * warm * min(1.0, LAST_LR_SHARE + (1 - LAST_LR_SHARE) * left)
+
+
+@contextmanager
+def _window(model: nn.Module, top: int, left: int, side: int) -> Iterator[None]:
+    """Inside, a DiT's patch embedding [B, N, C] of a small canvas takes the positions of a window of its own grid."""
+    embed: Any = model.pos_embed
+    grid = embed.height
+    rows = torch.arange(top, top + side)[:, None] * grid + torch.arange(left, left + side)
+    whole, size = embed.pos_embed, (embed.height, embed.width)
+    embed.pos_embed, embed.height, embed.width = whole[:, rows.flatten()], side, side
+    try:
+        yield
+    finally:
+        embed.pos_embed, (embed.height, embed.width) = whole, size
+
+
+def loss(model: nn.Module, split: Any, step: int, count: int, size: int) -> Tensor:
+    """Mean squared error of the velocity on `count` pictures of `size` pixels; which ones, their noise and their times
+    depend on (split, step, count, size) alone. Labels and places are dropped in training only."""
+    pictures, labels, middles = drawn_digit_pictures(split, count, SEED, step * count, size)
+    images, targets, centres = to_model(pictures), torch.from_numpy(labels), torch.from_numpy(middles)
+    generator = torch.Generator().manual_seed(SEED + step)
+    noise = torch.randn(images.shape, generator=generator)
+    time_ = torch.randn(count, generator=generator).sigmoid()
+    dropped = torch.rand(count, generator=generator) < LABEL_DROPOUT
+    placeless = bool(torch.rand((), generator=generator) < PLACE_DROPOUT) or size != IMAGE_SIZE
+    shifts = torch.rand(2, generator=generator)
+    if split == "train":
+        targets = torch.where(dropped, UNCONDITIONAL, targets)
+    share = time_.view(-1, 1, 1, 1)
+    noisy = (1 - share) * images + share * noise
+    if size != IMAGE_SIZE and hasattr(model, "pos_embed"):
+        patch: int = model.config.patch_size  # type: ignore[assignment, union-attr]
+        top, left = (shifts * ((IMAGE_SIZE - size) // patch + 1)).long().tolist()
+        with _window(model, top, left, size // patch):
+            velocity = predict(model, noisy, 1000 * time_, targets)
+    else:
+        velocity = predict(model, noisy, 1000 * time_, targets, None if placeless else centres)
+    return nn.functional.mse_loss(velocity, noise - images)
+
+
+class Training:
+    """The state of a training: weights, their moving average, optimiser, step and log."""
+
+    def __init__(self, name: str, recipe: Recipe) -> None:
+        torch.manual_seed(SEED)
+        self.name, self.recipe, self.step = name, recipe, 0
+        self.model = untrained(name)
+        self.average = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=recipe.peak_lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        self.log: list[dict[str, float]] = []
+        self.recent: list[float] = []
+        self.seconds = 0.0
+
+    def advance(self) -> None:
+        """One step, and at every VALIDATE_EVERY-th a line of the log."""
+        start = time.process_time()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.recipe)
+        size = SMALL_SIZE if self.step < self.recipe.small_steps else IMAGE_SIZE
+        error = loss(self.model, "train", self.step, BATCH, size)
+        self.optimizer.zero_grad()
+        error.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        self.optimizer.step()
+        self.step += 1
+        self.recent.append(error.item())
+        decay = min(EMA_DECAY, self.step / (10 + self.step))
+        with torch.no_grad():
+            for key, value in self.model.state_dict().items():
+                self.average[key].lerp_(value, 1 - decay)
+        if self.step % VALIDATE_EVERY == 0 or self.step == self.recipe.steps:
+            self._validate(size)
+        self.seconds += time.process_time() - start
+
+    def averaged(self) -> nn.Module:
+        """A model of its own with the averaged weights."""
+        model = untrained(self.name)
+        model.load_state_dict(self.average)
+        return model
+
+    def _validate(self, size: int) -> None:
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            error = loss(self.averaged(), "val", 0, VALIDATION_IMAGES, size).item()
+        mean = math.fsum(self.recent) / len(self.recent)
+        self.log.append({"step": self.step, "canvas": size, "loss": mean, "validation": error})
+        self.recent = []
+
+    def save(self, path: Path) -> None:
+        """Writes the state in one piece: a kill while writing leaves the one before."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "log": self.log,
+            "recent": self.recent,
+            "seconds": self.seconds,
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def resume(self, path: Path) -> None:
+        """The inverse of `save`. Raises TokenPruneError for a state of the other model."""
+        state = torch.load(path, weights_only=True)
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise TokenPruneError(f"{path} is of another model; {self.name} needs an --output of its own") from error
+        self.average = state["average"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.log, self.recent = state["step"], state["log"], state["recent"]
+        self.seconds = state["seconds"]
+
+
+def train(name: str, output: Path, recipe: Recipe | None = None) -> dict[str, Any]:
+    """Trains the model called `name`, or goes on where a training in `output` stopped; writes the averaged weights
+    (fp16) and their record to `output` and returns the record."""
+    from safetensors.torch import save_file
+
+    recipe = recipe or RECIPES[name]
+    training, state = Training(name, recipe), output / "state.pt"
+    output.mkdir(parents=True, exist_ok=True)
+    if state.exists():
+        training.resume(state)
+    while training.step < recipe.steps:
+        training.advance()
+        done = training.step == recipe.steps
+        if done or training.step % VALIDATE_EVERY == 0:
+            last = training.log[-1]
+            print(
+                f"step {training.step}/{recipe.steps}  canvas {last['canvas']}  loss {last['loss']:.4f}"
+                f"  validation {last['validation']:.4f}  {training.seconds:.0f} s",
+                flush=True,
+            )
+        if done or training.step % SAVE_EVERY == 0:
+            training.save(state)
+    save_file({key: value.half() for key, value in training.average.items()}, output / CHECKPOINTS[name])
+    record = {
+        "architecture": f"tokenprune.evals.digits_denoisers, {name}",
+        "recipe": recipe_record(recipe),
+        "normalisation": {"mean": PIXEL_MEAN, "std": PIXEL_STD},
+        "log": training.log,
+        "training_cpu_seconds": round(training.seconds),
+        "threads": torch.get_num_threads(),
+        "data": DATA,
+    }
+    (output / CHECKPOINTS[name]).with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def recipe_record(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as it is kept beside a checkpoint."""
+    return {
+        "seed": SEED,
+        "batch": BATCH,
+        "small_canvas": {"size": SMALL_SIZE, "steps": recipe.small_steps},
+        "whole_canvas": {"size": IMAGE_SIZE, "steps": recipe.whole_steps},
+        "optimizer": {"name": "AdamW", "betas": list(BETAS), "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM},
+        "learning_rate": {
+            "peak": recipe.peak_lr,
+            "warmup_steps": WARMUP_STEPS,
+            "cooldown_share": COOLDOWN_SHARE,
+            "last_share": LAST_LR_SHARE,
+        },
+        "average": EMA_DECAY,
+        "dropout": {"label": LABEL_DROPOUT, "place": PLACE_DROPOUT},
+        "loss": "flow matching, logit-normal times, fp32",
+        "stop": "after all steps",
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; ``arguments`` replaces the process's own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tokenprune.evals.train_diffusion",
+        description="Train a small diffusion model by the recipe fixed in this file.",
+        epilog="example: python -m tokenprune.evals.train_diffusion dit-digits --output dit-run",
+    )
+    parser.add_argument("model", choices=list(CHECKPOINTS))
+    parser.add_argument("--output", type=Path, required=True, help="folder; a training that stopped in it goes on")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    record = train(options.model, options.output)
+    print(f"{record['training_cpu_seconds']} s of CPU time, written to {options.output}")
+
+
+if __name__ == "__main__":
+    main()
