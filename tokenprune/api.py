@@ -13,7 +13,7 @@ from torch import nn
 from tokenprune import registry
 from tokenprune.budget import parse_budget
 from tokenprune.defaults import default_methods
-from tokenprune.errors import UnsupportedMethod, UnsupportedModel
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import AppliedPatch, Family, Request, active_patches, detach
 from tokenprune.recording import Recording
 from tokenprune.registry import MethodInfo
@@ -166,6 +166,8 @@ def methods(target: object | None = None) -> list[MethodInfo]:
                 family.prepare(model, registry.make_method(name, {}), request)
             except UnsupportedMethod:
                 continue
+            except BudgetError:
+                pass  # it works here with another budget
             usable.append(registry.method_info(name, (family.name,)))
     finally:
         _reattach(model, family, earlier)

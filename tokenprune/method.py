@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.denoisers.over_steps import OverSteps
 from tokenprune.denoisers.steps import EVERY_STEP, Steps
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.ragged import RaggedReduction
@@ -34,7 +35,8 @@ class Method:
     For denoisers: stack_share: share of the tokens that is computed in a stack of blocks where there is no budget.
     stack_depth: blocks that share one choice where a model does not divide them into stacks itself. steps: how strongly
     at each step of a run. recover: what a dropped token is behind a stack, a copy of the most "similar" kept one or its
-    own value before ("residual"); None: the first where convolutions follow, else the second.
+    own value before ("residual"); None: the first where convolutions follow, else the second. over_steps: what is taken
+    from an earlier step, None for a method that keeps nothing over steps.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Method:
     stack_depth: int = 4
     steps: Steps = EVERY_STEP
     recover: Literal["similar", "residual"] | None = None
+    over_steps: OverSteps | None = None
 
     def reduce(self, record: AttentionRecord, keep: int) -> Reduction:
         """The Reduction of the record's n prunable tokens to `keep`."""

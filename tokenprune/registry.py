@@ -19,7 +19,7 @@ AdapterType = TypeVar("AdapterType", bound=type)
 
 _METHODS: dict[str, Callable[..., Method]] = {}
 _FAMILIES: dict[str, Family] = {}
-_BUILTIN_METHODS = ("baselines", "top_k", "evit", "tome", "zero_tprune", "ats", "at_edm")
+_BUILTIN_METHODS = ("baselines", "top_k", "evit", "tome", "zero_tprune", "ats", "at_edm", "region", "ras", "toca")
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {
     "timm": ("tokenprune.adapters.timm_vit",),

@@ -7,14 +7,14 @@ a block that changed is refused and not guessed at.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapters.beneath import original_class, token_block
+from tokenprune.adapters.beneath import expose, original_class, token_block
 from tokenprune.denoisers.host import Arguments, BlockFacts, Slice
 from tokenprune.errors import UnsupportedModel
 from tokenprune.reduction import gather_tokens
@@ -26,8 +26,9 @@ class Row:
 
     parameters: of its forward. attention: attribute with the self-attention. returned: index of the image tokens in the
     output, None where they are the output. text: whether text tokens are concatenated in the attention. text_first:
-    whether to_q puts out the text in front of the image. slices: see BlockFacts. shared: whether all images of a batch
-    must compute the same tokens.
+    whether to_q puts out the text in front of the image. slices, rotary: see BlockFacts. shared: whether all images of a
+    batch must compute the same tokens. context: attributes with self-attentions that take fewer queries than keys.
+    attentions, mlp: attributes with parts whose output can be kept from step to step.
     """
 
     parameters: tuple[str, ...]
@@ -37,6 +38,10 @@ class Row:
     text_first: bool = False
     slices: tuple[tuple[str, Slice], ...] = ()
     shared: bool = False
+    context: tuple[str, ...] = ()
+    rotary: str | None = None
+    attentions: tuple[str, ...] = ()
+    mlp: str | None = None
 
 
 def table_rows(table: Any, index: Tensor, tokens: int, text: int, *, after_text: bool = False) -> Any:
@@ -83,8 +88,16 @@ _WAN = Row(
     slices=(("temb", embedding_rows), ("rotary_emb", batched_rows)),
     shared=True,
 )
-_FLUX = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs")
-_TEXT_AND_IMAGE = (("image_rotary_emb", partial(table_rows, after_text=True)),)
+_FLUX = Row(
+    ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs"),
+    "attn",
+    returned=1,
+    text=True,
+    slices=(("image_rotary_emb", partial(table_rows, after_text=True)),),
+    shared=True,
+    context=("attn",),
+    rotary="image_rotary_emb",
+)
 _HUNYUAN = ("hidden_states", "encoder_hidden_states", "temb", "attention_mask")
 
 ROWS: dict[str, Row] = {
@@ -100,14 +113,21 @@ ROWS: dict[str, Row] = {
             "added_cond_kwargs",
         ),
         "attn1",
+        context=("attn1",),
+        attentions=("attn1", "attn2"),
+        mlp="ff",
     ),
     "JointTransformerBlock": Row(
-        ("hidden_states", "encoder_hidden_states", "temb", "joint_attention_kwargs"), "attn", returned=1, text=True
+        ("hidden_states", "encoder_hidden_states", "temb", "joint_attention_kwargs"),
+        "attn",
+        returned=1,
+        text=True,
+        context=("attn", "attn2"),
+        attentions=("attn", "attn2"),
+        mlp="ff",
     ),
-    "FluxTransformerBlock": Row(_FLUX, "attn", returned=1, text=True, slices=_TEXT_AND_IMAGE, shared=True),
-    "FluxSingleTransformerBlock": Row(
-        _FLUX, "attn", returned=1, text=True, text_first=True, slices=_TEXT_AND_IMAGE, shared=True
-    ),
+    "FluxTransformerBlock": _FLUX,
+    "FluxSingleTransformerBlock": replace(_FLUX, text_first=True),
     "WanTransformerBlock": _WAN,
     "LTXVideoTransformerBlock": Row(
         ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask"),
@@ -218,8 +238,20 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
         text_first=row.text_first,
         before=before,
         swapped=token_block(cls),
+        context=_context(block, row),
+        rotary=row.rotary,
+        attentions=tuple(part for name in row.attentions if (part := getattr(block, name, None)) is not None),
+        mlp=getattr(block, row.mlp) if row.mlp and getattr(block, "_chunk_size", None) is None else None,
+        expose=expose,
     )
     return facts, row.shared
+
+
+def _context(block: Any, row: Row) -> tuple[nn.Module, ...]:
+    attentions = [part for name in row.context if (part := getattr(block, name, None)) is not None]
+    if getattr(block, "only_cross_attention", False) or any(getattr(a, "fused_projections", False) for a in attentions):
+        return ()
+    return tuple(projection for attention in attentions for projection in (attention.to_k, attention.to_v))
 
 
 def before_basic(module: nn.Module, bound: Arguments) -> tuple[Tensor, Tensor]:

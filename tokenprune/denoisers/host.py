@@ -23,7 +23,11 @@ class BlockFacts:
     how its value is taken at the computed tokens) of all else that is indexed by token. queries, keys: modules that
     put out [B, N, H D], [B, N, H, D] or [B, H, N, D]; heads, scale: of the attention. text_first: whether the text
     stands before the image where both come out. before: (block, its arguments) -> the same outputs, before the block
-    has run, None where it cannot be said. swapped: the block's class with the site in front.
+    has run, None where it cannot be said. swapped: the block's class with the site in front. context: modules that put
+    out keys or values of its self-attentions [B, N, C'] (joint ones of text and image [B, T + N, C']), which may stand
+    for more tokens than the queries do; empty where queries and keys must be of the same tokens. rotary: the argument
+    with rows for both, which then has to fit either. attentions, mlp: parts whose output can be kept from step to step,
+    None where they are not modules of their own; expose: puts a site in front of such a part.
     """
 
     name: str
@@ -40,6 +44,11 @@ class BlockFacts:
     text_first: bool
     before: Callable[[nn.Module, Arguments], tuple[Tensor, Tensor]] | None
     swapped: type[nn.Module]
+    context: tuple[nn.Module, ...] = ()
+    rotary: str | None = None
+    attentions: tuple[nn.Module, ...] = ()
+    mlp: nn.Module | None = None
+    expose: Callable[[nn.Module], None] | None = None
 
 
 @dataclass

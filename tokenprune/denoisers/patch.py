@@ -34,8 +34,11 @@ Describe = Callable[[nn.Module], DenoiserHost]
 class DenoiserPatch:
     """What a patch knows for as long as it is on: plain data, no module.
 
-    describe: a model -> its facts (of the adapter). active: whether anything is reduced (not at a budget of 1.0).
+    describe: a model -> its facts (of the adapter). active: whether anything is reduced (not at a budget of 1.0). site:
+    what stands in front of its blocks.
     """
+
+    site: type[BlockSite] = BlockSite
 
     def __init__(self, describe: Describe, host: DenoiserHost, adapter: str, method: Method, request: Request) -> None:
         self.key = uuid4().hex
@@ -74,12 +77,16 @@ class DenoiserPatch:
             timestep, whole = _value(bound.get(self.timestep), self.last_timestep), self._scheduled()
             run, reuse = run_of(self.key, latents, timestep, whole, self.last_timestep)
             plan = self.plan(model, bound, run.positions)
-            keep = plan.keep(position_of(timestep, whole, self.last_timestep))
+            keep = self.computed(run, plan, position_of(timestep, whole, self.last_timestep))
             start(Pass(self, run, keep, grid, reuse))
 
-    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook: it has ended, by a result or an exception."""
         finish(self)
+
+    def computed(self, run: Run, plan: Plan, position: float) -> dict[str, int]:
+        """{stack: tokens computed} in the forward that starts; those that are left whole are not in it."""
+        return plan.keep(position)
 
     def mark(self, stack: str, point: str, x: Tensor) -> None:
         """A point of a counted forward."""
@@ -96,7 +103,7 @@ class DenoiserPatch:
         if (size, positions) not in self.plans:
             if size not in self.costs:
                 self.costs[size] = self._count(model, bound)
-            self.plans[size, positions] = self._solve(self.costs[size], positions)
+            self.plans[size, positions] = self._solve(self.costs[size], positions, bound)
         self.latest = self.plans[size, positions], positions
         return self.latest[0]
 
@@ -104,7 +111,7 @@ class DenoiserPatch:
         """The fewest of `tokens` that the method leaves."""
         return self.method.schedule.fewest(tokens, Layout(1, 0))
 
-    def _solve(self, costs: DenoiserCosts, positions: tuple[float, ...]) -> Plan:
+    def _solve(self, costs: DenoiserCosts, positions: tuple[float, ...], bound: Arguments) -> Plan:
         def plan(share: float) -> Plan:
             return Plan(costs, self.steps, share, self.edges, self.fewest, self.shares, self.barred)
 
@@ -120,7 +127,7 @@ class DenoiserPatch:
     def _counted(self, model: nn.Module, bound: Arguments, batch: int, *, on_meta: bool) -> DenoiserCosts:
         copy = ghost(model, on_meta=on_meta)
         host = self.describe(copy)
-        shadow = DenoiserPatch(self.describe, host, self.adapter, self.method, Request(self.budget))
+        shadow = type(self)(self.describe, host, self.adapter, self.method, Request(self.budget))
         shadow.barred = self.barred
         attach(host, shadow)
         inputs = tree_map(lambda x: x.detach().to("meta") if on_meta and isinstance(x, Tensor) else x, bound)
@@ -175,12 +182,12 @@ class DenoiserPatch:
         return data
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "recordings": [], "pipeline": None, "whole": None}
+        return {**self.__dict__, "recordings": [], "pipeline": None, "whole": None, "key": uuid4().hex}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserPatch:
-        copy: DenoiserPatch = object.__new__(DenoiserPatch)
+        copy: DenoiserPatch = object.__new__(type(self))
         memo[id(self)] = copy
-        copy.__dict__.update(self.__getstate__(), key=uuid4().hex)
+        copy.__dict__.update(self.__getstate__())
         return copy
 
 
@@ -201,12 +208,12 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
             f"{method.name} adds log(size) to the attention logits, and these attentions take no bias;"
             f" patch(pipe, {method.name!r}, proportional=False, ...) works"
         )
-    missing = method.needs - {"queries", "keys", "stacks"}
+    missing = method.needs - {"queries", "keys", "stacks", "steps"}
     if missing:
         raise UnsupportedMethod(f"{method.name} needs {', '.join(sorted(missing))}, which a denoiser does not expose")
     if request.budget.kind == "tokens":
         raise BudgetError(f"{request.budget}: behind each stack all tokens are there again; use keep= or flops=")
-    patch = DenoiserPatch(describe, host, adapter, method, request)
+    patch = _kind(method)(describe, host, adapter, method, request)
     if patch.active and len(patch.barred) == len(divided(host, method)):
         raise UnsupportedMethod(
             f"{method.name} can be applied nowhere: " + "; ".join(map(" ".join, patch.barred.items()))
@@ -218,13 +225,21 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
     return patch
 
 
+def _kind(method: Method) -> type[DenoiserPatch]:
+    if method.over_steps is None:
+        return DenoiserPatch
+    from tokenprune.denoisers.caching import CachingPatch  # it builds on this module
+
+    return CachingPatch
+
+
 def attach(host: DenoiserHost, patch: DenoiserPatch) -> None:
     """Put the patch on the host's model."""
     stacks = divided(host, patch.method)
     for place, stack in enumerate(stacks):
         for index, facts in enumerate(stack.blocks):
             facts.swapped._tokenprune_exchange(facts.module)  # type: ignore[attr-defined]
-            BlockSite(patch, stack, index, place, len(stacks)).attach(facts)
+            patch.site(patch, stack, index, place, len(stacks)).attach(facts)
     host.model.register_forward_pre_hook(patch.begin, with_kwargs=True, prepend=True)
     host.model.register_forward_hook(patch.end, always_call=True)
 
@@ -244,7 +259,7 @@ def divided(host: DenoiserHost, method: Method) -> list[Stack]:
 def _shallow(stacks: list[Stack], method: Method) -> tuple[list[str], dict[str, str]]:
     """What the report says of stacks one block deep, and those that the method cannot work in."""
     shallow = [stack for stack in stacks if len(stack.blocks) == 1]
-    if not shallow or not method.needs & {"queries", "keys"}:
+    if not shallow or not method.needs & {"queries", "keys"} or method.over_steps is not None:
         return [], {}
     barred = {
         stack.name: "left alone: one block deep, and its queries are not known before it"

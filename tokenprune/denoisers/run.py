@@ -36,7 +36,8 @@ class Chosen:
 class Run:
     """One run of one patch in this thread. timestep: of the last forward. shape: of the latents. positions: of the
     steps that the run has left at its beginning, in [0, 1) of the whole. guidance: how many times the latents stand
-    in the batch. sets: what each stack computed at this step, for the second call of a guided step."""
+    in the batch. sets: what each stack computed at this step, for the second call of a guided step. step: how many steps
+    came before. call: how many calls this step has had before. kept: what a method keeps over steps."""
 
     timestep: float
     shape: tuple[int, ...]
@@ -45,6 +46,9 @@ class Run:
     latents: weakref.ref[Tensor] | None = None
     version: int = 0
     sets: dict[str, Chosen] = field(default_factory=dict)
+    step: int = 0
+    call: int = 0
+    kept: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -97,12 +101,15 @@ def run_of(key: str, latents: Tensor, timestep: float, whole: Sequence[float] | 
     run = _THREAD.runs.get(key)
     shape = tuple(latents.shape)
     if run is not None and run.shape == shape and run.timestep == timestep and _same(run, latents):
+        run.call += 1
         return run, True
     again = run is not None and run.shape == shape and timestep < run.timestep
     if run is None or not again:
         run = Run(timestep, shape, positions_from(timestep, whole, last), guidance_copies(latents))
         _THREAD.runs[key] = run
-    run.timestep, run.sets = timestep, {}
+    else:
+        run.step += 1
+    run.timestep, run.sets, run.call = timestep, {}, 0
     run.latents, run.version = weakref.ref(latents), _version(latents)
     return run, False
 

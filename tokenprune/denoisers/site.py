@@ -152,10 +152,14 @@ class BlockSite:
         if self.last and chosen.near is not None:
             full = gather_tokens(reduced, chosen.near)
         else:
-            full = reduction.bring_back(reduced, entered, x)
+            full = reduction.bring_back(reduced, entered, self._left_out(x))
         if self.returned is None:
             return full
         return tuple(full if i == self.returned else part for i, part in enumerate(output))
+
+    def _left_out(self, x: Tensor) -> Tensor:
+        """[B, N, C] that holds the value of the tokens not computed behind the block which x enters."""
+        return x
 
     def _image(self, output: Any) -> Tensor:
         image: Tensor = output if self.returned is None else output[self.returned]
@@ -174,20 +178,9 @@ class BlockSite:
         """Score the tokens of x [B, N, C] and choose `keep` of them, the same for all copies of an image."""
         method, batch, tokens = self.patch.method, x.shape[0], x.shape[1]
         start = bound[self.text].shape[1] if self.text_first and self.text and bound.get(self.text) is not None else 0
-        record = AttentionRecord(
-            hidden=x.detach(),
-            origin=torch.arange(tokens, device=x.device).expand(batch, -1),
-            num_prefix_tokens=0,
-            place=self.place,
-            depth=self.places,
-            grid=_grid(one.grid, tokens),
-            has_class_token=False,
-            scale=self.scale,
-            queries=_heads(queries, self.heads, tokens, start),
-            keys=_heads(keys, self.heads, tokens, start),
-        )
+        record = self._record(one, x, start, queries, keys)
         copies = batch if self.patch.shared else one.run.guidance if batch == one.run.shape[0] else 1
-        scores = method.score(record) if method.score is not None else None
+        scores = self._scores(one, record)
         if copies > 1:
             record = _together(record, copies)
             if scores is not None:
@@ -197,9 +190,30 @@ class BlockSite:
         reduction = reduction.tiled(copies)
         near = None
         if self.patch.recover == "similar":
-            state = TokenState(tokens, tokens, grid=_grid(one.grid, tokens))
+            state = TokenState(tokens, tokens, grid=grid_of(one.grid, tokens))
             near = stand_ins(state, reduction, x.detach())
         one.sets[self.stack] = one.run.sets[self.stack] = Chosen(reduction, near)
+
+    def _record(
+        self, one: Pass, x: Tensor, start: int, queries: Tensor | None, keys: Tensor | None
+    ) -> AttentionRecord:
+        batch, tokens = x.shape[:2]
+        return AttentionRecord(
+            hidden=x.detach(),
+            origin=torch.arange(tokens, device=x.device).expand(batch, -1),
+            num_prefix_tokens=0,
+            place=self.place,
+            depth=self.places,
+            grid=grid_of(one.grid, tokens),
+            has_class_token=False,
+            scale=self.scale,
+            queries=_heads(queries, self.heads, tokens, start),
+            keys=_heads(keys, self.heads, tokens, start),
+        )
+
+    def _scores(self, one: Pass, record: AttentionRecord) -> Tensor | None:
+        score = self.patch.method.score
+        return score(record) if score is not None else None
 
 
 def _check_caught(patch: DenoiserPatch) -> None:
@@ -245,7 +259,7 @@ def _together(record: AttentionRecord, copies: int) -> AttentionRecord:
     )
 
 
-def _grid(latents: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:
+def grid_of(latents: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:
     """(rows, columns) of the tokens, halved from the latents' as often as it takes; None where they fill no grid."""
     if latents is None:
         return None
