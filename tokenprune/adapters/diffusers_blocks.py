@@ -26,8 +26,8 @@ class Row:
 
     parameters: of its forward. attention: attribute with the self-attention. returned: index of the image tokens in the
     output, None where they are the output. text: whether text tokens are concatenated in the attention. text_first:
-    whether to_q puts out the text in front of the image. slices, rotary: see BlockFacts. shared: whether all images of a
-    batch must compute the same tokens. context: attributes with self-attentions that take fewer queries than keys.
+    whether to_q puts out the text in front of the image. slices, rotary: see BlockFacts. shared: whether all images of
+    a batch must compute the same tokens. context: attributes with self-attentions that take fewer queries than keys.
     attentions, mlp: attributes with parts whose output can be kept from step to step.
     """
 
@@ -249,9 +249,15 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
 
 def _context(block: Any, row: Row) -> tuple[nn.Module, ...]:
     attentions = [part for name in row.context if (part := getattr(block, name, None)) is not None]
-    if getattr(block, "only_cross_attention", False) or any(getattr(a, "fused_projections", False) for a in attentions):
+    if getattr(block, "only_cross_attention", False) or any(map(_fused, attentions)):
         return ()
     return tuple(projection for attention in attentions for projection in (attention.to_k, attention.to_v))
+
+
+def _fused(attention: Any) -> bool:
+    if type(attention).__name__ == "Attention":  # its flag stays set when it is unfused, its processor does not
+        return type(attention.processor).__name__.startswith("Fused")
+    return bool(getattr(attention, "fused_projections", False))
 
 
 def before_basic(module: nn.Module, bound: Arguments) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from tokenprune.denoisers.caching_sites import MlpSite, TokenSite
 from tokenprune.denoisers.costs import DenoiserCosts
 from tokenprune.denoisers.host import Arguments, DenoiserHost
 from tokenprune.denoisers.over_steps import Level
-from tokenprune.denoisers.patch import Describe, DenoiserPatch, divided
+from tokenprune.denoisers.patch import DenoiserPatch, Describe, divided
 from tokenprune.denoisers.plan import Plan, solve
 from tokenprune.denoisers.run import Run, finish, forget, running
 from tokenprune.denoisers.site import grid_of
@@ -115,7 +115,9 @@ class CachingPatch(DenoiserPatch):
             place["tokens_out"] = counts[0] if len(set(counts)) == 1 else round(mean, 1)
             place["steps"] = f"{len(partial)} of {len(positions)} steps"
         what = "computed whole" if self.over.reuses == "tokens" else "through the MLP, attention of none"
-        data["notes"].append(f"tokens out: {what}; the others keep what an earlier step gave, all are computed at the rest")
+        data["notes"].append(
+            f"tokens out: {what}; the others keep what an earlier step gave, all are computed at the rest"
+        )
         return data
 
     def _solve(self, costs: DenoiserCosts, positions: tuple[float, ...], bound: Arguments) -> Plan:
@@ -176,8 +178,8 @@ def _check(host: DenoiserHost, method: Method, request: Request) -> None:
     if over.reuses == "tokens" and not all(block.context for block in blocks):
         name = next(block.name for block in blocks if not block.context)
         raise UnsupportedMethod(
-            f"{method.name} needs self-attention in which fewer queries than keys can stand, and {name} has none that is"
-            " known to be so (unfuse its projections where they are fused)"
+            f"{method.name} needs self-attention in which fewer queries than keys can stand, and {name} has none that"
+            " is known to be so (unfuse its projections where they are fused)"
         )
     if over.reuses == "mlp" and not all(block.mlp is not None and block.attentions for block in blocks):
         name = next(block.name for block in blocks if block.mlp is None or not block.attentions)
@@ -211,6 +213,8 @@ def _active(kept: Tensor, tokens: int, grid: tuple[int, int] | None, prediction:
         return active.unsqueeze(-1)
     cells = grid_of(grid, tokens)
     if prediction.ndim != 4 or cells is None or prediction.shape[2] % cells[0] or prediction.shape[3] % cells[1]:
-        raise UnsupportedModel(f"it is not known where in a prediction {list(prediction.shape)} the {tokens} tokens are")
+        raise UnsupportedModel(
+            f"it is not known where in a prediction {list(prediction.shape)} the {tokens} tokens are"
+        )
     high, wide = prediction.shape[2] // cells[0], prediction.shape[3] // cells[1]
     return active.view(-1, 1, *cells).repeat_interleave(high, 2).repeat_interleave(wide, 3)

@@ -51,8 +51,8 @@ class OverSteps:
     the MLP's of the tokens that are not computed is an earlier one. dense: whether all is computed at a step (0 is the
     first of a run, which always is). score: (record, memory) -> importance [B, N]. count: how many tokens a stack
     computes where the method's own rule says it; None: the share of the budget. fixed: whether it is the same tokens at
-    every step. observe: (record of a block's attention with queries and keys) -> [B, N], at dense steps. lacks: what must
-    be given before it can be used, as an error says it.
+    every step. observe: (record of a block's attention with queries and keys) -> [B, N], at dense steps. lacks: what
+    must be given before it can be used, as an error says it.
     """
 
     reuses: Literal["tokens", "mlp"]

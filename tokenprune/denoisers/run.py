@@ -36,8 +36,8 @@ class Chosen:
 class Run:
     """One run of one patch in this thread. timestep: of the last forward. shape: of the latents. positions: of the
     steps that the run has left at its beginning, in [0, 1) of the whole. guidance: how many times the latents stand
-    in the batch. sets: what each stack computed at this step, for the second call of a guided step. step: how many steps
-    came before. call: how many calls this step has had before. kept: what a method keeps over steps."""
+    in the batch. sets: what each stack computed at this step, for the second call of a guided step. step: how many
+    steps came before. call: how many calls this step has had before. kept: what a method keeps over steps."""
 
     timestep: float
     shape: tuple[int, ...]

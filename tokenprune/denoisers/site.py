@@ -194,9 +194,7 @@ class BlockSite:
             near = stand_ins(state, reduction, x.detach())
         one.sets[self.stack] = one.run.sets[self.stack] = Chosen(reduction, near)
 
-    def _record(
-        self, one: Pass, x: Tensor, start: int, queries: Tensor | None, keys: Tensor | None
-    ) -> AttentionRecord:
+    def _record(self, one: Pass, x: Tensor, start: int, queries: Tensor | None, keys: Tensor | None) -> AttentionRecord:
         batch, tokens = x.shape[:2]
         return AttentionRecord(
             hidden=x.detach(),
