@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,18 @@ if TYPE_CHECKING:
     from tokenprune.denoisers.patch import DenoiserPatch
 
 
+class Running(Protocol):
+    """What stands in front of a block or of a part of one."""
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        """The module on the tokens that are chosen for it."""
+
+
 class _Here(threading.local):
     """The site of the block that runs now in this thread, and what it has caught; changed in place."""
 
     def __init__(self) -> None:
-        self.site: BlockSite | None = None
+        self.site: Running | None = None
         self.queries: Tensor | None = None
         self.keys: Tensor | None = None
 
