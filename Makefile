@@ -4,10 +4,21 @@ BIN := $(VENV)/bin
 # torch and torchvision must come as a pair; CPU wheels of other platforms resolve to the same versions.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test test-full test-hosts lint install clean
+.PHONY: demo bench-kernels bench-speed bench-gpu test test-full test-hosts lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
+
+bench-kernels: $(VENV)/.installed
+	$(BIN)/python -m tokenprune.evals.kernel_bench --output bench-output $(BENCH_OPTIONS)
+
+bench-speed: $(VENV)/.installed
+	$(BIN)/python -m tokenprune.evals.dinov2_speed
+	$(BIN)/python -m tokenprune.evals.dinov2_speed --compile
+	$(BIN)/python -m tokenprune.evals.ragged
+
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python -m tokenprune.evals.gpu_bench --output bench-output $(BENCH_OPTIONS)
 
 # One thread a process: the models of the tests are so small that a second one only waits. The tests of a file share
 # what they count, so they stay in one process.
@@ -37,4 +48,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist demo-output
+	rm -rf $(VENV) dist demo-output bench-output

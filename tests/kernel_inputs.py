@@ -25,3 +25,15 @@ def rows(batch: int, count: int, dim: int, seed: int = 0) -> Tensor:
 def error(result: Tensor, exact: Tensor) -> float:
     """Euclidean distance over the exact result's length."""
     return float((result.double() - exact).norm() / exact.norm())
+
+
+def groups(batch: int, tokens: int, channels: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [B, n, C] behind a class token, sizes [B, n] of 1 to 9, and kept, moved, target: a third of the tokens moves,
+    several into one."""
+    generator = torch.Generator().manual_seed(1000 * tokens + seed)
+    x = torch.randn(batch, tokens + 1, channels, generator=generator)[:, 1:]
+    sizes = torch.randint(1, 10, (batch, tokens), generator=generator).float()
+    order = torch.rand(batch, tokens, generator=generator).argsort(1)
+    moved, kept = order[:, : tokens // 3], order[:, tokens // 3 :]
+    target = torch.randint(0, max(1, tokens // 3), moved.shape, generator=generator)
+    return x, sizes, kept, moved, target

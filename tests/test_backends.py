@@ -56,7 +56,7 @@ def test_torch_attention_is_called_as_often_and_on_the_tokens_that_are_left(
     plain = list(calls)
     assert plain
     shares = {1: 0.7, 2: 0.6}
-    tokenprune.patch(model, method, schedule=shares, **options(family, method))
+    tokenprune.patch(model, method, schedule=shares, prefix_only_last=False, **options(family, method))
     calls.clear()
     run(model, x)
     full = patches(model)

@@ -104,6 +104,92 @@ def test_a_wrong_method_or_option(works: nn.Module, method: Any, options: dict[s
         tokenprune.patch(works, method, **options)
 
 
+OWN_BUDGETS = [("tome", "r", 2)] + [
+    (name, "rate", 0.7) for name in ("random", "uniform", "top_k", "evit", "zero_tprune", "zero_tprune_uni", "ats")
+]
+
+
+@pytest.mark.parametrize(("method", "option", "value"), OWN_BUDGETS)
+@pytest.mark.parametrize("other", [{"flops": 0.6}, {"keep": 0.5}, {"tokens": 9}, {"schedule": {3: 0.5}}], ids=str)
+def test_a_methods_own_option_is_a_budget(
+    works: nn.Module, method: str, option: str, value: float, other: dict[str, Any]
+) -> None:
+    ((kind, given),) = other.items()
+    with pytest.raises(BudgetError, match="one budget at most") as caught:
+        tokenprune.patch(works, method, **{option: value}, **other)
+    assert f"{kind}={given!r} and {option}={value!r}" in str(caught.value)
+    with pytest.raises(UnsupportedModel, match="patched"):
+        tokenprune.report(works)
+    if (method, kind) != ("ats", "flops"):  # which an adaptive method cannot meet
+        tokenprune.patch(works, method, **{option: None}, **other)
+        assert tokenprune.report(works).to_dict()["budget"] == f"{kind}={given}"
+
+
+@pytest.mark.parametrize(("method", "option", "value"), OWN_BUDGETS)
+def test_a_methods_own_budget_alone_is_reported_and_none_is_the_default(
+    works: nn.Module, method: str, option: str, value: float
+) -> None:
+    info = next(info for info in tokenprune.methods() if info.name == method)
+    assert info.own_budget == option
+    assert info.options[option] == {"tome": 8, "ats": 1.0, "zero_tprune": 0.9, "zero_tprune_uni": 0.9}.get(method, 0.7)
+    tokenprune.patch(works, method, **{option: value})
+    assert tokenprune.report(works).to_dict()["budget"] == f"{option}={value}"
+    if method != "tome":  # whose published r is too many for 25 tokens
+        tokenprune.patch(works, method, **{option: None})
+        assert tokenprune.report(works).to_dict()["budget"] == "the method's published default"
+
+
+@pytest.mark.parametrize(("method", "option", "value"), OWN_BUDGETS)
+@pytest.mark.parametrize("wrong", [0, 1.7, 2.5, -1, True, "x", float("nan"), [1]], ids=str)
+def test_an_own_budget_out_of_range_names_one_that_works(
+    works: nn.Module, method: str, option: str, value: float, wrong: Any
+) -> None:
+    if (option, wrong) == ("r", 0):
+        return  # none merged in every block, as asked
+    with pytest.raises(BudgetError, match=rf"{option} must be .* got .*; for example {option}=[\d.]+$"):
+        tokenprune.patch(works, method, **{option: wrong})
+
+
+def test_a_share_that_keeps_every_token_is_refused_and_names_one_that_does_not(works: nn.Module) -> None:
+    for arguments in ({"rate": 0.999}, {"keep": 0.999}, {"schedule": {2: 0.999, 4: 1.0}}):
+        with pytest.raises(BudgetError, match=r"0\.960"):
+            tokenprune.patch(works, "top_k", **arguments)
+    tokenprune.patch(works, "top_k", keep=0.96)
+    assert tokenprune.report(works).to_dict()["places"][-1]["tokens_out"] == 24
+
+
+@pytest.mark.parametrize("places", [(), 3, "3", (1.5,), (True,), (99,)], ids=str)
+@pytest.mark.parametrize(("method", "budget"), [("top_k", {"keep": 0.5}), ("tome", {"r": 2})])
+def test_wrong_places(works: nn.Module, method: str, budget: dict[str, Any], places: Any) -> None:
+    with pytest.raises(BudgetError, match="block"):
+        tokenprune.patch(works, method, places=places, **budget)
+
+
+def test_a_schedule_names_each_place_once_and_leaves_no_room_for_places(works: nn.Module) -> None:
+    with pytest.raises(BudgetError, match="leave out places"):
+        tokenprune.patch(works, "top_k", places=(2,), schedule={3: 0.5})
+    for twice in ({1: 0.5, -5: 0.7}, {"blocks.1": 0.5, 1: 0.7}):
+        with pytest.raises(BudgetError, match="block 1 twice"):
+            tokenprune.patch(works, "top_k", schedule=twice)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        *[("zero_tprune", {"iterations": value}) for value in (0, -1, 2.5, True, "x", {0: 0}, {99: 3})],
+        *[("zero_tprune", {"similarity": value}) for value in (-1, 2.0, (2.0, 0.5), True, "x")],
+        *[("zero_tprune", {"variance": value}) for value in (0.5, (1, 0), "x")],
+        *[("random", {"seed": value}) for value in ("x", 1.5, None)],
+        ("zero_tprune", {"class_start": "no"}),
+        ("tome", {"proportional": 0}),
+    ],
+    ids=str,
+)
+def test_a_value_that_an_option_does_not_take(works: nn.Module, method: str, options: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedMethod, match=next(iter(options))):
+        tokenprune.patch(works, method, keep=0.5, **options)
+
+
 def test_options_need_a_method(works: nn.Module) -> None:
     with pytest.raises(UnsupportedMethod):
         tokenprune.patch(works, rate=0.5)
@@ -193,3 +279,24 @@ def test_symbolic_tracing_is_refused_with_a_reason(works: nn.Module) -> None:
     tokenprune.patch(works, "top_k", flops=0.6)
     with pytest.raises(UnsupportedModel, match="symbolic"):
         torch.fx.symbolic_trace(works)
+
+
+def test_a_report_of_several_patched_models_is_asked_for_one_by_one(works: nn.Module) -> None:
+    other = timm.create_model("test_vit").eval()
+    both = nn.ModuleDict({"first": works, "second": other})
+    tokenprune.patch(works, "tome", keep=0.5)
+    tokenprune.patch(other, "top_k", keep=0.5)
+    with pytest.raises(UnsupportedModel, match="2 patched models"):
+        tokenprune.report(both)
+    assert tokenprune.report(both["second"]).to_dict()["method"] == "top_k"
+    tokenprune.unpatch(both)
+    with pytest.raises(UnsupportedModel, match="nothing here is patched"):
+        tokenprune.report(both)
+
+
+def test_a_block_that_stands_at_two_places_is_refused(works: nn.Module) -> None:
+    blocks = list(works.blocks)
+    works.blocks = nn.Sequential(*blocks[:3], *blocks[:3])
+    with pytest.raises(UnsupportedModel, match="one and the same module"):
+        tokenprune.patch(works, "top_k", keep=0.5)
+    works.blocks = nn.Sequential(*blocks)

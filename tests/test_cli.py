@@ -95,7 +95,14 @@ def test_wrong_usage_is_two(arguments, capsys):
         (["bench", "--model", "no_such_model"], "no_such_model"),
         (["bench", "--model", "small_vit:build", "--method", "no_such_method"], "no_such_method"),
         (["bench", "--model", "small_vit:build", "--method", "top_k", "--rounds", "3"], "at least 20"),
-        (["bench", "--model", "small_vit:build", "--keep", "1.7", "--method", "top_k"], None),
+        (["bench", "--model", "small_vit:build", "--keep", "1.7", "--method", "top_k"], "keep=0.6"),
+        (["bench", "--model", "small_vit:build", "--flops", "2"], "flops=0.6"),
+        (["bench", "--model", "small_vit:build", "--flops", "0", "--output", "table.md"], "flops=0.6"),
+        (["bench", "--model", "small_vit:build", "--output", "table.xlsx"], ".json"),
+        (["bench", "--model", "small_vit:build", "--output", "absent/table.md"], "absent"),
+        (["methods", "--output", "table.xlsx"], ".json"),
+        (["eval", "--model", "digits-vit", "--output", "table"], ".json"),
+        (["viz", "--model", "digits-vit", "--output", "kept.xyz"], ".png"),
         (["bench", "--model", "small_vit:build", "--device", "cuda:77"], "cuda:77"),
         (["eval", "--model", "small_vit:build"], "--data"),
         (["eval", "--model", "small_vit:build", "--data", "openclipart:nowhere"], "nowhere"),
@@ -109,11 +116,11 @@ def test_failures_are_one_line_and_exit_one(arguments, message, capsys, tmp_path
     (tmp_path / "w.pth").write_bytes(pickle.dumps({}))
     Image.new("RGB", (64, 64)).save(tmp_path / "w.png")
     assert run(*arguments) == 1
-    error = capsys.readouterr().err
-    if message is not None:
-        assert error.startswith("tokenprune: error: ")
-        assert error.count("\n") == 1
-        assert message in error
+    printed, error = capsys.readouterr()
+    assert printed == ""
+    assert error.startswith("tokenprune: error: ")
+    assert error.count("\n") == 1
+    assert message in error
 
 
 def test_methods_lists_what_there_is(capsys):
@@ -122,6 +129,7 @@ def test_methods_lists_what_there_is(capsys):
     assert run("methods", "--json") == 0
     rows = Table.from_json(capsys.readouterr().out).rows
     assert [row["name"] for row in rows] == [method.name for method in tokenprune.methods()]
+    assert next(row["options"] for row in rows if row["name"] == "tome") == "r=8, proportional=True, places=None"
     assert run("methods", "--model", "small_vit:build", "--markdown") == 0
     assert "| tome |" in capsys.readouterr().out
 
@@ -139,6 +147,26 @@ def test_bench_prints_and_writes(capsys, tmp_path, monkeypatch):
     assert written["environment"]["inputs"] == "noise"
     assert written["environment"]["threads"] == 1
     assert float(printed[1]["flops_ratio"]) == pytest.approx(0.7, abs=0.05)
+
+
+def test_a_budget_that_no_method_meets_is_a_failure(capsys, monkeypatch):
+    monkeypatch.setitem(bench.__globals__, "measure", partial(measure, sample_seconds=0))
+    command = ["bench", "--model", "small_vit:build", "--method", "top_k", "--flops", "0.12", "--json"]
+    assert run(*command, *QUICK) == 1
+    rows = Table.from_json(capsys.readouterr().out).rows
+    assert [row["method"] for row in rows if row.get("flops_ratio") is not None] == ["unpatched", "smaller input"]
+
+
+def test_bench_profiles(capsys, monkeypatch):
+    monkeypatch.setitem(bench.__globals__, "measure", partial(measure, sample_seconds=0))
+    command = ["bench", "--model", "small_vit:build", "--method", "tome", "--flops", "0.7", "--batch-size", "2"]
+    assert run(*command, "--profile", "--json", *QUICK) == 0
+    rows = {row["method"]: row for row in Table.from_json(capsys.readouterr().out).rows}
+    assert "overhead" not in rows["unpatched"]
+    for name in ("tome", "random"):
+        row = rows[name]
+        assert 0 < row["overhead_low"] <= row["overhead"] <= row["overhead_high"] < 5
+        assert min(row["score"], row["select"], row["reduce"]) > 0
 
 
 def test_eval_on_a_folder(capsys, pictures):

@@ -186,6 +186,20 @@ def test_a_head_that_reads_every_patch_counts_with_the_image() -> None:
     assert multiply_adds(model, x) / cost == pytest.approx(0.6, abs=0.03)
 
 
+@pytest.mark.parametrize("method", ["top_k", "evit", "tome"])
+def test_restoring_the_grid_in_a_forward_counts(method: str) -> None:
+    """A forward without pooling ends on the full grid: regressing its patches is in the budget, at many of them too."""
+    model = dynamic("vit_tiny_patch16_224", global_pool="")
+    for size, tolerance in (((20, 28), 1e-6), ((128, 128), 2e-3)):
+        x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+        tokenprune.unpatch(model)
+        cost = multiply_adds(model, x)
+        tokenprune.patch(model, method, flops=0.6)
+        reduced = multiply_adds(model, x)
+        assert tokenprune.report(model).to_dict()["flops_after"] == pytest.approx(reduced, rel=tolerance)
+        assert reduced / cost == pytest.approx(0.6, abs=0.01)
+
+
 def naflex_patches(model: nn.Module, x: Tensor, padding: int) -> dict[str, Tensor]:
     """The images as NaFlexViT's collator gives them: patches, their rows and columns, and which are not padding."""
     patches, (rows, columns) = batch_patchify(x, (zoo.PATCH, zoo.PATCH), pad=False)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from families import FAMILIES, FEW, METHODS, build, images, options, patches, run
 from torch import Tensor, nn
@@ -260,21 +260,8 @@ def replicate(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copies[model]
 
 
-def _train_one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = patched("class_token", "tome")
-    both = images(model, 4)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    loss = F.mse_loss(parallel(both[2 * rank : 2 * rank + 2]), torch.zeros(2, 1000))
-    loss.backward()
-    if rank == 0:
-        torch.save({n: p.grad for n, p in model.named_parameters()}, os.path.join(folder, "grads"))
-    torch.distributed.destroy_process_group()
-
-
 def test_distributed_data_parallel(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_train_one_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(ranks.train_one_rank, (str(tmp_path),), nprocs=2)
     model = patched("class_token", "tome")
     F.mse_loss(model(images(model, 4)), torch.zeros(4, 1000)).backward()
     grads = torch.load(tmp_path / "grads")

@@ -1,6 +1,8 @@
+import pytest
 import torch
 
-from tokenprune.reduction import Reduction, gather_tokens
+from tokenprune.kernels.merge import gather
+from tokenprune.reduction import Reduction
 
 
 def test_dropping_keeps_the_named_rows() -> None:
@@ -67,4 +69,19 @@ def test_gathering_a_non_contiguous_slice() -> None:
     x = torch.randn(3, 7, 4)
     index = torch.tensor([[0, 5], [2, 1], [3, 3]])
     expected = torch.stack([row[1:][i] for row, i in zip(x, index, strict=True)])
-    assert torch.equal(gather_tokens(x[:, 1:], index), expected)
+    assert torch.equal(gather(x[:, 1:], index), expected)
+
+
+@pytest.mark.parametrize("form", ["index", "groups", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_prefix_stays_in_front_bit_by_bit(form: str, dtype: torch.dtype) -> None:
+    x = (100 * torch.randn(2, 3 + 5, 4)).to(dtype)
+    sizes = torch.tensor([[1.0, 2.0, 1.0, 4.0, 3.0]]).expand(2, -1)
+    moved, target = torch.tensor([[1, 3], [0, 4]]), torch.tensor([[2, 0], [1, 1]])
+    reduction = {
+        "index": Reduction(torch.tensor([[0, 2, 4], [3, 1, 2]])),
+        "groups": Reduction(torch.tensor([[0, 2, 4], [1, 2, 3]]), moved, target),
+        "fused": Reduction(torch.tensor([[0, 2, 4], [1, 2, 3]]), moved, weights=torch.rand(2, 2)),
+    }[form]
+    whole = reduction.with_prefix(3)(x, torch.cat([torch.ones(2, 3), sizes], 1))
+    assert torch.equal(whole, torch.cat([x[:, :3], reduction(x[:, 3:], sizes)], 1))

@@ -92,6 +92,20 @@ def test_entry_points_are_loaded(tmp_path: Path) -> None:
     assert "'theirs'" in done.stdout, done.stderr
 
 
+def test_an_entry_point_that_fails_is_named_and_takes_no_other_method_with_it(tmp_path: Path) -> None:
+    info = tmp_path / "broken_method-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-method\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tokenprune.methods]\ntheirs = not_there\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.path.insert(0, {str(ROOT)!r});"
+        " import tokenprune; print([m.name for m in tokenprune.methods()])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'tome'" in done.stdout
+    assert "theirs = not_there" in done.stderr
+
+
 def test_importing_is_lean() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tokenprune, torch;"

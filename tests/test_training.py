@@ -189,8 +189,9 @@ def test_another_forward_between_forward_and_backward(reentrant: bool, monkeypat
 
 
 @MODES
-def test_dense_outputs_under_checkpointing(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tokenprune.patch(build("class_token"), "tome", keep=0.5).train()
+@pytest.mark.parametrize("method", ["tome", "top_k"])
+def test_dense_outputs_under_checkpointing(method: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tokenprune.patch(build("class_token"), method, keep=0.5).train()
     x = images(model)
 
     def step() -> dict[str, Tensor]:

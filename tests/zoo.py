@@ -120,13 +120,20 @@ def query_and_key_rows(module: nn.Module) -> list[Tensor]:
     return fused + [child.weight for n, child in module.named_children() if n in ("q_proj", "k_proj", "q", "k")]
 
 
+# 2 per multiply-add; torch has no formula of its own for these.
+SOLVERS = {
+    torch.ops.aten.linalg_cholesky_ex: lambda matrix, *args, **kwargs: matrix[0] * matrix[1] ** 3 / 3,
+    torch.ops.aten.cholesky_solve: lambda values, *args, **kwargs: 2 * values[0] * values[1] ** 2 * values[2],
+}
+
+
 def count(model: nn.Module, x: Tensor) -> FlopCounterMode:
     """torch's flop counter (2 per multiply-add) after one forward.
 
     Fused attention on a CPU counts as nothing, hence the math backend; with gradients off the counter trips over
     timm's attention pooling, hence on.
     """
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=SOLVERS)
     with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
         model(x)
     return counter

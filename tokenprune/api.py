@@ -39,9 +39,9 @@ def patch(
 ) -> Target:
     """Make `target` compute fewer tokens, in place, and return it.
 
-    target: a timm vision transformer, or a module that holds one; a diffusers pipeline, or its `unet` or `transformer`.
-    method: a name of `methods()`; None takes the best one of the shipped table for this family and budget. One budget
-    at most, none is the method's published setting:
+    target: a timm vision transformer or an image tower of transformers, or a module that holds one; a diffusers
+    pipeline, or its `unet` or `transformer`. method: a name of `methods()`; None takes the best one of the shipped
+    table for this family and budget. One budget at most, none is the method's published setting:
 
     keep: share in (0, 1] of the prunable tokens (never class, register or other prefix tokens) that leave the last
     place. flops: share in (0, 1] of the unpatched multiply-adds of a forward, scoring counted, met within 1%.
@@ -59,20 +59,23 @@ def patch(
     None is the method's own. Of a denoiser `keep` is the share computed in each stack of blocks, behind which all
     tokens are back; `flops` is meant over the whole run, and `schedule` names stacks.
 
-    options: of the method, see `methods()`. An earlier patch of the same model is replaced. At another input size the
+    options: of the method, see `methods()`; one of them is a budget of its own (`r` of tome, `rate` of the others), and
+    then the only one. An earlier patch of the same model is replaced. At another input size the
     budget is solved anew, at the first forward of that size.
 
     Raises:
         UnsupportedModel: nothing in `target` is recognised.
-        UnsupportedMethod: the method or an option is unknown, or the model lacks what it needs.
+        UnsupportedMethod: the method, an option or its value is unknown, or the model lacks what the method needs.
         BudgetError: the budget is malformed or cannot be met; the message names what can be.
     """
-    request = Request(
-        parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule), steps, target, prefix_only_last
-    )
     named = registry.make_method(method, options) if method is not None else None
     if named is None and options:
         raise UnsupportedMethod(f"options {sorted(options)} need a method to belong to; name one")
+    own = (named.schedule.option, options.get(named.schedule.option)) if named is not None else None
+    budget = parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule, own=own)
+    if schedule is not None and options.get("places") is not None:
+        raise BudgetError("schedule= names the places itself; leave out places=")
+    request = Request(budget, steps, target, prefix_only_last)
     found = [(model, family, active_patches(model)) for model, family in _find(target)]
     for model, _, earlier in found:
         detach(model, earlier)
@@ -85,7 +88,9 @@ def patch(
         for model, family, earlier in found:
             _reattach(model, family, earlier)
         raise
-    for (model, family, _), one in zip(found, prepared, strict=True):
+    for (model, family, earlier), one in zip(found, prepared, strict=True):
+        for replaced in earlier.values():
+            one.recordings += replaced.recordings
         family.attach(model, one)
     _forget_compiled()
     return target
@@ -120,9 +125,14 @@ def report(target: object) -> Report:
     """What was patched on `target`, where, and what it costs; `print` it or take `.to_dict()`.
 
     Raises:
-        UnsupportedModel: `target` is not patched.
+        UnsupportedModel: `target` is not patched, or holds several models that are.
     """
-    return Report(_active(target)[0])
+    found = _active(target)
+    if len(found) > 1 and isinstance(target, nn.Module):
+        raise UnsupportedModel(
+            f"{type(target).__name__} holds {len(found)} patched models; ask for the report of each by itself"
+        )
+    return Report(found[0])
 
 
 @contextmanager
@@ -130,7 +140,8 @@ def record(target: object) -> Iterator[Recording]:
     """Keep, for each forward in the with block, which original token went where.
 
     Compiled code of the whole process runs eagerly inside the block: a graph would have to be made anew for each
-    forward. A traced or exported program is a model of its own and is not seen.
+    forward. A patch that takes the place of this one in the block is recorded as well. A traced or exported program is
+    a model of its own and is not seen.
 
     Raises:
         UnsupportedModel: `target` is not patched.
@@ -143,8 +154,9 @@ def record(target: object) -> Iterator[Recording]:
         with torch.compiler.set_stance("force_eager"):
             yield recording
     finally:
-        for one in found:
-            one.recordings.remove(recording)
+        for one in (*found, *_patches(target)):
+            if recording in one.recordings:
+                one.recordings.remove(recording)
 
 
 def methods(target: object | None = None) -> list[MethodInfo]:
@@ -189,8 +201,12 @@ def _modules(target: object) -> list[nn.Module]:
     return found
 
 
+def _patches(target: object) -> list[AppliedPatch]:
+    return [patch for module in _modules(target) for patch in active_patches(module).values()]
+
+
 def _active(target: object) -> list[AppliedPatch]:
-    found = [patch for module in _modules(target) for patch in active_patches(module).values()]
+    found = _patches(target)
     if not found:
         raise UnsupportedModel("nothing here is patched; call tokenprune.patch(model, flops=0.6) first")
     return found
@@ -207,8 +223,9 @@ def _find_in(module: nn.Module) -> tuple[nn.Module, Family]:
             return model, family
     raise UnsupportedModel(
         f"no adapter knows {type(module).__name__} or a module inside it; supported: timm vision transformers"
-        " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT) and diffusers' denoisers"
-        " (UNet2DConditionModel, transformers); others through tokenprune.register_adapter"
+        " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT), transformers' image towers"
+        " (CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2, DINOv3) and diffusers' denoisers (UNet2DConditionModel,"
+        " transformers); others through tokenprune.register_adapter"
     )
 
 

@@ -11,6 +11,21 @@ from tokenprune.errors import UnsupportedMethod
 
 
 @dataclass(frozen=True)
+class CrossAttention:
+    """Queries [B, H, N, D] of the image tokens and keys [B, H, T, D] of the text; bias: [B, 1, 1, T] or None."""
+
+    queries: Tensor
+    keys: Tensor
+    scale: float
+    bias: Tensor | None = None
+
+    def attention(self) -> Tensor:
+        """The map [B, H, N, T] in float32: texts are short."""
+        logits = self.scale * (self.queries.float() @ self.keys.float().transpose(-2, -1))
+        return (logits if self.bias is None else logits + self.bias.float()).softmax(-1)
+
+
+@dataclass(frozen=True)
 class AttentionRecord:
     """One block's view of its tokens, N = num_prefix_tokens + n of them, of which the last n are prunable.
 
@@ -19,7 +34,8 @@ class AttentionRecord:
     at the place. sizes: [B, n] original patches per token (None: one each). origin: [B, n] original patch of each
     token. grid: (rows, columns) of the original patches, None where they fill none (the host dropped some, or was given
     patches instead of images). bias: additive attention bias [B or 1, H, N, N] of the host, or None. scale: multiplies
-    q.k. place: index of the place, of `depth`.
+    q.k. place: index of the place, of `depth`. cross: the block's cross-attention, only for a method that needs it.
+    step: a whole number [] that tells one step of a denoising run from another.
     """
 
     hidden: Tensor
@@ -36,6 +52,8 @@ class AttentionRecord:
     sizes: Tensor | None = None
     bias: Tensor | None = None
     rotate: Callable[[Tensor], Tensor] | None = None
+    cross: CrossAttention | None = None
+    step: Tensor | None = None
 
     @property
     def tokens(self) -> int:

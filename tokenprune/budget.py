@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 from tokenprune.errors import BudgetError
 
-Kind = Literal["default", "keep", "flops", "tokens", "schedule"]
+Kind = Literal["default", "own", "keep", "flops", "tokens", "schedule"]
+
+BUDGETS = ("keep", "flops", "tokens", "schedule")
+"""The keywords of `patch` that are a budget with every method."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,14 @@ class Budget:
 
     kind "keep": share in (0, 1] of the prunable tokens that leave the last place; "flops": share in (0, 1] of the
     unpatched multiply-adds, scoring counted; "tokens": prunable tokens leaving the last place; "schedule": place ->
-    share in (0, 1] of the tokens entering that place which leave it; "default": the method's published setting.
+    share in (0, 1] of the tokens entering that place which leave it; "own": the method's own option of that name (an r
+    of tokens per block, a rate per place), which its schedule follows; "default": the method's published setting.
     """
 
     kind: Kind = "default"
     value: float = 1.0
     shares: tuple[tuple[str, float], ...] = ()
+    option: str = ""
 
     @property
     def is_full(self) -> bool:
@@ -34,7 +40,7 @@ class Budget:
             return "the method's published default"
         if self.kind == "schedule":
             return "schedule={" + ", ".join(f"{place}: {share:g}" for place, share in self.shares) + "}"
-        return f"{self.kind}={self.value:g}"
+        return f"{self.option or self.kind}={self.value:g}"
 
 
 def parse_budget(
@@ -43,34 +49,58 @@ def parse_budget(
     flops: float | None = None,
     tokens: int | None = None,
     schedule: Mapping[int | str, float] | None = None,
+    own: tuple[str, float | None] | None = None,
 ) -> Budget:
     """The one budget that was given, or the default.
+
+    own: name and value of the method's own option that is a budget; its schedule checks the value.
 
     Raises:
         BudgetError: more than one budget, or a value outside its range.
     """
-    given = {"keep": keep, "flops": flops, "tokens": tokens, "schedule": schedule}
+    given = {"keep": keep, "flops": flops, "tokens": tokens, "schedule": schedule} | dict([own] if own else [])
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
-        raise BudgetError(f"one budget at most, got {' and '.join(named)}; for example patch(model, {named[0]}=0.6)")
+        both = [f"{name}={given[name]!r}" for name in named]
+        raise BudgetError(f"one budget at most, got {' and '.join(both)}; for example patch(model, ..., {both[0]})")
     if keep is not None:
-        return Budget("keep", _share("keep", keep))
+        return Budget("keep", checked_share("keep", keep))
     if flops is not None:
-        return Budget("flops", _share("flops", flops))
+        return Budget("flops", checked_share("flops", flops))
     if tokens is not None:
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-            raise BudgetError(f"tokens must be a whole number of at least 1, got {tokens!r}; for example tokens=64")
-        return Budget("tokens", tokens)
+        return Budget("tokens", checked_count("tokens", tokens, smallest=1, example=64))
     if schedule is not None:
         if not isinstance(schedule, Mapping) or not schedule:
             raise BudgetError(f"schedule must map blocks to shares, got {schedule!r}; for example {{3: 0.7, 6: 0.7}}")
         return Budget(
-            "schedule", shares=tuple((str(place), _share(f"schedule[{place!r}]", s)) for place, s in schedule.items())
+            "schedule",
+            shares=tuple((str(place), checked_share(f"schedule[{place!r}]", s)) for place, s in schedule.items()),
         )
+    if own is not None and own[1] is not None:
+        return Budget("own", own[1], option=own[0])
     return Budget()
 
 
-def _share(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
-        raise BudgetError(f"{name} must be a share in (0, 1], got {value!r}; for example {name.split('[')[0]}=0.6")
+def checked_share(name: str, value: object) -> float:
+    """`value` as a share in (0, 1].
+
+    Raises:
+        BudgetError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) <= 1.0:
+        example = "schedule={3: 0.6}" if name.startswith("schedule") else f"{name}=0.6"
+        raise BudgetError(f"{name} must be a share in (0, 1], got {value!r}; for example {example}")
     return float(value)
+
+
+def checked_count(name: str, value: object, *, smallest: int, example: int) -> int:
+    """`value` as a whole number of at least `smallest`.
+
+    Raises:
+        BudgetError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
+        raise BudgetError(
+            f"{name} must be a whole number of at least {smallest}, got {value!r}; for example {name}={example}"
+        )
+    return int(value)

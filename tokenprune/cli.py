@@ -15,6 +15,7 @@ EXAMPLES = {
     "bench": [
         "tokenprune bench --model digits-vit --flops 0.6 --batch-size 1 --batch-size 16",
         "tokenprune bench --model vit_small_patch16_224 --random-weights --method tome --flops 0.6 --json",
+        "tokenprune bench --model dinov2-small-wheel --batch-size 16 --method tome --flops 0.6 --profile",
     ],
     "eval": [
         "tokenprune eval --model digits-vit --method tome --method zero_tprune --flops 0.6",
@@ -65,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
         "--batch-size", type=_positive, action="append", metavar="N", help="images a forward; repeatable (default: 8)"
     )
     bench.add_argument("--rounds", type=_positive, default=20, help="timed rounds, at least 20 (default: %(default)s)")
+    bench.add_argument(
+        "--profile", action="store_true", help="also what share of the time scoring, selecting and reducing take"
+    )
     _add_data(bench, "what to time on (default: the model's own images, else noise)")
     _add_machine(bench)
     _add_format(bench)

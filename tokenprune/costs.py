@@ -2,18 +2,21 @@
 
 Counts come from torch's flop counter on the meta device, where it counts attention (fused attention on a CPU it takes
 as free), with every operator of ours by its formula. Per block they are exact polynomials of degree two in the number
-of tokens, so three counts give the whole function.
+of tokens, so three counts give the whole function; what restoring the grid costs besides is a closed formula.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from tokenprune.restore import regression_cost
 
 if TYPE_CHECKING:
     from tokenprune.site import Site
@@ -50,14 +53,16 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Multiply-adds of one image's forward. tokens: prunable tokens at the size that was counted. unpatched: the same
-    without a patch, where a patched forward costs less even if it keeps every token."""
+    """Multiply-adds of one image's forward. tokens: prunable tokens at the size that was counted. regressed: channels
+    of the tokens that are dropped and restored in a forward, 0 where none are. unpatched: the same without a patch,
+    where a patched forward costs less even if it keeps every token."""
 
     tokens: int
     stem: float
     blocks: tuple[BlockCost, ...]
     head: Curve
     head_sees_all: bool
+    regressed: int = 0
     unpatched: CostModel | None = None
 
     def total(self, tokens: int, leaving: Mapping[int, int] | None = None, *, adaptive: bool = False) -> float:
@@ -72,6 +77,8 @@ class CostModel:
             keep = left if leaving is None else leaving.get(index, left)
             if keep < left or (adaptive and leaving is not None and index in leaving):
                 cost += block.score(left)
+                if self.regressed and keep < left:
+                    cost += regression_cost(left - keep, keep, self.regressed)
                 left = keep
             cost += block.behind(left)
         if self.head_sees_all:  # counted with all tokens of its size, and linear in them
@@ -98,9 +105,23 @@ class Probe:
         return self.keep(state.tokens)
 
 
+def _factorized(matrix: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """FLOPs of a Cholesky factorisation [..., n, n]."""
+    return prod(matrix[:-1]) * matrix[-1] ** 2 // 3
+
+
+def _solved(values: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """FLOPs of solving for values [..., n, m] with a Cholesky factor: one triangular system after the other."""
+    return 2 * prod(values) * values[-2]
+
+
+# The counter knows neither; in its global table they could collide with another library's formulas.
+_SOLVERS = {torch.ops.aten.linalg_cholesky_ex: _factorized, torch.ops.aten.cholesky_solve: _solved}
+
+
 def count_flops(model: nn.Module, example: Callable[[], Any], probe: Probe | None = None) -> int:
     """Multiply-adds of model(example()); both must be on the meta device."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_SOLVERS)
     if probe is not None:
         probe.counter = counter
     with torch.no_grad():
@@ -115,7 +136,9 @@ def probe_sizes(tokens: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys((tokens, max(1, (2 * tokens) // 3), max(1, tokens // 3))))
 
 
-def cost_model(tokens: int, depth: int, runs: Sequence[tuple[Probe, int]], *, head_sees_all: bool) -> CostModel:
+def cost_model(
+    tokens: int, depth: int, runs: Sequence[tuple[Probe, int]], *, head_sees_all: bool, regressed: int
+) -> CostModel:
     """The cost model out of counted runs (probe, total) at different token counts."""
     before: list[list[tuple[int, int]]] = [[] for _ in range(depth)]
     score: list[list[tuple[int, int]]] = [[] for _ in range(depth)]
@@ -135,7 +158,7 @@ def cost_model(tokens: int, depth: int, runs: Sequence[tuple[Probe, int]], *, he
         for b, s, a in zip(before, score, behind, strict=True)
     )
     stem = runs[0][0].marks[0][2]
-    return CostModel(tokens, stem, blocks, Curve(tuple(head)), head_sees_all)
+    return CostModel(tokens, stem, blocks, Curve(tuple(head)), head_sees_all, regressed)
 
 
 def pad_tokens(x: Tensor, length: int) -> Tensor:

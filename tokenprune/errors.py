@@ -15,3 +15,11 @@ class UnsupportedMethod(TokenPruneError):
 
 class BudgetError(TokenPruneError):
     """The budget is malformed, or this method cannot meet it on this target."""
+
+
+def unknown_module(module: object) -> UnsupportedModel:
+    """The refusal of a part that no adapter knows."""
+    return UnsupportedModel(
+        f"{type(module).__module__}.{type(module).__qualname__} is not known, and guessing what it indexes by token"
+        " would be silently wrong; register an adapter for it with tokenprune.register_adapter"
+    )

@@ -9,9 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tokenprune.kernels.merge import gather
+
 # A tap says what to catch and where: "queries", "keys", "values" the output of a module, "inputs" and "value_inputs"
 # the input of one.
 Taps = tuple[tuple[str, nn.Module], ...]
+# One tensor, or cosines and sines apart.
+RopeTable = Tensor | tuple[Tensor, ...]
 # The module whose input was caught and that input: a copy of a model runs modules of its own under the same hooks.
 Caught = tuple[nn.Module, Tensor]
 
@@ -33,17 +37,20 @@ def tokens_first(queries: Tensor | None, keys: Tensor | None, _: Caught | None) 
 class BlockHost:
     """One block that tokens pass through.
 
-    name: of the place in reports. module: the block. taps: where queries and keys come by. read: turns what the taps
+    name: of the place in reports. module: the block. arguments: names of what it may be given by position behind the
+    hidden states. taps: where queries and keys come by. read: turns what the taps
     caught (queries, keys, inputs) into queries and keys [B, H, N, D]. scale: multiplies q.k. key_bias: name of the
     block's argument that takes an additive bias of the attention logits, None where there is none (an attention that
     computes its own bias gets it through one of the swaps: `takes_bias` says whether either way exists).
     mask_argument: name of the caller's attention mask, under which nothing is reduced. bias_arguments: names of
     arguments of shape [B or 1, H, N, N] or [H, N, N] to be re-indexed. rope_argument: the rotary table's. rotate:
     (x [B, H, N, D], table) -> rotated. mid: the block's class with a reduction point between attention and MLP, or
-    None and why not; width, check_tokens: channels and prunable tokens that the block can be tried on by itself.
-    swaps: (module, class) to be exchanged while the patch is on. front_swaps: further ones where the block is the last
-    and only prefix tokens are read behind it: classes whose attentions take the queries of
-    `tokenprune.site.front_here` alone (none: it attends from all tokens, and only the MLP runs on fewer).
+    None and why not; width, check_tokens: channels and prunable tokens that the block can be tried on by itself;
+    check_arguments: hidden states [1, N, C] -> what else it must then be given. swaps: (module, class) to be exchanged
+    while the patch is on. front_swaps: further ones where the block is the last and only prefix tokens are read behind
+    it: classes whose attentions take the queries of `tokenprune.site.front_here` alone (none: it attends from all
+    tokens, and only the MLP runs on fewer). records: whether a forward hook on the block is the host's own, that hands
+    the block's output on as one of the model's.
 
     For methods that keep a different number of tokens in each image:
     attentions: the modules that mix tokens. ragged_swaps: in the place of `swaps`, classes whose attentions go through
@@ -54,6 +61,7 @@ class BlockHost:
 
     name: str
     module: nn.Module
+    arguments: tuple[str, ...] = ()
     taps: Taps = ()
     read: Callable[[Tensor | None, Tensor | None, Caught | None], tuple[Tensor | None, Tensor | None]] = heads_first
     scale: float = 1.0
@@ -62,11 +70,13 @@ class BlockHost:
     mask_argument: str | None = None
     bias_arguments: tuple[str, ...] = ()
     rope_argument: str | None = None
-    rotate: Callable[[Tensor, Tensor], Tensor] | None = None
+    rotate: Callable[[Tensor, Any], Tensor] | None = None
     mid: type[nn.Module] | None = None
     mid_refused: str = ""
     width: int = 0
     check_tokens: int = 4
+    check_arguments: Callable[[Tensor], dict[str, Any]] | None = None
+    records: Callable[[Callable[..., Any]], bool] | None = None
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
     front_swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
     ragged_swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
@@ -83,10 +93,12 @@ class Host:
     num_prefix_tokens: tokens in front that are never dropped. tokens: prunable tokens at the usual input. grid: (rows,
     columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, then what
     its forward is called with) -> grid of that input, or None where it has none. restored: (model, whether tokens are
-    merged) -> the blocks behind which a forward reads the patch tokens as the full grid (None: never any). prefix_tail:
-    model -> the modules that the last block's output passes, those of the block included, where nothing but its prefix
-    tokens is read in a forward; None where more is (None instead of a function: always). swaps: as in BlockHost.
-    ragged_head: whether the model's tail goes through `tokenprune.ragged_blocks.head_by_length`.
+    merged, the forward's keyword arguments) -> the blocks behind which that forward reads the patch tokens as the full
+    grid (None: never any). prefix_tail: model -> the modules that the last block's output passes, those of the block
+    included, where nothing but its prefix tokens is read in a forward; None where more is (None instead of a function:
+    always). refused: (model, whether the method adds a bias, then what its forward is called with) -> why tokens cannot
+    be reduced in that forward, empty where they can. swaps: as in BlockHost. ragged_head: whether the model's tail
+    reads the full grid or goes through `tokenprune.ragged_blocks.head_by_length`.
     """
 
     model: nn.Module
@@ -96,8 +108,9 @@ class Host:
     grid: tuple[int, int]
     example: Callable[[], Any]
     grid_of: Callable[..., tuple[int, int] | None] | None = None
-    restored: Callable[[nn.Module, bool], frozenset[int]] | None = None
+    restored: Callable[[nn.Module, bool, dict[str, Any]], frozenset[int]] | None = None
     prefix_tail: Callable[[nn.Module], Sequence[nn.Module] | None] | None = None
+    refused: Callable[..., str] | None = None
     has_class_token: bool = True
     ragged_head: bool = False
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
@@ -120,17 +133,21 @@ class Adapter(Protocol):
         """
 
 
-def gather_rope(table: Tensor, origin: Tensor) -> Tensor:
+def gather_rope(table: RopeTable, origin: Tensor) -> RopeTable:
     """Rotary rows of the tokens that are left, for each image.
 
-    table: [N, D], [H, N, D] or [B, 1 or H, N, D] over the full grid; origin: [B, n]. Returns [B, 1 or H, n, D].
+    table: [N, D], [H, N, D] or [B, 1 or H, N, D] over the full grid, or several; origin: [B, n]. Returns
+    [B, 1 or H, n, D], or as many.
     """
+    if isinstance(table, tuple):
+        return tuple(_gather_rows(part, origin) for part in table)
+    return _gather_rows(table, origin)
+
+
+def _gather_rows(table: Tensor, origin: Tensor) -> Tensor:
     if table.ndim == 2:
-        return table[origin].unsqueeze(1)
-    if table.ndim == 3:
-        return table[:, origin].transpose(0, 1)
-    index = origin[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1])
-    return table.expand(origin.shape[0], -1, -1, -1).gather(2, index)
+        return gather(table.unsqueeze(0), origin).unsqueeze(1)
+    return gather(table if table.ndim == 4 else table.unsqueeze(0), origin, dim=2)
 
 
 def gather_bias(bias: Tensor, origin: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -141,7 +158,6 @@ def gather_bias(bias: Tensor, origin: Tensor, num_prefix_tokens: int) -> Tensor:
     """
     prefix = torch.arange(num_prefix_tokens, device=origin.device).expand(origin.shape[0], -1)
     index = torch.cat([prefix, origin + num_prefix_tokens], 1)
-    bias = bias.expand(index.shape[0], -1, -1, -1)
     if bias.shape[-2] > 1:
-        bias = bias.gather(2, index[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[-1]))
-    return bias.gather(3, index[:, None, None, :].expand(-1, bias.shape[1], bias.shape[2], -1))
+        bias = gather(bias, index, dim=2)
+    return gather(bias, index, dim=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,29 @@ Score = Callable[[AttentionRecord], Tensor]
 Select = Callable[[Tensor | None, AttentionRecord, int], Reduction | RaggedReduction]
 
 
+# (tokens of the latents or None, distinct numbers of tokens of the model's stacks, largest first) -> {number: share}.
+Levels = Callable[[int | None, Sequence[int]], Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """For how many steps of a run what a stack's first block chose holds, in all of its blocks.
+
+    select_every: steps after which tokens are chosen anew. weigh_every: steps after which `weigh` gives the same choice
+    the weights of the tokens as they are then.
+    """
+
+    select_every: int
+    weigh_every: int
+    weigh: Callable[[Reduction, AttentionRecord], Reduction]
+
+    def due(self, step: int) -> Literal["select", "weigh", "hold"]:
+        """What is to be done at a step of a run, counted from 0."""
+        if step % self.select_every == 0:
+            return "select"
+        return "weigh" if step % self.weigh_every == 0 else "hold"
+
+
 @dataclass(frozen=True)
 class Method:
     """A small immutable recipe; it knows tensors and no library.
@@ -30,13 +53,19 @@ class Method:
     much at each.
     position: "mid" reduces between attention and MLP, "post" after the block. merges: whether leaving tokens stand for
     several patches (sizes are tracked). proportional: whether log(size) is added to the attention logits of a key.
-    needs: what must be captured ("queries", "keys", "values"; "stacks": that all tokens are back behind a few blocks).
+    needs: what must be captured ("queries", "keys", "values", "cross": those of the cross-attention; "stacks": that all
+    tokens are back behind a few blocks; "grid": that the tokens fill one; "steps": that
+    the model is run once for each step of a run).
 
     For denoisers: stack_share: share of the tokens that is computed in a stack of blocks where there is no budget.
     stack_depth: blocks that share one choice where a model does not divide them into stacks itself. steps: how strongly
     at each step of a run. recover: what a dropped token is behind a stack, a copy of the most "similar" kept one or its
-    own value before ("residual"); None: the first where convolutions follow, else the second. over_steps: what is taken
-    from an earlier step, None for a method that keeps nothing over steps.
+    own value before ("residual"); None: the first where convolutions follow, else the second. similar_by: whether that
+    is by hidden states or by the first block's attention map (which needs queries and keys). parts: of each block, what
+    runs on fewer tokens where it is not the whole block ("attention", "cross", "mlp": on merged tokens, which are
+    unmerged behind it; "keys": the attention's keys and values alone). levels: at which stacks, and which share of the
+    tokens is computed there where there is no budget; None for all. reuse: of a choice over steps. over_steps: what is
+    taken from an earlier step, None for a method that computes all anew.
     """
 
     name: str
@@ -53,6 +82,10 @@ class Method:
     stack_depth: int = 4
     steps: Steps = EVERY_STEP
     recover: Literal["similar", "residual"] | None = None
+    similar_by: Literal["hidden", "attention"] = "hidden"
+    parts: tuple[str, ...] = ()
+    levels: Levels | None = None
+    reuse: Reuse | None = None
     over_steps: OverSteps | None = None
 
     def reduce(self, record: AttentionRecord, keep: int) -> Reduction:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -12,7 +13,7 @@ from torch import nn
 
 from tokenprune.budget import Budget
 from tokenprune.costs import CostModel, Curve, Probe, cost_model, count_flops, probe_sizes
-from tokenprune.errors import BudgetError, UnsupportedMethod
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.ghost import ghost
 from tokenprune.host import Adapter, BlockHost, Host
@@ -48,6 +49,7 @@ class Patch:
         self.active = not budget.is_full
         self.shares = _shares(budget, host)
         self.restored = host.restored
+        self.refused = host.refused
         self.grid_of = host.grid_of
         self.prefix_tail = host.prefix_tail
         self.prefix_only_last = False
@@ -102,18 +104,22 @@ class Patch:
             return None
         return keep
 
-    def restored_blocks(self, model: nn.Module) -> frozenset[int]:
+    def restored_blocks(self, model: nn.Module, kwargs: dict[str, Any]) -> frozenset[int]:
         """Blocks behind which the full grid is restored in a forward, because what follows them reads it."""
         if not self.active or self.restored is None:
             return frozenset()
-        return self.restored(model, self.method.merges)
+        return self.restored(model, self.method.merges, kwargs)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: a forward of the whole model starts."""
+        if self.active and self.refused is not None:
+            reason = self.refused(model, self.method.proportional, *args, **kwargs)
+            if reason:
+                raise UnsupportedModel(reason)
         grid: tuple[int, int] | None = self.grid
         if self.grid_of is not None and not torch.compiler.is_compiling():  # there it would be a graph for each size
             grid = self.grid_of(model, *args, **kwargs)
-        flow().entry = entry = Entry(self.restored_blocks(model), whole=True, grid=grid)
+        flow().entry = entry = Entry(self.restored_blocks(model, kwargs), whole=True, grid=grid)
         entry.front = self._front(model)
         if self.method.adaptive:
             entry.last = max(index for index, name in enumerate(self.names) if _has(model, name))
@@ -186,9 +192,15 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, pre
     prefix_only_last: see `tokenprune.patch`.
 
     Raises:
+        UnsupportedModel: a block stands at several places.
         UnsupportedMethod: the method needs what the model does not have.
         BudgetError: the budget cannot be met.
     """
+    if len({id(block.module) for block in host.blocks}) < len(host.blocks):
+        raise UnsupportedModel(
+            f"blocks of {type(host.model).__name__} are one and the same module, run several times in a forward; give"
+            " each place a module of its own (copy.deepcopy)"
+        )
     patch = Patch(host, adapter.name, method, budget)
     if method.proportional and not all(block.takes_bias for block in host.blocks):
         raise UnsupportedMethod(
@@ -275,12 +287,12 @@ def attach(host: Host, patch: Patch) -> list[Site]:
             patch.skipped[block.name] = f"reduced behind the block: {block.mid_refused}"
         site.attach(block)
         front = patch.prefix_only_last and block is host.blocks[-1]
-        if (mid or front) and block.mid is not None:
-            block.module.__class__ = block.mid
         ragged = patch.active and patch.method.adaptive
         swaps = (*block.swaps, *block.front_swaps) if front else block.swaps
         for module, swapped in block.ragged_swaps if ragged else swaps:
             module.__class__ = swapped
+        if (mid or front) and block.mid is not None:
+            block.module.__class__ = block.mid
         sites.append(site)
     for module, swapped in host.swaps:
         module.__class__ = swapped
@@ -314,12 +326,14 @@ def _shares(budget: Budget, host: Host) -> dict[int, float] | None:
     names = {block.name: index for index, block in enumerate(host.blocks)}
     shares: dict[int, float] = {}
     for place, share in budget.shares:
-        index = int(place) if place.lstrip("-").isdigit() else names.get(place)
+        index = names.get(place, int(place) if re.fullmatch(r"-?[0-9]+", place) else None)
         if index is None or not -len(names) <= index < len(names):
             raise BudgetError(
                 f"schedule names the place {place!r}; the model has blocks 0 to {len(names) - 1}"
                 f" ({host.blocks[0].name} ...)"
             )
+        if index % len(names) in shares:
+            raise BudgetError(f"schedule names block {index % len(names)} twice; give each block one share")
         shares[index % len(names)] = share
     return shares
 
@@ -350,7 +364,9 @@ def _count_costs(host: Host, adapter: Adapter, patch: Patch) -> CostModel:
         probe = Probe(tokens, lambda n: max(schedule.fewest(n, patch.layout), n - n // 8))
         copy, _ = _ghosted(host, adapter, patch, probe)
         runs.append((probe, count_flops(copy.model, copy.example, probe)))
-    return cost_model(host.tokens, len(host.blocks), runs, head_sees_all=bool(patch.restored_blocks(host.model)))
+    restored = bool(patch.restored_blocks(host.model, {}))
+    regressed = host.blocks[-1].width if restored and not patch.method.merges else 0
+    return cost_model(host.tokens, len(host.blocks), runs, head_sees_all=restored, regressed=regressed)
 
 
 def _corrected(host: Host, adapter: Adapter, patch: Patch, counts: Counts) -> Counts:

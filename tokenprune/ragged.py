@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tokenprune.kernels.merge import gather
+
 
 @dataclass(frozen=True)
 class RaggedReduction:
@@ -132,7 +134,7 @@ class Repacking:
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, C] to [T', C]; merged groups are averages weighted by size."""
         if self.after.sizes is None:
-            return x.index_select(0, self.rows)
+            return gather(x.unsqueeze(0), self.rows.unsqueeze(0)).squeeze(0)
         weighted = x * _sizes(self.before).unsqueeze(-1)
         return (_summed(weighted, self.place, self.rows.shape[0]) / self.after.sizes.unsqueeze(-1)).to(x.dtype)
 
@@ -175,7 +177,7 @@ def repack(before: Pack, reductions: Sequence[RaggedReduction], *, merges: bool)
         images=tuple(before.images[stretch] for stretch in order),
         lengths=tuple(counts[stretch] for stretch in order),
         num_prefix_tokens=before.num_prefix_tokens,
-        origin=before.origin[rows],
+        origin=gather(before.origin.unsqueeze(0), rows.unsqueeze(0)).squeeze(0),
         sizes=_summed(_sizes(before), place, rows.shape[0]) if merges else None,
         by_channel=before.by_channel,
     )

@@ -70,6 +70,12 @@ class AnswerAttention(TorchFunctionMode):
         return out.transpose(0, 1)[None]
 
 
+def attended(output: Any) -> Tensor:
+    """The tokens that an attention puts out, alone or in front of its weights."""
+    tokens: Tensor = output[0] if isinstance(output, tuple) else output
+    return tokens
+
+
 def attend_here(forward: Forward, x: Tensor, **kwargs: Any) -> Tensor:
     """An attention's own `forward` on x, within each image where x [1, T, C] is a ragged batch."""
     now = flow()
@@ -149,7 +155,7 @@ def of_images(site: Site, kwargs: dict[str, Any], group: Group) -> dict[str, Any
     kwargs = dict(kwargs)
     for name in filter(None, (site.rope_argument, *site.bias_arguments)):
         value = kwargs.get(name)
-        if value is not None and value.ndim == 4 and value.shape[0] > 1:
+        if isinstance(value, Tensor) and value.ndim == 4 and value.shape[0] > 1:
             kwargs[name] = value[list(group.images)]
     return kwargs
 

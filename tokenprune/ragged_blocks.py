@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +11,10 @@ from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import UnsupportedMethod
-from tokenprune.kernels.matching import cosine_match
 from tokenprune.ragged import Group, Pack, Repacking, pack_batch, repack
 from tokenprune.ragged_attention import of_images, state_of
 from tokenprune.recording import PlaceRecord
-from tokenprune.restore import placed
+from tokenprune.restore import estimate, placed, stride
 from tokenprune.state import TokenState, flow, in_backward
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
         metrics, reductions = [], []
         for record in _records(site, x, state):
             reductions.append(method.reduce_ragged(record, keep))
-            if state.dense:
+            if state.dense and patch.probe is None:
                 own = replace(state, origin=record.origin, pack=None)
                 metrics.append(placed(record.hidden[:, patch.num_prefix_tokens :], own))
         if patch.probe is not None:  # counted, not removed
@@ -74,8 +73,8 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
     if max(counts, default=0) > keep:
         raise UnsupportedMethod(f"{method.name} left {max(counts)} tokens of an image at {site.name}, more than {keep}")
     if state.dense:
-        near = _near_rows(repacking, metrics)
-        state = replace(state, stand_in=near[_rows(state.stand_in, state, pack)])
+        with torch.no_grad():
+            state = replace(state, undo=(*state.undo, _undo(repacking, metrics)))
     if state.forward is not None and not in_backward():
         state = replace(state, source=repacking.follow(_rows(state.source, state, pack)))
         place = _place(site.name, repacking.after, state)
@@ -100,19 +99,41 @@ def _rows(rows: Tensor | None, state: TokenState, pack: Pack) -> Tensor:
     return first[:, None] + torch.arange(state.entering, device=first.device)
 
 
-def _near_rows(repacking: Repacking, metrics: list[Tensor]) -> Tensor:
-    """Row of the new pack whose value restores each token of the old one, [T]: a dropped one is restored by the most
-    similar kept one (see `tokenprune.restore.stand_ins`). metrics: [g, n, D] of each group of the old pack."""
-    near, prefix = repacking.place.clone(), repacking.before.num_prefix_tokens
+@dataclass(frozen=True, eq=False)
+class RaggedUndo:
+    """`tokenprune.restore.Undo` from pack to pack.
+
+    near: [T] row of the new pack whose value each row of the old one takes. images: for each image that lost tokens
+    their rows [m], the rows [k] in the new pack of those it kept (or some of them), and the weights [m, k].
+    """
+
+    near: Tensor
+    images: tuple[tuple[Tensor, Tensor, Tensor], ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T', C] to [T, C]."""
+        full = x[self.near]
+        if not self.images:
+            return full
+        rows = torch.cat([lost for lost, _, _ in self.images])
+        values = [(weights.to(x.dtype) @ x[kept]).to(x.dtype) for _, kept, weights in self.images]
+        return full.index_copy(0, rows, torch.cat(values))
+
+
+def _undo(repacking: Repacking, metrics: list[Tensor]) -> RaggedUndo:
+    """How the old pack is brought back. metrics: [g, n, D] of each group of it, what similarity is measured on."""
+    prefix, images = repacking.before.num_prefix_tokens, []
+    every = torch.arange(repacking.place.shape[0], device=repacking.place.device)
     for group, metric in zip(repacking.before.groups, metrics, strict=True):
-        places = group.of(repacking.place)[:, prefix:]
-        leaving = group.of(repacking.leaves())[:, prefix:]
-        rows = group.of(torch.arange(near.shape[0], device=near.device))[:, prefix:]
-        for place, kept, row, tokens in zip(places, leaving, rows, metric, strict=True):
+        tables = (repacking.place, repacking.leaves(), every)
+        for place, leaves, row, tokens in zip(*(group.of(table)[:, prefix:] for table in tables), metric, strict=True):
             lost = place < 0
-            match = cosine_match(tokens[lost][None], tokens[kept][None])[1][0]
-            near[row[lost]] = place[kept][match]
-    return near
+            if lost.any():
+                kept, values = tokens[leaves], place[leaves]
+                step = stride(len(kept))
+                weights = estimate(tokens[lost][None], kept[None, ::step])[0]
+                images.append((row[lost], values[::step], weights))
+    return RaggedUndo(repacking.place.clamp(min=0), tuple(images))
 
 
 def _place(name: str, pack: Pack, state: TokenState) -> PlaceRecord:
@@ -127,9 +148,10 @@ def _place(name: str, pack: Pack, state: TokenState) -> PlaceRecord:
 
 def restore_packed(x: Tensor, state: TokenState, pack: Pack) -> Tensor:
     """The full sequence [B, P + entering, C] behind the packed one x [1, T, C]."""
-    prefix = torch.arange(pack.num_prefix_tokens, device=x.device)
-    rows = torch.cat([pack.first_rows[:, None] + prefix, _rows(state.stand_in, state, pack)], 1)
-    return x[0][rows]
+    full = x[0]
+    for back in reversed(state.undo):
+        full = back(full)
+    return full.reshape(len(pack.images), pack.num_prefix_tokens + state.entering, x.shape[-1])
 
 
 def unpack_for_head(x: Tensor, pack: Pack) -> Tensor:

@@ -31,7 +31,7 @@ class Forward:
     places: list[PlaceRecord] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Recording:
     """The forwards of one `record` block, in order."""
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-
-def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [B, K] of x [B, N, ...], as [B, K, ...]."""
-    batch, count = index.shape
-    offset = torch.arange(batch, device=index.device).unsqueeze(1) * x.shape[1]
-    rows = x.reshape(-1, *x.shape[2:]).index_select(0, (index + offset).reshape(-1))
-    return rows.reshape(batch, count, *x.shape[2:])
+from tokenprune.kernels.merge import gather, merge, merge_sizes, source
 
 
 @dataclass(frozen=True)
@@ -50,32 +44,31 @@ class Reduction:
         """Original patches in each leaving token, from those entering: [B, n] -> [B, K], in the dtype of `sizes`."""
         if self.matrix is not None:
             return torch.bmm(self.matrix.to(sizes.dtype), sizes.unsqueeze(-1)).squeeze(-1)
-        out = gather_tokens(sizes, self.kept)
         if self.moved is None:
-            return out
-        gone = gather_tokens(sizes, self.moved)
+            return gather(sizes, self.kept)
         if self.fuses:
-            return torch.cat([out, gone.sum(1, keepdim=True)], 1)
+            return torch.cat([gather(sizes, self.kept), gather(sizes, self.moved).sum(1, keepdim=True)], 1)
         assert self.target is not None
-        return out.scatter_add(1, self.target, gone)
+        return merge_sizes(sizes, self.kept, self.moved, self.target)
 
     def __call__(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Reduce x [B, n, C] to [B, K, C]; merged groups are averages weighted by `sizes` [B, n] (None: all one)."""
         if self.matrix is not None:
             return torch.bmm(self.matrix.to(x.dtype), x)
-        out = gather_tokens(x, self.kept)
         if self.moved is None or self.moved.shape[1] == 0:
-            return out
-        gone = gather_tokens(x, self.moved)
+            return gather(x, self.kept)
         if self.weights is not None:
-            return torch.cat([out, torch.bmm(self.weights.to(x.dtype).unsqueeze(1), gone)], 1)
+            fused = torch.bmm(self.weights.to(x.dtype).unsqueeze(1), gather(x, self.moved))
+            return torch.cat([gather(x, self.kept), fused], 1)
         assert self.target is not None
-        if sizes is None:
-            sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
-        out = out * gather_tokens(sizes, self.kept).unsqueeze(-1)
-        gone = gone * gather_tokens(sizes, self.moved).unsqueeze(-1)
-        out = out.scatter_add(1, self.target.unsqueeze(-1).expand_as(gone), gone.to(out.dtype))
-        return (out / self.merged_sizes(sizes).unsqueeze(-1)).to(x.dtype)
+        return merge(x, self.kept, self.moved, self.target, sizes)[0]
+
+    def with_prefix(self, count: int) -> Reduction:
+        """The same behind `count` tokens in front of the n, which stay where they are; not of a dense matrix."""
+        assert self.matrix is None
+        own = torch.arange(count, device=self.kept.device).expand(self.kept.shape[0], -1)
+        moved, target = (None if index is None else index + count for index in (self.moved, self.target))
+        return replace(self, kept=torch.cat([own, self.kept + count], 1), moved=moved, target=target)
 
     def follow(self, table: Tensor) -> Tensor:
         """Re-index a per-token table that cannot be averaged (positions, origins): [B, n] -> [B, K].
@@ -84,25 +77,21 @@ class Reduction:
         dense one that of its largest weight.
         """
         if self.matrix is not None:
-            return table.gather(1, self.matrix.argmax(-1))
-        out = table.gather(1, self.kept)
+            return gather(table, self.matrix.argmax(-1))
+        out = gather(table, self.kept)
         if self.weights is None or self.moved is None:
             return out
-        heaviest = self.moved.gather(1, self.weights.argmax(1, keepdim=True))
-        return torch.cat([out, table.gather(1, heaviest)], 1)
+        heaviest = gather(self.moved, self.weights.argmax(1, keepdim=True))
+        return torch.cat([out, gather(table, heaviest)], 1)
 
     def source(self, entering: int) -> Tensor:
         """For each of the `entering` tokens, the leaving position that represents it, or -1: [B, entering]."""
         if self.matrix is not None:
             return self.matrix.argmax(1)
-        batch, count = self.kept.shape
-        source = torch.full((batch, entering), -1, dtype=torch.long, device=self.kept.device)
-        places = torch.arange(count, device=self.kept.device).expand(batch, -1)
-        source = source.scatter(1, self.kept, places)
-        if self.moved is None:
-            return source
-        target = self.target if self.target is not None else torch.full_like(self.moved, count)
-        return source.scatter(1, self.moved, target)
+        target = self.target
+        if self.fuses and self.moved is not None:
+            target = torch.full_like(self.moved, self.kept.shape[1])
+        return source(self.kept, self.moved, target, entering)
 
     def bring_back(self, reduced: Tensor, entered: Tensor, full: Tensor) -> Tensor:
         """full [B, n, C] after something was computed on its reduction: `entered` [B, K, C] went in, `reduced` came
@@ -118,8 +107,18 @@ class Reduction:
                 full
             )
         source = self.source(full.shape[1])
-        gained = gather_tokens(reduced - entered, source.clamp(min=0))
+        gained = gather(reduced - entered, source.clamp(min=0))
         return torch.where((source >= 0).unsqueeze(-1), full + gained, full)
+
+    def unmerge(self, reduced: Tensor, entering: int) -> Tensor:
+        """[B, K, C] -> [B, n, C]: each of the `entering` tokens takes the value of the one that it was merged into.
+
+        A dense matrix is transposed, with each token's shares rescaled to sum to one (ToMA, Lu et al., 2025).
+        """
+        if self.matrix is None:
+            return gather(reduced, self.source(entering))
+        shares = self.matrix.to(reduced.dtype)
+        return torch.bmm(shares.transpose(1, 2), reduced) / shares.sum(1).unsqueeze(-1)
 
     def tiled(self, copies: int) -> Reduction:
         """The same for a batch that holds `copies` of its images, one after the other."""

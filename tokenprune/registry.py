@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -19,10 +20,14 @@ AdapterType = TypeVar("AdapterType", bound=type)
 
 _METHODS: dict[str, Callable[..., Method]] = {}
 _FAMILIES: dict[str, Family] = {}
-_BUILTIN_METHODS = ("baselines", "top_k", "evit", "tome", "zero_tprune", "ats", "at_edm", "region", "ras", "toca")
+_BUILTIN_METHODS = (
+    "baselines", "top_k", "evit", "tome", "zero_tprune", "ats", "at_edm", "tomesd", "todo", "toma", "region", "ras",
+    "toca",
+)  # fmt: skip
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {
     "timm": ("tokenprune.adapters.timm_vit",),
+    "transformers": ("tokenprune.adapters.hf_vision",),
     "diffusers": ("tokenprune.adapters.diffusers_unet", "tokenprune.adapters.diffusers_dit"),
 }
 _loaded: set[str] = set()
@@ -30,13 +35,15 @@ _loaded: set[str] = set()
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A method as `methods()` lists it. needs: what it captures; options: name -> default of its own options."""
+    """A method as `methods()` lists it. needs: what it captures; options: name -> default of its own options;
+    own_budget: the one of them that is a budget, whose default is the published setting."""
 
     name: str
     paper: str
     needs: tuple[str, ...]
     families: tuple[str, ...]
     options: dict[str, Any]
+    own_budget: str
     summary: str
 
 
@@ -75,11 +82,24 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
     _load_methods()
     if not isinstance(name, str) or name not in _METHODS:
         raise UnsupportedMethod(f"unknown method {name!r}; known: {', '.join(sorted(_METHODS))}")
-    allowed = inspect.signature(_METHODS[name]).parameters
+    # A budget of None is none given, as with those of `patch`.
+    own = own_budget(name)
+    options = {key: value for key, value in options.items() if key != own or value is not None}
+    allowed: Mapping[str, Any] = inspect.signature(_METHODS[name]).parameters
     wrong = sorted(set(options) - set(allowed))
     if wrong:
         raise UnsupportedMethod(f"{name} has no option {wrong[0]!r}; its options: {', '.join(allowed) or 'none'}")
+    for key, value in options.items():
+        default = allowed[key].default
+        if key != own and type(default) in (bool, int) and type(value) is not type(default):
+            kind = "True or False" if type(default) is bool else "a whole number"
+            raise UnsupportedMethod(f"{key} of {name} is {kind}, got {value!r}; for example {key}={default!r}")
     return _METHODS[name](**options)
+
+
+def own_budget(name: str) -> str:
+    """The option of the registered method `name` that is a budget."""
+    return _METHODS[name]().schedule.option
 
 
 def method_names() -> list[str]:
@@ -95,7 +115,7 @@ def method_info(name: str, families: tuple[str, ...]) -> MethodInfo:
     options = {key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()}
     needs = sorted(method.needs) + (["bias on the keys"] if method.proportional else [])
     summary = (inspect.getdoc(factory) or "").split("\n\n")[0].replace("\n", " ")
-    return MethodInfo(name, method.paper, tuple(needs), families, options, summary)
+    return MethodInfo(name, method.paper, tuple(needs), families, options, method.schedule.option, summary)
 
 
 def families() -> list[Family]:
@@ -124,4 +144,11 @@ def _load_entry_points(group: str) -> None:
     if group not in _loaded:
         _loaded.add(group)
         for point in entry_points(group=group):
-            point.load()
+            try:
+                point.load()
+            except Exception as error:  # another package's fault must not take every method with it
+                warnings.warn(
+                    f"the entry point {point.name} = {point.value} of {group} could not be loaded:"
+                    f" {type(error).__name__}: {error}",
+                    stacklevel=2,
+                )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+from tokenprune.budget import checked_count, checked_share
 from tokenprune.errors import BudgetError
 
 # Guards a ceiling against the last bit of a product such as 0.7 * 10.
@@ -17,6 +19,11 @@ def kept_count(share: float, tokens: int) -> int:
     return max(1, math.ceil(share * tokens - _EPS))
 
 
+def largest_share(tokens: int) -> float:
+    """The largest share, in thousandths, that does not keep all of `tokens`."""
+    return math.floor(1000 * (tokens - 1) / tokens) / 1000
+
+
 @dataclass(frozen=True)
 class Layout:
     """What a schedule knows of a model."""
@@ -26,7 +33,12 @@ class Layout:
 
 
 class Schedule(Protocol):
-    """Token counts of a method as one family, from keeping all (strength 0) to the most it can remove (1)."""
+    """Token counts of a method as one family, from keeping all (strength 0) to the most it can remove (1).
+
+    option: name of the method's option that sets `default`. Given, it is a budget: no other may stand beside it.
+    """
+
+    option: ClassVar[str]
 
     def places(self, layout: Layout) -> tuple[int, ...]:
         """Block indices, ascending, of the places where the method reduces in a model of that depth."""
@@ -48,13 +60,14 @@ class Stages:
     at: block indices of the places; None for a quarter, a half and three quarters of the depth (3, 6 and 9 of 12).
     """
 
+    option: ClassVar[str] = "rate"
+
     rate: float = 0.7
     at: tuple[int, ...] | None = None
     smallest: int = 1
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.rate <= 1.0:
-            raise BudgetError(f"rate is the share kept at each place, in (0, 1], got {self.rate!r}")
+        checked_share(self.option, self.rate)
 
     def places(self, layout: Layout) -> tuple[int, ...]:
         if self.at is not None:
@@ -65,7 +78,12 @@ class Stages:
         return self._at_rate(1.0 - strength, tokens, layout)
 
     def default(self, tokens: int, layout: Layout) -> tuple[int, ...]:
-        return self._at_rate(self.rate, tokens, layout)
+        counts = self._at_rate(self.rate, tokens, layout)
+        if self.rate < 1.0 and counts[-1] == tokens > self.smallest:
+            raise BudgetError(
+                f"rate={self.rate:g} of {tokens} tokens is all of them; use rate={largest_share(tokens):.3f} or less"
+            )
+        return counts
 
     def fewest(self, entering: int, layout: Layout) -> int:
         return min(self.smallest, entering)
@@ -85,13 +103,13 @@ class EveryBlock:
     A block removes at most half of its tokens, as pairs are merged: at the strongest setting every block halves them.
     """
 
-    r: int | None = None
-    published: int = 8
+    option: ClassVar[str] = "r"
+
+    r: int = 8
     at: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 0):
-            raise BudgetError(f"r is a whole number of tokens per block, got {self.r!r}; for example r=8")
+        checked_count(self.option, self.r, smallest=0, example=8)
 
     def places(self, layout: Layout) -> tuple[int, ...]:
         return tuple(range(layout.depth)) if self.at is None else checked_places(self.at, layout.depth)
@@ -104,7 +122,7 @@ class EveryBlock:
         return tuple(counts)
 
     def default(self, tokens: int, layout: Layout) -> tuple[int, ...]:
-        r, counts, left = self.published if self.r is None else self.r, [], tokens
+        r, counts, left = self.r, [], tokens
         for block in self.places(layout):
             if left - r < self.fewest(left, layout):
                 raise BudgetError(
@@ -124,8 +142,10 @@ def checked_places(at: tuple[int, ...], depth: int) -> tuple[int, ...]:
     """`at` sorted and without repeats, negative indices counted from the end.
 
     Raises:
-        BudgetError: an index outside the model.
+        BudgetError: no indices, or one outside the model.
     """
+    if not isinstance(at, Sequence) or not at or any(isinstance(b, bool) or not isinstance(b, int) for b in at):
+        raise BudgetError(f"places must list block indices, got {at!r}; for example places=({depth // 2},)")
     wrong = [block for block in at if not -depth <= block < depth]
     if wrong:
         raise BudgetError(f"block {wrong[0]} does not exist: the model has blocks 0 to {depth - 1}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedModel
 from tokenprune.ghost import ghost
 from tokenprune.host import BlockHost, Host
-from tokenprune.ragged_attention import AnswerAttention
+from tokenprune.ragged_attention import AnswerAttention, attended
 from tokenprune.state import flow
 
 
@@ -42,8 +42,9 @@ def _equal(host: Host, block: BlockHost, mid: type[nn.Module]) -> bool:
     plain, swapped = ghost(block.module), ghost(block.module)
     swapped.__class__ = mid
     x = _noise(weight, host.num_prefix_tokens + block.check_tokens, block.width)
+    arguments = block.check_arguments(x) if block.check_arguments is not None else {}
     with torch.no_grad():
-        return bool(torch.equal(plain(x), swapped(x)))
+        return bool(torch.equal(plain(x, **arguments), swapped(x, **arguments)))
 
 
 def _noise(weight: nn.Parameter, tokens: int, width: int) -> Tensor:
@@ -114,9 +115,9 @@ def _packs(host: Host, block: BlockHost, attention: nn.Module) -> bool:
     starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=weight.device)
     try:
         with torch.no_grad(), AnswerAttention(lengths, starts) as answer:
-            packed = alone(x)
+            packed = attended(alone(x))
         with torch.no_grad():
-            expected = torch.cat([alone(part) for part in torch.split(x, list(lengths), 1)], 1)
+            expected = torch.cat([attended(alone(part)) for part in torch.split(x, list(lengths), 1)], 1)
     except Exception:  # whatever it is that an attention cannot do with a packed sequence
         return False
     return answer.calls > 0 and _close(packed, expected)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.costs import pad_tokens
 from tokenprune.errors import UnsupportedModel
-from tokenprune.host import BlockHost, gather_bias, gather_rope
+from tokenprune.host import BlockHost, RopeTable, gather_bias, gather_rope
 from tokenprune.ragged_blocks import reduce_ragged, restore_packed, unpack_for_head
 from tokenprune.recording import PlaceRecord
-from tokenprune.restore import follow_source, restore_tokens, stand_ins
+from tokenprune.restore import follow_source, restore_tokens, undo
 from tokenprune.state import TokenState, flow, in_backward, recall, remember
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Site:
         self.name = facts.name
         self.reduces = reduces
         self.mid = mid
+        self.arguments = facts.arguments
         self.read = facts.read
         self.scale = facts.scale
         self.key_bias = facts.key_bias
@@ -63,6 +64,8 @@ class Site:
             if not self.mid:
                 block.register_forward_hook(self.reduce_output, prepend=True)
         block.register_forward_hook(self.leave)
+        if facts.records is not None:
+            _move_behind(block._forward_hooks, facts.records)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the block: find the tokens that are left and re-index what else is indexed by token."""
@@ -77,6 +80,8 @@ class Site:
                 "a symbolic trace of a patched model cannot choose tokens; trace the unpatched model, or use"
                 " torch.compile or torch.export"
             )
+        if len(args) > 1 and self.arguments:
+            args, kwargs = args[:1], {**dict(zip(self.arguments, args[1:], strict=False)), **kwargs}
         if kwargs.get("is_causal") or (self.mask_argument and kwargs.get(self.mask_argument) is not None):
             raise UnsupportedModel(
                 "tokens cannot be reduced under an attention mask (the caller's own, a causal one, or that of padded"
@@ -93,6 +98,9 @@ class Site:
                     " use_reentrant=False"
                 )
             args, kwargs = _with_hidden(state.reduced, args, kwargs)
+            now.state = state = replace(state, reduced=None)
+            if torch.is_grad_enabled():
+                remember(args[0] if args else next(iter(kwargs.values())), state)  # as in `_incoming`
         elif self.patch.probe is not None and self.index == 0:
             left = self.patch.probe.tokens
             origin = torch.arange(left, device=x.device).expand(x.shape[0], -1)
@@ -102,6 +110,23 @@ class Site:
             now.kwargs, now.attended = kwargs, False
             return args, kwargs
         return args, self._reindexed(kwargs, state, x.dtype)
+
+    def resume(self, x: Tensor, kwargs: dict[str, Any]) -> None:
+        """Take up again the block that `enter` has given x and the arguments `kwargs`, to run it once more."""
+        now = flow()
+        now.clear()
+        now.site, now.state = self, recall(x)
+        if now.state is None:
+            raise UnsupportedModel(
+                f"gradient checkpointing runs {self.name} once more on a copy of its input, for which no tokens are"
+                " known; leave its saved tensors where they are"
+            )
+        if now.state.pack is not None:
+            now.kwargs, now.attended = kwargs, False
+            return
+        now.rope = kwargs.get(self.rope_argument) if self.rope_argument else None
+        biases = (kwargs.get(name) for name in {self.key_bias, *self.bias_arguments} if name is not None)
+        now.bias = next((bias for bias in biases if bias is not None), None)
 
     def _incoming(self, x: Tensor) -> TokenState:
         now = flow()
@@ -208,13 +233,20 @@ class Site:
             reduction = self.patch.method.reduce(record, keep)
         prefix = self.patch.num_prefix_tokens
         body = x[:, prefix:]
-        leaving = reduction(body, state.sizes)
+        if prefix and reduction.matrix is None:  # the whole sequence, as a slice of it would be copied to be gathered
+            all_sizes = None if state.sizes is None else _with_ones(state.sizes, prefix)
+            leaving = reduction.with_prefix(prefix)(x, all_sizes)
+        elif prefix:
+            leaving = torch.cat([x[:, :prefix], reduction(body, state.sizes)], 1)
+        else:
+            leaving = _in_layout_of(x, reduction(body, state.sizes))
         origin = reduction.follow(record.origin)
         sizes = state.sizes
         if self.patch.method.merges:
             sizes = reduction.merged_sizes(sizes if sizes is not None else origin.new_ones(body.shape[:2]).float())
-        if state.dense:
-            state = replace(state, stand_in=stand_ins(state, reduction, body.detach()))
+        if state.dense and self.patch.probe is None:
+            with torch.no_grad():
+                state = replace(state, undo=(*state.undo, undo(state, reduction, body)))
         if state.forward is not None and not in_backward():
             source = follow_source(state, reduction.source(state.tokens))
             state = replace(state, source=source)
@@ -223,7 +255,7 @@ class Site:
             self.patch.mark(self, "reduced")
             return x
         flow().state = replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
-        return torch.cat([x[:, :prefix], leaving], 1) if prefix else _in_layout_of(x, leaving)
+        return leaving
 
     def captured(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Queries, keys and values [B, H, N, D] of this block, those that were caught."""
@@ -277,13 +309,9 @@ class Site:
         now.left = None if last else (self, state, (output.shape[0], output.shape[1]))
         if last and self.patch.probe is not None and state.dense:
             return pad_tokens(output, self.patch.num_prefix_tokens + state.entering)
-        if state.reduced is not None:
-            state = replace(state, reduced=None)
         if state.pack is not None:
             return self._leave_packed(output, state, state.pack)
-        if state.stand_in is not None and (
-            self.index in state.dense or (last and -1 in state.dense and state.sizes is not None)
-        ):
+        if state.undo and (self.index in state.dense or (last and -1 in state.dense and state.sizes is not None)):
             full = restore_tokens(output, state, self.patch.num_prefix_tokens)
             if not last:
                 remember(full, replace(state, reduced=output))
@@ -308,8 +336,20 @@ class Site:
         return None
 
 
-def _rotated(rotate: Callable[[Tensor, Tensor], Tensor], table: Tensor, x: Tensor) -> Tensor:
+def _move_behind(hooks: dict[int, Any], records: Callable[[Any], bool]) -> None:
+    """Move the host's recording hooks, and what runs behind them, behind the hook that was registered last."""
+    keys = list(hooks)
+    first = next((i for i, key in enumerate(keys) if records(hooks[key])), len(keys))
+    for key in keys[first:-1]:
+        hooks[key] = hooks.pop(key)
+
+
+def _rotated(rotate: Callable[[Tensor, Any], Tensor], table: RopeTable, x: Tensor) -> Tensor:
     return rotate(x, table)
+
+
+def _with_ones(sizes: Tensor, prefix: int) -> Tensor:
+    return torch.cat([sizes.new_ones(sizes.shape[0], prefix), sizes], 1)
 
 
 def _in_layout_of(x: Tensor, leaving: Tensor) -> Tensor:
@@ -335,6 +375,24 @@ def front_here(x: Tensor) -> Tensor:
     where no other is read behind it."""
     front = flow().front
     return x if front is None else x[:, :front]
+
+
+def run_here(block: nn.Module, run: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Tensor:
+    """run(x, ...) as the forward of `block`, also where gradient checkpointing runs that once more without the block's
+    hooks (a checkpoint inside of `__call__`)."""
+    site = _site_of(block) if in_backward() else None
+    if site is None or not site.patch.active or flow().site is site:
+        return run(x, **kwargs)
+    site.resume(x, kwargs)
+    try:
+        return run(x, **kwargs)
+    finally:
+        flow().clear()
+
+
+def _site_of(block: nn.Module) -> Site | None:
+    owners = (getattr(hook, "__self__", None) for hook in block._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Site)), None)
 
 
 def own_bias_here(bias: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tokenprune.budget import Budget
 from tokenprune.costs import CostModel
 from tokenprune.errors import BudgetError
-from tokenprune.schedule import Layout, Schedule, kept_count
+from tokenprune.schedule import Layout, Schedule, kept_count, largest_share
 
 Counts = dict[int, int]
 
@@ -28,7 +28,7 @@ def solve(
         BudgetError: the method cannot meet the budget on this model; the message names what it can reach.
     """
     places = schedule.places(layout)
-    if budget.kind == "default":
+    if budget.kind in ("default", "own"):
         return dict(zip(places, schedule.default(tokens, layout), strict=True))
     if budget.kind == "flops":
         assert costs is not None
@@ -43,6 +43,7 @@ def follow_shares(shares: dict[int, float], schedule: Schedule, tokens: int, lay
         BudgetError: fewer tokens asked for at a place than the method can leave there.
     """
     counts: Counts = {}
+    entering = tokens
     for block, share in sorted(shares.items()):
         keep = kept_count(share, tokens)
         if keep < schedule.fewest(tokens, layout):
@@ -51,6 +52,10 @@ def follow_shares(shares: dict[int, float], schedule: Schedule, tokens: int, lay
                 f" {schedule.fewest(tokens, layout)} there, a share of {schedule.fewest(tokens, layout) / tokens:.2f}"
             )
         counts[block] = tokens = keep
+    if tokens == entering and min(shares.values()) < 1.0:
+        raise BudgetError(
+            f"every share of the schedule keeps all of {tokens} tokens; use {largest_share(tokens):.3f} or less at one"
+        )
     return counts
 
 
@@ -60,7 +65,7 @@ def _by_last(budget: Budget, schedule: Schedule, places: tuple[int, ...], tokens
         raise BudgetError(f"tokens={keep} asked, but only {tokens} prunable tokens enter; use at most {tokens}")
     if budget.kind == "keep" and keep == tokens:
         raise BudgetError(
-            f"{budget} of {tokens} tokens drops none; use keep={(tokens - 1) / tokens:.3f} or less, or keep=1.0"
+            f"{budget} of {tokens} tokens drops none; use keep={largest_share(tokens):.3f} or less, or keep=1.0"
         )
     fewest = schedule.counts(1.0, tokens, layout)[-1]
     if keep < fewest:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
-    from tokenprune.host import Caught
+    from tokenprune.host import Caught, RopeTable
     from tokenprune.ragged import Pack
     from tokenprune.recording import Forward
     from tokenprune.site import Site
@@ -30,13 +30,14 @@ class TokenState:
 
     entering: tokens that entered the first place. tokens: how many are left, n. origin: [B, n] original patch of each
     (None: all, in order). sizes: [B, n] patches in each (None: one each). source: [B, entering] position that holds
-    each original patch, -1 where it was dropped (for recordings). stand_in: [B, entering] position whose value
-    restores each original patch (for dense outputs). reduced: the reduced tensor behind a restored one. grid: (rows,
-    columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward.
+    each original patch, -1 where it was dropped (for recordings). undo: for each place so far, what brings its leaving
+    tokens back to those that entered it (for dense outputs). reduced: the reduced tensor behind a restored one. grid:
+    (rows, columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward.
     dense: blocks whose output is restored in this forward. last: the block behind which the model's own tail follows.
     front: of how many tokens in front alone the last block's output is computed, None for all.
     pack: where the images keep different numbers of tokens, which then holds origin and sizes; tokens is the largest
-    number, and source and stand_in hold rows of the pack. counts: (block, tokens that left it of each image).
+    number, source holds rows of the pack, and undo leads from pack to pack. counts: (block, tokens that left it of
+    each image).
     """
 
     entering: int
@@ -44,7 +45,7 @@ class TokenState:
     origin: Tensor | None = None
     sizes: Tensor | None = None
     source: Tensor | None = None
-    stand_in: Tensor | None = None
+    undo: tuple[Callable[[Tensor], Tensor], ...] = ()
     reduced: Tensor | None = None
     grid: tuple[int, int] | None = None
     forward: Forward | None = None
@@ -93,7 +94,7 @@ class Flow:
     inputs: Caught | None = None
     values: Caught | None = None
     bias: Tensor | None = None
-    rope: Tensor | None = None
+    rope: RopeTable | None = None
     front: int | None = None
     kwargs: dict[str, Any] | None = None
     groups: list[Any] | None = None

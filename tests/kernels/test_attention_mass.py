@@ -237,6 +237,8 @@ def test_autocast_does_not_round_the_map() -> None:
         ({"weights": torch.ones(2, 3, 8)}, "do not fit"),
         ({"k": torch.ones(2, 3, 9, 5)}, "do not fit"),
         ({"iterations": 0}, "at least one"),
+        ({"iterations": 0.0}, "above 0"),
+        ({"iterations": -1e-3}, "above 0"),
         ({"iterations": (3, 1)}, "rising"),
         ({"q": torch.ones(2, 3, 4, 4), "weights": torch.ones(2, 3, 4), "iterations": 2}, "use one"),
         ({"bias": torch.ones(2, 3, 9, 8)}, "does not fit"),

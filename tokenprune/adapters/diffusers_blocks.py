@@ -15,9 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.adapters.beneath import expose, original_class, token_block
-from tokenprune.denoisers.host import Arguments, BlockFacts, Slice
+from tokenprune.adapters.diffusers_rotary import (
+    Rotate,
+    Tables,
+    complex_rows,
+    last_rows,
+    rotation,
+    rows_by_head,
+    whole_width,
+)
+from tokenprune.denoisers.host import Arguments, BlockFacts, CrossFacts, Slice
 from tokenprune.errors import UnsupportedModel
-from tokenprune.reduction import gather_tokens
+from tokenprune.kernels.merge import gather
 
 
 @dataclass(frozen=True)
@@ -26,9 +35,11 @@ class Row:
 
     parameters: of its forward. attention: attribute with the self-attention. returned: index of the image tokens in the
     output, None where they are the output. text: whether text tokens are concatenated in the attention. text_first:
-    whether to_q puts out the text in front of the image. slices, rotary: see BlockFacts. shared: whether all images of
-    a batch must compute the same tokens. context: attributes with self-attentions that take fewer queries than keys.
-    attentions, mlp: attributes with parts whose output can be kept from step to step.
+    whether to_q puts out the text in front of the image. slices: see BlockFacts. shared: whether all images of a batch
+    must compute the same tokens. rotary: (argument, its tables, whether halves of a head's channels are pairs) of the
+    rotary embedding. cross: attribute with the cross-attention; text_bias: argument with the bias of its keys. context:
+    attributes with self-attentions that take fewer queries than keys. attentions, mlp: attributes with parts whose
+    output can be kept from step to step.
     """
 
     parameters: tuple[str, ...]
@@ -38,8 +49,10 @@ class Row:
     text_first: bool = False
     slices: tuple[tuple[str, Slice], ...] = ()
     shared: bool = False
+    rotary: tuple[str, Tables, bool] | None = None
+    cross: str | None = None
+    text_bias: str | None = None
     context: tuple[str, ...] = ()
-    rotary: str | None = None
     attentions: tuple[str, ...] = ()
     mlp: str | None = None
 
@@ -60,7 +73,7 @@ def batched_rows(table: Any, index: Tensor, tokens: int, text: int) -> Any:
         return tuple(batched_rows(part, index, tokens, text) for part in table)
     if table.shape[1] != tokens:
         return table
-    return gather_tokens(table, index) if table.shape[0] > 1 else table.index_select(1, index[0])
+    return gather(table, index) if table.shape[0] > 1 else table.index_select(1, index[0])
 
 
 def embedding_rows(embedding: Tensor, index: Tensor, tokens: int, text: int) -> Tensor:
@@ -87,7 +100,10 @@ _WAN = Row(
     "attn1",
     slices=(("temb", embedding_rows), ("rotary_emb", batched_rows)),
     shared=True,
+    rotary=("rotary_emb", rows_by_head, False),
+    cross="attn2",
 )
+_PAIRS = ("image_rotary_emb", last_rows, False)
 _FLUX = Row(
     ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs"),
     "attn",
@@ -95,8 +111,8 @@ _FLUX = Row(
     text=True,
     slices=(("image_rotary_emb", partial(table_rows, after_text=True)),),
     shared=True,
+    rotary=_PAIRS,
     context=("attn",),
-    rotary="image_rotary_emb",
 )
 _HUNYUAN = ("hidden_states", "encoder_hidden_states", "temb", "attention_mask")
 
@@ -113,6 +129,8 @@ ROWS: dict[str, Row] = {
             "added_cond_kwargs",
         ),
         "attn1",
+        cross="attn2",
+        text_bias="encoder_attention_mask",
         context=("attn1",),
         attentions=("attn1", "attn2"),
         mlp="ff",
@@ -134,6 +152,9 @@ ROWS: dict[str, Row] = {
         "attn1",
         slices=(("temb", batched_rows), ("image_rotary_emb", batched_rows)),
         shared=True,
+        rotary=("image_rotary_emb", whole_width, False),
+        cross="attn2",
+        text_bias="encoder_attention_mask",
     ),
     "CogVideoXBlock": Row(
         ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "attention_kwargs"),
@@ -143,6 +164,7 @@ ROWS: dict[str, Row] = {
         text_first=True,
         slices=(("image_rotary_emb", table_rows),),
         shared=True,
+        rotary=_PAIRS,
     ),
     "CogView3PlusTransformerBlock": Row(
         ("hidden_states", "encoder_hidden_states", "emb"), "attn1", returned=0, text=True, text_first=True
@@ -155,6 +177,7 @@ ROWS: dict[str, Row] = {
         text_first=True,
         slices=(("image_rotary_emb", table_rows),),
         shared=True,
+        rotary=("image_rotary_emb", last_rows, True),
     ),
     "HunyuanVideoTransformerBlock": Row(
         (*_HUNYUAN, "freqs_cis"),
@@ -163,6 +186,7 @@ ROWS: dict[str, Row] = {
         text=True,
         slices=(("attention_mask", mask_columns), ("freqs_cis", table_rows)),
         shared=True,
+        rotary=("freqs_cis", last_rows, False),
     ),
     "HunyuanVideoSingleTransformerBlock": Row(
         (*_HUNYUAN, "image_rotary_emb"),
@@ -171,6 +195,7 @@ ROWS: dict[str, Row] = {
         text=True,
         slices=(("attention_mask", mask_columns), ("image_rotary_emb", table_rows)),
         shared=True,
+        rotary=_PAIRS,
     ),
     "QwenImageTransformerBlock": Row(
         (
@@ -187,6 +212,7 @@ ROWS: dict[str, Row] = {
         text=True,
         slices=(("image_rotary_emb", first_rows), ("modulate_index", batched_rows)),
         shared=True,
+        rotary=("image_rotary_emb", complex_rows, False),
     ),
 }
 
@@ -221,7 +247,6 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
     attention: Any = getattr(block, row.attention)
     queries, keys = _output_of(attention, "q"), _output_of(attention, "k")
     heads = attention.heads
-    width = attention.to_q.weight.shape[0] if hasattr(attention.to_q, "weight") else attention.to_q.out_features
     before = before_basic if cls.__name__ == "BasicTransformerBlock" and _plain(block) else None
     facts = BlockFacts(
         name=name,
@@ -234,12 +259,16 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
         queries=queries,
         keys=keys,
         heads=heads,
-        scale=(width // heads) ** -0.5,
+        scale=_scale(attention),
         text_first=row.text_first,
         before=before,
+        rotate=partial(_rotate, row.rotary, heads),
+        cross=_cross(block, row),
+        parts=_parts(block) if cls.__name__ == "BasicTransformerBlock" else {},
+        fused=is_fused,
         swapped=token_block(cls),
         context=_context(block, row),
-        rotary=row.rotary,
+        rotary=row.rotary[0] if row.rotary and row.context else None,
         attentions=tuple(part for name in row.attentions if (part := getattr(block, name, None)) is not None),
         mlp=getattr(block, row.mlp) if row.mlp and getattr(block, "_chunk_size", None) is None else None,
         expose=expose,
@@ -249,15 +278,9 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
 
 def _context(block: Any, row: Row) -> tuple[nn.Module, ...]:
     attentions = [part for name in row.context if (part := getattr(block, name, None)) is not None]
-    if getattr(block, "only_cross_attention", False) or any(map(_fused, attentions)):
+    if getattr(block, "only_cross_attention", False) or any(map(is_fused, attentions)):
         return ()
     return tuple(projection for attention in attentions for projection in (attention.to_k, attention.to_v))
-
-
-def _fused(attention: Any) -> bool:
-    if type(attention).__name__ == "Attention":  # its flag stays set when it is unfused, its processor does not
-        return type(attention.processor).__name__.startswith("Fused")
-    return bool(getattr(attention, "fused_projections", False))
 
 
 def before_basic(module: nn.Module, bound: Arguments) -> tuple[Tensor, Tensor]:
@@ -272,6 +295,44 @@ def before_basic(module: nn.Module, bound: Arguments) -> tuple[Tensor, Tensor]:
     else:
         normed = block.norm1(x)
     return block.attn1.to_q(normed), block.attn1.to_k(normed)
+
+
+def _rotate(rotary: tuple[str, Tables, bool] | None, heads: int, bound: Arguments, tokens: int) -> Rotate | None:
+    if rotary is None:
+        return None
+    argument, tables, halves = rotary
+    return rotation(tables, halves, bound.get(argument), tokens, heads)
+
+
+def _parts(block: Any) -> dict[str, nn.Module]:
+    """See BlockFacts. The other classes attend to text and image at once, or to rotary tables by token."""
+    parts = {"attention": block.attn1, "mlp": block.ff}
+    if block.attn2 is not None:
+        parts["cross"] = block.attn2
+    if not block.only_cross_attention and getattr(block.attn1, "norm_cross", None) is None:
+        parts["keys"] = block.attn1
+    return parts
+
+
+def is_fused(attention: nn.Module) -> bool:
+    """Whether an attention's projections are fused."""
+    if type(attention).__name__ == "Attention":  # its flag stays set when it is unfused, its processor does not
+        return type(attention.processor).__name__.startswith("Fused")
+    return bool(getattr(attention, "fused_projections", False))
+
+
+def _cross(block: Any, row: Row) -> CrossFacts | None:
+    attention = getattr(block, row.cross, None) if row.cross is not None else None
+    if attention is None or not getattr(attention, "is_cross_attention", True):
+        return None
+    return CrossFacts(
+        _output_of(attention, "q"), _output_of(attention, "k"), attention.heads, _scale(attention), row.text_bias
+    )
+
+
+def _scale(attention: Any) -> float:
+    width = attention.to_q.weight.shape[0] if hasattr(attention.to_q, "weight") else attention.to_q.out_features
+    return (width // attention.heads) ** -0.5
 
 
 def _plain(block: Any) -> bool:

@@ -28,13 +28,17 @@ def reads_prefix(model: Any) -> bool:
     return model.global_pool == "token" and getattr(model, "attn_pool", None) is None
 
 
+def is_users_own(model: nn.Module) -> bool:
+    """Whether a subclass or an instance has a forward or a tail of its own, which may read any token."""
+    cls = getattr(type(model), "_tokenprune_original", type(model))
+    return any(name in vars(model) or not _of_a_library(getattr(cls, name, None)) for name in _TAIL)
+
+
 def prefix_tail(model: Any) -> Sequence[nn.Module] | None:
     """See `tokenprune.host.Host`. CaiT's class token is a query behind the last block, and reads all tokens there."""
     if isinstance(model, cait.Cait) or not reads_prefix(model):
         return None
-    cls = getattr(type(model), "_tokenprune_original", type(model))
-    own = [name for name in _TAIL if name in vars(model) or not _of_a_library(getattr(cls, name, None))]
-    if own or not _of_a_library(type(model.norm)):
+    if is_users_own(model) or not _of_a_library(type(model.norm)):
         return None
     return [model.blocks, *model.blocks[-1].modules(), *model.norm.modules()]
 
@@ -151,4 +155,4 @@ def _projected(attention: Any, front: Tensor, x: Tensor) -> tuple[Tensor, Tensor
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
-    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+    return x.reshape(*x.shape[:2], heads, x.shape[-1] // heads).transpose(1, 2)

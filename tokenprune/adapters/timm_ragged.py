@@ -11,10 +11,11 @@ from timm.models import beit, cait, vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenprune.adapters.ragged import RaggedDropPath
 from tokenprune.adapters.swapping import Mixin, mixed, named_as
 from tokenprune.adapters.timm_blocks import ReindexedBeitAttention
 from tokenprune.host import BlockHost
-from tokenprune.ragged_attention import attend_here, each_image_here
+from tokenprune.ragged_attention import attend_here
 
 
 class RaggedAttention(Mixin):
@@ -30,13 +31,6 @@ class RaggedBeitAttention(ReindexedBeitAttention):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         return attend_here(super().forward, x, **kwargs)
-
-
-class RaggedDropPath(Mixin):
-    """Stochastic depth that draws once for each image."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return each_image_here(super().forward, x)
 
 
 def ragged_facts(facts: BlockHost) -> None:

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from tokenprune.adapters.swapping import Mixin, mixed
 from tokenprune.adapters.timm_blocks import MID_BLOCKS, ReindexedBeitAttention, ReindexedBias
-from tokenprune.adapters.timm_prefix import front_swaps, prefix_tail, reads_prefix, rotate
+from tokenprune.adapters.timm_prefix import front_swaps, is_users_own, prefix_tail, reads_prefix, rotate
 from tokenprune.adapters.timm_ragged import ragged_facts
-from tokenprune.errors import UnsupportedModel
+from tokenprune.errors import UnsupportedModel, unknown_module
 from tokenprune.host import BlockHost, Caught, Host, tokens_first
 from tokenprune.ragged_blocks import head_by_length
 from tokenprune.registry import register_adapter
@@ -114,13 +114,15 @@ def _has_class_token(model: Any) -> bool:
     return getattr(embeds, "cls_token", None) is not None
 
 
-def _restored(model: Any, merges: bool) -> frozenset[int]:
+def _restored(model: Any, merges: bool, _: dict[str, Any]) -> frozenset[int]:
     """The last block that the model still has, where what follows it in a forward reads the full grid."""
     return frozenset({len(model.blocks) - 1}) if _needs_grid(model, merges) else frozenset()
 
 
 def _needs_grid(model: Any, merges: bool) -> bool:
     """Whether what follows the blocks in a forward reads patch tokens as the full grid."""
+    if is_users_own(model):
+        return True
     if getattr(model, "attn_pool", None) is not None:
         return merges or getattr(model.attn_pool, "pos_embed", None) is not None
     if model.global_pool == "token" and not isinstance(model, cait.Cait):
@@ -194,7 +196,7 @@ def _block(name: str, block: nn.Module, width: int, prefix: int, tokens: int) ->
         if isinstance(block, eva.EvaBlock | eva.EvaBlockPostNorm):
             facts.rope_argument = "rope"
     else:
-        raise _unknown(block)
+        raise unknown_module(block)
     facts.mid = MID_BLOCKS.get(type(block))
     if facts.mid is None and not facts.mid_refused:
         facts.mid_refused = f"{type(block).__name__} is not a block whose parts are known"
@@ -203,16 +205,9 @@ def _block(name: str, block: nn.Module, width: int, prefix: int, tokens: int) ->
     return facts
 
 
-def _unknown(module: nn.Module) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"{type(module).__module__}.{type(module).__qualname__} is not known, and guessing what it indexes by token"
-        " would be silently wrong; register an adapter for it with tokenprune.register_adapter"
-    )
-
-
 def _masked_attention(facts: BlockHost, attention: Any, prefix: int) -> None:
     if not isinstance(attention, _MASKED_ATTENTIONS):
-        raise _unknown(attention)
+        raise unknown_module(attention)
     facts.taps = (("queries", attention.q_norm), ("keys", attention.k_norm))
     facts.scale = float(attention.scale)
     facts.mask_argument = facts.key_bias = "attn_mask"
@@ -222,7 +217,7 @@ def _masked_attention(facts: BlockHost, attention: Any, prefix: int) -> None:
 
 def _beit_attention(facts: BlockHost, attention: Any) -> None:
     if not isinstance(attention, beit.Attention):
-        raise _unknown(attention)
+        raise unknown_module(attention)
     facts.taps = (("inputs", attention),)
     facts.read = _project
     facts.scale = float(attention.scale)
@@ -248,7 +243,7 @@ def _project(queries: Tensor | None, keys: Tensor | None, inputs: Caught | None)
 
 def _talking_heads(facts: BlockHost, attention: Any) -> None:
     if not isinstance(attention, cait.TalkingHeadAttn):
-        raise _unknown(attention)
+        raise unknown_module(attention)
     facts.taps = (("queries", attention.qkv), ("keys", attention.qkv))
     facts.read = partial(_split, attention.num_heads)
     facts.scale = float(attention.scale)
@@ -265,7 +260,7 @@ def _split(
 
 def _relpos_attention(facts: BlockHost, attention: Any) -> None:
     if not isinstance(attention, vision_transformer_relpos.RelPosAttention):
-        raise _unknown(attention)
+        raise unknown_module(attention)
     facts.taps = (("queries", attention.q_norm), ("keys", attention.k_norm))
     facts.scale = float(attention.scale)
     facts.bias_arguments = ("shared_rel_pos",)

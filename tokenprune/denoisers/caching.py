@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.denoisers.caching_sites import MlpSite, TokenSite
 from tokenprune.denoisers.costs import DenoiserCosts
-from tokenprune.denoisers.host import Arguments, DenoiserHost
+from tokenprune.denoisers.host import DenoiserHost
 from tokenprune.denoisers.over_steps import Level
 from tokenprune.denoisers.patch import DenoiserPatch, Describe, divided
 from tokenprune.denoisers.plan import Plan, solve
@@ -61,10 +62,10 @@ class CachingPatch(DenoiserPatch):
     def __init__(self, describe: Describe, host: DenoiserHost, adapter: str, method: Method, request: Request) -> None:
         assert method.over_steps is not None
         self.over = method.over_steps
-        self.site = TokenSite if self.over.reuses == "tokens" else MlpSite
         self.convolves = host.convolves
         _check(host, method, request)
         super().__init__(describe, host, adapter, method, request)
+        self.site = TokenSite if self.over.reuses == "tokens" else MlpSite
         if self.over.fixed and any({part.first, part.last} - {0.0, 1.0} for part in self.steps.parts):
             raise BudgetError(
                 f"{method.name} computes the same tokens at every step that is not dense: its strengths in steps= are 0"
@@ -77,7 +78,7 @@ class CachingPatch(DenoiserPatch):
     def computed(self, run: Run, plan: Plan, position: float) -> dict[str, int]:
         """See `DenoiserPatch.computed`."""
         assert isinstance(plan, StepPlan)
-        dense = run.step == 0 or self.over.dense(run.step) or (run.call, "filled") not in run.kept
+        dense = run.index == 0 or self.over.dense(run.index) or (run.call, "filled") not in run.kept
         return {} if dense else plan.partial(position)
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -120,16 +121,11 @@ class CachingPatch(DenoiserPatch):
         )
         return data
 
-    def _solve(self, costs: DenoiserCosts, positions: tuple[float, ...], bound: Arguments) -> Plan:
-        latents: Tensor = bound[self.latents]
+    def _solve(self, costs: DenoiserCosts, positions: tuple[float, ...], latents: Tensor) -> Plan:
         grid = (latents.shape[-2], latents.shape[-1]) if latents.ndim == 4 else None
-        count = self.over.count
-
-        def counted(stack: str, tokens: int, share: float, position: float) -> int:
-            assert count is not None
-            place = self.stacks.index(stack)
-            return count(Level(tokens, grid_of(grid, tokens), share, position, place, len(self.stacks)))
-
+        count = None
+        if self.over.count is not None:
+            count = partial(_counted, self.over.count, self.stacks, grid)
         observing = 0.0
         if self.over.observe is not None:
             tokens = next(iter(costs.stacks.values())).tokens
@@ -139,7 +135,7 @@ class CachingPatch(DenoiserPatch):
         def plan(share: float) -> Plan:
             return StepPlan(
                 costs, self.steps, share, self.edges, self.fewest, self.shares, self.barred, dense,
-                counted if count is not None else None, observing,
+                count, observing,
             )  # fmt: skip
 
         found = solve(self.budget, plan, positions, self.method.stack_share)
@@ -194,6 +190,19 @@ def _check(host: DenoiserHost, method: Method, request: Request) -> None:
         raise BudgetError(
             f"{method.name} computes what its mask says and takes no other budget; leave {request.budget} out"
         )
+
+
+def _counted(
+    count: Callable[[Level], int],
+    stacks: Sequence[str],
+    grid: tuple[int, int] | None,
+    stack: str,
+    tokens: int,
+    share: float,
+    position: float,
+) -> int:
+    """Tokens that a stack computes by the method's own rule."""
+    return count(Level(tokens, grid_of(grid, tokens), share, position, stacks.index(stack), len(stacks)))
 
 
 def _observing(observe: Callable[[AttentionRecord], Tensor], tokens: int, heads: int, scale: float) -> int:

@@ -20,9 +20,10 @@ from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
 from tokenprune.denoisers.over_steps import Memory
 from tokenprune.denoisers.rotary import for_either
 from tokenprune.denoisers.run import Pass, running
-from tokenprune.denoisers.site import _HERE, BlockSite, _check_caught
+from tokenprune.denoisers.site import _HERE, BlockSite, Catch, _check_caught, _together
 from tokenprune.errors import UnsupportedMethod
-from tokenprune.reduction import Reduction, gather_tokens
+from tokenprune.kernels.merge import gather
+from tokenprune.reduction import Reduction
 from tokenprune.state import in_backward
 
 if TYPE_CHECKING:
@@ -93,14 +94,18 @@ class CachingSite(BlockSite):
     def _scores(self, one: Pass, record: AttentionRecord) -> Tensor:
         if self.patch.probe is not None:  # a counted forward has no step before it
             return torch.zeros(record.hidden.shape[:2], device=record.hidden.device)
-        kept, calls = one.run.kept, range(len(one.run.kept))
-        predictions = tuple(kept[call, "prediction"] for call in calls if (call, "prediction") in kept)
-        observed = [kept[call, self.name, "observed"] for call in calls if (call, self.name, "observed") in kept]
-        dropped, stale = self._waited(one, record.hidden)
+        kept, calls, copies = one.run.kept, range(len(one.run.kept)), self._copies(one, record.hidden.shape[0])
+
+        def told(*what: str) -> list[Tensor]:
+            places = [(call, *what) for call in calls]
+            return [part for place in places if place in kept for part in kept[place].chunk(copies)]
+
+        predictions, observed = told("prediction"), told(self.name, "observed")
+        dropped, stale = (x.chunk(copies)[0] for x in self._waited(one, record.hidden))
         memory = Memory(
-            predictions, one.run.shape[1], dropped, stale, torch.stack(observed).mean(0) if observed else None
+            tuple(predictions), one.run.shape[1], dropped, stale, torch.stack(observed).mean(0) if observed else None
         )
-        return self.over.score(record, memory)
+        return self.over.score(_together(record, copies), memory).repeat(copies, 1)
 
     def _waited(self, one: Pass, x: Tensor) -> tuple[Tensor, Tensor]:
         zero = torch.zeros(x.shape[:2], device=x.device)
@@ -137,7 +142,7 @@ class TokenSite(CachingSite):
     def _ran(self, one: Pass, x: Tensor, output: Any) -> None:
         super()._ran(one, x, output)
         run = one.run
-        if any(run.kept.get((run.call, self.name, rows.number), (-1,))[0] != run.step for rows in self.rows):
+        if any(run.kept.get((run.call, self.name, rows.number), (-1,))[0] != run.index for rows in self.rows):
             raise UnsupportedMethod(
                 f"{self.patch.method.name} keeps keys and values, and {self.name} did not put them out on their own"
                 " (fused projections?); call unfuse_qkv_projections() first"
@@ -163,10 +168,10 @@ class Rows:
         place = (run.call, self.site.name, self.number)
         chosen = one.sets.get(self.site.stack)
         if chosen is None:
-            run.kept[place] = run.step, output.detach()
+            run.kept[place] = run.index, output.detach()
             return None
         full = self._among(one, place, output, chosen.reduction)
-        run.kept[place] = run.step, full.detach()
+        run.kept[place] = run.index, full.detach()
         return full
 
     def _among(self, one: Pass, place: tuple[Any, ...], output: Tensor, reduction: Reduction) -> Tensor:
@@ -197,9 +202,9 @@ class MlpSite(CachingSite):
             module.register_forward_pre_hook(part.enter)
             module.register_forward_hook(part.leave, always_call=True)
         if self.over.observe is not None:
-            for projection, catch in ((facts.queries, self.catch_queries), (facts.keys, self.catch_keys)):
+            for kind, projection in (("queries", facts.queries), ("keys", facts.keys)):
                 assert projection is not None
-                projection.register_forward_hook(catch)
+                projection.register_forward_hook(Catch(self.patch, kind).keep)
 
     def _on_chosen(self, forward: Callable[..., Any], bound: Arguments, chosen: Any) -> Any:
         return forward(**bound)
@@ -209,7 +214,7 @@ class MlpSite(CachingSite):
         if self.over.observe is None or self.patch.probe is not None:
             return
         _check_caught(self.patch)
-        record = self._record(one, output, 0, _HERE.queries, _HERE.keys)
+        record = self._record(one, output, {}, 0, _HERE.queries, _HERE.keys)
         one.run.kept[one.run.call, self.name, "observed"] = self.over.observe(record)
 
 
@@ -288,5 +293,5 @@ class Mlp(Part):
             known = x
         if reduction.kept.shape[1] == 0:
             return known
-        computed = forward(gather_tokens(x, reduction.kept), *others, **kwargs)
+        computed = forward(gather(x, reduction.kept), *others, **kwargs)
         return reduction.bring_back(computed, computed, known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,18 @@ from torch import Tensor, nn
 Arguments = dict[str, Any]
 # (value of the argument, positions [B, K] of the computed tokens, all tokens N, text tokens T) -> the value for them.
 Slice = Callable[[Any, Tensor, int, int], Any]
+
+
+@dataclass(frozen=True)
+class CrossFacts:
+    """The cross-attention of a block: modules that put out its queries and keys, its heads and scale, and the block's
+    argument with the bias [B, 1, T] of its keys, None where it takes none."""
+
+    queries: nn.Module
+    keys: nn.Module
+    heads: int
+    scale: float
+    bias: str | None
 
 
 @dataclass
@@ -23,11 +35,16 @@ class BlockFacts:
     how its value is taken at the computed tokens) of all else that is indexed by token. queries, keys: modules that
     put out [B, N, H D], [B, N, H, D] or [B, H, N, D]; heads, scale: of the attention. text_first: whether the text
     stands before the image where both come out. before: (block, its arguments) -> the same outputs, before the block
-    has run, None where it cannot be said. swapped: the block's class with the site in front. context: modules that put
-    out keys or values of its self-attentions [B, N, C'] (joint ones of text and image [B, T + N, C']), which may stand
-    for more tokens than the queries do; empty where queries and keys must be of the same tokens. rotary: the argument
-    with rows for both, which then has to fit either. attentions, mlp: parts whose output can be kept from step to step,
-    None where they are not modules of their own; expose: puts a site in front of such a part.
+    has run, None where it cannot be said. rotate: (the block's arguments, image tokens) -> what the attention does to
+    queries and keys [B, H, N, D] of the image tokens, None where nothing. cross: the cross-attention, if it has one.
+    parts: modules that a method may run on fewer tokens than the block, their first argument the tokens: "attention",
+    "cross", "mlp"; and "keys", the attention again where its keys and values may come from other tokens than its
+    queries. fused: the attention -> whether it projects queries, keys and values at once now, so that they may not.
+    swapped: the block's class with the site in front. context: modules that put out keys or values of its
+    self-attentions [B, N, C'] (joint ones of text and image [B, T + N, C']), which may stand for more tokens than the
+    queries do; empty where queries and keys must be of the same tokens. rotary: the argument with rows for both, which
+    then has to fit either. attentions, mlp: parts whose output for all tokens can be kept from step to step, None where
+    they are not modules of their own; expose: puts a site in front of such a part.
     """
 
     name: str
@@ -43,6 +60,10 @@ class BlockFacts:
     scale: float
     text_first: bool
     before: Callable[[nn.Module, Arguments], tuple[Tensor, Tensor]] | None
+    rotate: Callable[[Arguments, int], Callable[[Tensor], Tensor] | None]
+    cross: CrossFacts | None
+    parts: Mapping[str, nn.Module]
+    fused: Callable[[nn.Module], bool]
     swapped: type[nn.Module]
     context: tuple[nn.Module, ...] = ()
     rotary: str | None = None

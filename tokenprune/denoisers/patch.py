@@ -15,8 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokenprune.budget import Budget
 from tokenprune.denoisers.costs import DenoiserCosts, Probe, count_costs
 from tokenprune.denoisers.host import Arguments, DenoiserHost, Stack
+from tokenprune.denoisers.parts import PartsSite, refuse_parts
 from tokenprune.denoisers.plan import Plan, solve
 from tokenprune.denoisers.run import Pass, Run, finish, position_of, positions_from, run_of, start
 from tokenprune.denoisers.site import BlockSite
@@ -38,13 +40,12 @@ class DenoiserPatch:
     what stands in front of its blocks.
     """
 
-    site: type[BlockSite] = BlockSite
-
     def __init__(self, describe: Describe, host: DenoiserHost, adapter: str, method: Method, request: Request) -> None:
         self.key = uuid4().hex
         self.describe = describe
         self.adapter = adapter
         self.method = method
+        self.site: type[BlockSite] = PartsSite if method.parts else BlockSite
         self.budget = request.budget
         self.steps: Steps = method.steps if request.steps is None else parse_steps(request.steps)
         self.active = not request.budget.is_full
@@ -55,7 +56,7 @@ class DenoiserPatch:
         stacks = divided(host, method)
         self.edges = frozenset(stack.name for stack in stacks if stack.edge)
         self.shares = _shares(request.budget.shares, stacks) if request.budget.kind == "schedule" else None
-        self.notes, self.barred = _shallow(stacks, method)
+        self.notes, self.barred = _barred(stacks, method)
         self.notes += host.notes
         self.pipeline = _reference(request.target)
         self.whole: tuple[Tensor, list[float]] | None = None
@@ -72,13 +73,14 @@ class DenoiserPatch:
         grid = (latents.shape[-2], latents.shape[-1]) if latents.ndim == 4 else None
         if self.probe is not None:
             run = Run(self.last_timestep, tuple(latents.shape), (), 1)
-            start(Pass(self, run, dict(self.probe.keep), grid, reuse=False))
+            start(Pass(self, run, dict(self.probe.keep), grid, reuse=False, step=torch.tensor(0)))
         elif self.active:
             timestep, whole = _value(bound.get(self.timestep), self.last_timestep), self._scheduled()
             run, reuse = run_of(self.key, latents, timestep, whole, self.last_timestep)
             plan = self.plan(model, bound, run.positions)
             keep = self.computed(run, plan, position_of(timestep, whole, self.last_timestep))
-            start(Pass(self, run, keep, grid, reuse))
+            due = self.method.reuse.due(run.index) if self.method.reuse is not None else "select"
+            start(Pass(self, run, keep, grid, reuse, torch.tensor(round(1e6 * timestep)), due))
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook: it has ended, by a result or an exception."""
@@ -101,9 +103,10 @@ class DenoiserPatch:
         """
         size = tuple((name, tuple(x.shape)) for name, x in sorted(bound.items()) if isinstance(x, Tensor))
         if (size, positions) not in self.plans:
+            latents = bound[self.latents]
             if size not in self.costs:
                 self.costs[size] = self._count(model, bound)
-            self.plans[size, positions] = self._solve(self.costs[size], positions, bound)
+            self.plans[size, positions] = self._solve(self.costs[size], positions, latents)
         self.latest = self.plans[size, positions], positions
         return self.latest[0]
 
@@ -111,9 +114,22 @@ class DenoiserPatch:
         """The fewest of `tokens` that the method leaves."""
         return self.method.schedule.fewest(tokens, Layout(1, 0))
 
-    def _solve(self, costs: DenoiserCosts, positions: tuple[float, ...], bound: Arguments) -> Plan:
+    def _solve(self, costs: DenoiserCosts, positions: tuple[float, ...], latents: Tensor) -> Plan:
+        shares, barred = self.shares, dict(self.barred)
+        if self.method.levels is not None and self.budget.kind != "schedule":
+            counts = sorted({cost.tokens for cost in costs.stacks.values()}, reverse=True)
+            levels = self.method.levels(latents.shape[-2] * latents.shape[-1] if latents.ndim == 4 else None, counts)
+            touched = ", ".join(f"{n:,}" for n in sorted(levels, reverse=True)) or "none"
+            for stack, cost in costs.stacks.items():
+                if cost.tokens not in levels:
+                    barred.setdefault(
+                        stack, f"left alone: of {cost.tokens:,} tokens, the method is on at levels of {touched}"
+                    )
+            if self.budget.kind == "default":
+                shares = {stack: levels[c.tokens] for stack, c in costs.stacks.items() if c.tokens in levels}
+
         def plan(share: float) -> Plan:
-            return Plan(costs, self.steps, share, self.edges, self.fewest, self.shares, self.barred)
+            return Plan(costs, self.steps, share, self.edges, self.fewest, shares, barred)
 
         return solve(self.budget, plan, positions, self.method.stack_share)
 
@@ -208,11 +224,12 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
             f"{method.name} adds log(size) to the attention logits, and these attentions take no bias;"
             f" patch(pipe, {method.name!r}, proportional=False, ...) works"
         )
-    missing = method.needs - {"queries", "keys", "stacks", "steps"}
+    missing = method.needs - {"queries", "keys", "cross", "stacks", "grid", "steps"}
     if missing:
         raise UnsupportedMethod(f"{method.name} needs {', '.join(sorted(missing))}, which a denoiser does not expose")
     if request.budget.kind == "tokens":
         raise BudgetError(f"{request.budget}: behind each stack all tokens are there again; use keep= or flops=")
+    _check_shares(method, request.budget)
     patch = _kind(method)(describe, host, adapter, method, request)
     if patch.active and len(patch.barred) == len(divided(host, method)):
         raise UnsupportedMethod(
@@ -256,19 +273,38 @@ def divided(host: DenoiserHost, method: Method) -> list[Stack]:
     return stacks
 
 
-def _shallow(stacks: list[Stack], method: Method) -> tuple[list[str], dict[str, str]]:
+def _barred(stacks: list[Stack], method: Method) -> tuple[list[str], dict[str, str]]:
     """What the report says of stacks one block deep, and those that the method cannot work in."""
-    shallow = [stack for stack in stacks if len(stack.blocks) == 1]
-    if not shallow or not method.needs & {"queries", "keys"} or method.over_steps is not None:
+    if method.over_steps is not None:
         return [], {}
-    barred = {
-        stack.name: "left alone: one block deep, and its queries are not known before it"
-        for stack in shallow
-        if stack.blocks[0].before is None
-    }
+    if method.parts:
+        refused = {stack.name: refuse_parts(stack, method) for stack in stacks}
+        return [], {name: f"left alone: {why}" for name, why in refused.items() if why is not None}
+    barred = {}
+    if "cross" in method.needs:
+        barred = {s.name: "left alone: it has no cross-attention" for s in stacks if s.blocks[0].cross is None}
+    shallow = [stack for stack in stacks if len(stack.blocks) == 1 and stack.name not in barred]
+    if not shallow or not method.needs & {"queries", "keys", "cross"}:
+        return [], barred
+    for stack in shallow:
+        if "cross" in method.needs:
+            barred[stack.name] = "left alone: one block deep, and its cross-attention is not known before it"
+        elif stack.blocks[0].before is None:
+            barred[stack.name] = "left alone: one block deep, and its queries are not known before it"
     scored = [stack.name for stack in shallow if stack.name not in barred]
     notes = [f"one block deep, scored before the block from its own queries and keys: {', '.join(scored)}"]
     return notes if scored else [], barred
+
+
+def _check_shares(method: Method, budget: Budget) -> None:
+    many = 10**6
+    least = method.schedule.fewest(many, Layout(1, 0)) / many
+    asked = [budget.value] if budget.kind == "keep" else [share for _, share in budget.shares]
+    if any(share < least for share in asked):
+        raise BudgetError(
+            f"{budget} asks {method.name} to compute fewer than the {least:.3g} of a stack's tokens that it must leave;"
+            f" use keep={least:.3g} or more"
+        )
 
 
 def _shares(asked: tuple[tuple[str, float], ...], stacks: list[Stack]) -> dict[str, float]:

@@ -36,8 +36,9 @@ class Chosen:
 class Run:
     """One run of one patch in this thread. timestep: of the last forward. shape: of the latents. positions: of the
     steps that the run has left at its beginning, in [0, 1) of the whole. guidance: how many times the latents stand
-    in the batch. sets: what each stack computed at this step, for the second call of a guided step. step: how many
-    steps came before. call: how many calls this step has had before. kept: what a method keeps over steps."""
+    in the batch. sets: what each stack computed at this step, for the second call of a guided step. index: of the step,
+    counted from 0. call: of the step's calls. held: what a method chose for some steps, by stack and call. kept: what a
+    method takes from earlier steps."""
 
     timestep: float
     shape: tuple[int, ...]
@@ -46,21 +47,25 @@ class Run:
     latents: weakref.ref[Tensor] | None = None
     version: int = 0
     sets: dict[str, Chosen] = field(default_factory=dict)
-    step: int = 0
+    index: int = 0
     call: int = 0
+    held: dict[tuple[str, int], Reduction] = field(default_factory=dict)
     kept: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class Pass:
     """One forward of the denoiser. keep: {stack: how many tokens it computes}, those left whole are not in it. sets:
-    {stack: the tokens}. grid: (rows, columns) of the latents."""
+    {stack: the tokens}. grid: (rows, columns) of the latents. step: see AttentionRecord. due: what a method that holds
+    a choice over steps is to do at this one."""
 
     patch: Any
     run: Run
     keep: dict[str, int]
     grid: tuple[int, int] | None
     reuse: bool
+    step: Tensor
+    due: str = "select"
     sets: dict[str, Chosen] = field(default_factory=dict)
 
 
@@ -108,7 +113,7 @@ def run_of(key: str, latents: Tensor, timestep: float, whole: Sequence[float] | 
         run = Run(timestep, shape, positions_from(timestep, whole, last), guidance_copies(latents))
         _THREAD.runs[key] = run
     else:
-        run.step += 1
+        run.index += 1
     run.timestep, run.sets, run.call = timestep, {}, 0
     run.latents, run.version = weakref.ref(latents), _version(latents)
     return run, False

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.attention_record import AttentionRecord
+from tokenprune.attention_record import AttentionRecord, CrossAttention
 from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
 from tokenprune.denoisers.run import Chosen, Pass, running
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
-from tokenprune.reduction import Reduction, gather_tokens
-from tokenprune.restore import stand_ins
+from tokenprune.kernels.merge import gather
+from tokenprune.reduction import Reduction
+from tokenprune.restore import attended_stand_ins, stand_ins
 from tokenprune.state import TokenState, in_backward, recall, remember
 
 if TYPE_CHECKING:
@@ -41,18 +43,40 @@ class _Here(threading.local):
         self.site: Running | None = None
         self.queries: Tensor | None = None
         self.keys: Tensor | None = None
+        self.cross_queries: Tensor | None = None
+        self.cross_keys: Tensor | None = None
+        self.reduction: Reduction | None = None
+        self.tokens = 0
 
     def clear(self) -> None:
-        self.site = self.queries = self.keys = None
+        self.site = self.queries = self.keys = self.cross_queries = self.cross_keys = self.reduction = None
 
 
 _HERE = _Here()
+
+
+def here() -> _Here:
+    """What this thread runs."""
+    return _HERE
 
 
 def run_here(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
     """Run a block's own `forward` on the tokens that are chosen for it."""
     site = _HERE.site
     return forward(*args, **kwargs) if site is None else site.run(module, forward, args, kwargs)
+
+
+class Catch:
+    """Hook on a projection: keeps its output as `kind` until the block ends. A copy, as CogVideoX and CogView4 write
+    the rotary embedding into it."""
+
+    def __init__(self, patch: DenoiserPatch, kind: str) -> None:
+        self.patch = patch
+        self.kind = kind
+
+    def keep(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Hook."""
+        setattr(_HERE, self.kind, output.detach().clone())
 
 
 class BlockSite:
@@ -63,22 +87,28 @@ class BlockSite:
         self.patch = patch
         self.stack = stack.name
         self.name = facts.name
-        self.place, self.places = place, places
+        self.index, self.place, self.places = index, place, places
         self.first, self.last = index == 0, index == len(stack.blocks) - 1
         self.depth = len(stack.blocks)
         self.arguments, self.hidden, self.text = facts.arguments, facts.hidden, facts.text
         self.returned, self.slices = facts.returned, facts.slices
         self.heads, self.scale, self.text_first = facts.heads, facts.scale, facts.text_first
-        self.before = facts.before
+        self.before, self.rotate, self.cross = facts.before, facts.rotate, facts.cross
 
     def attach(self, facts: BlockFacts) -> None:
         """Put the hooks on the block."""
         facts.module.register_forward_pre_hook(self.enter, prepend=True)
         facts.module.register_forward_hook(self.leave, always_call=True)
-        if self.first and self.depth > 1 and self.patch.method.needs & {"queries", "keys"}:
-            for module, catch in ((facts.queries, self.catch_queries), (facts.keys, self.catch_keys)):
-                if module is not None:
-                    module.register_forward_hook(catch)
+        if not self.first or self.depth == 1:
+            return
+        caught: dict[str, nn.Module | None] = {}
+        if self.patch.method.needs & {"queries", "keys"}:
+            caught.update(queries=facts.queries, keys=facts.keys)
+        if "cross" in self.patch.method.needs and facts.cross is not None:
+            caught.update(cross_queries=facts.cross.queries, cross_keys=facts.cross.keys)
+        for kind, module in caught.items():
+            if module is not None:
+                module.register_forward_hook(Catch(self.patch, kind).keep)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook: the block starts."""
@@ -88,14 +118,6 @@ class BlockSite:
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: it has ended, by a result or an exception."""
         _HERE.clear()
-
-    def catch_queries(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Hook: keep the queries until the block ends."""
-        _HERE.queries = output
-
-    def catch_keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Hook: keep the keys until the block ends."""
-        _HERE.keys = output
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
         """The block on the chosen tokens, its output with all of them."""
@@ -157,7 +179,7 @@ class BlockSite:
         output = forward(**bound)
         reduced = self._image(output)
         if self.last and chosen.near is not None:
-            full = gather_tokens(reduced, chosen.near)
+            full = gather(reduced, chosen.near)
         else:
             full = reduction.bring_back(reduced, entered, self._left_out(x))
         if self.returned is None:
@@ -185,23 +207,30 @@ class BlockSite:
         """Score the tokens of x [B, N, C] and choose `keep` of them, the same for all copies of an image."""
         method, batch, tokens = self.patch.method, x.shape[0], x.shape[1]
         start = bound[self.text].shape[1] if self.text_first and self.text and bound.get(self.text) is not None else 0
-        record = self._record(one, x, start, queries, keys)
-        copies = batch if self.patch.shared else one.run.guidance if batch == one.run.shape[0] else 1
+        record = self._record(one, x, bound, start, queries, keys)
+        copies = self._copies(one, batch)
         scores = self._scores(one, record)
-        if copies > 1:
-            record = _together(record, copies)
-            if scores is not None:
-                scores = scores.view(copies, batch // copies, -1).mean(0)
-        reduction = method.select(scores, record, keep)
+        if copies > 1 and scores is not None:
+            scores = scores.view(copies, batch // copies, -1).mean(0)
+        reduction = method.select(scores, _together(record, copies), keep)
         assert isinstance(reduction, Reduction)
         reduction = reduction.tiled(copies)
         near = None
         if self.patch.recover == "similar":
-            state = TokenState(tokens, tokens, grid=grid_of(one.grid, tokens))
-            near = stand_ins(state, reduction, x.detach())
+            if method.similar_by == "attention":
+                near = attended_stand_ins(reduction, *record.rotated(), self.scale)
+            else:
+                state = TokenState(tokens, tokens, grid=grid_of(one.grid, tokens))
+                near = stand_ins(state, reduction, x.detach())
         one.sets[self.stack] = one.run.sets[self.stack] = Chosen(reduction, near)
 
-    def _record(self, one: Pass, x: Tensor, start: int, queries: Tensor | None, keys: Tensor | None) -> AttentionRecord:
+    def _copies(self, one: Pass, batch: int) -> int:
+        """How many images of the batch, one after the other, compute the same tokens."""
+        return batch if self.patch.shared else one.run.guidance if batch == one.run.shape[0] else 1
+
+    def _record(
+        self, one: Pass, x: Tensor, bound: Arguments, start: int, queries: Tensor | None, keys: Tensor | None
+    ) -> AttentionRecord:
         batch, tokens = x.shape[:2]
         return AttentionRecord(
             hidden=x.detach(),
@@ -214,18 +243,35 @@ class BlockSite:
             scale=self.scale,
             queries=_heads(queries, self.heads, tokens, start),
             keys=_heads(keys, self.heads, tokens, start),
+            rotate=self.rotate(bound, tokens),
+            cross=self._crossed(bound),
+            step=one.step,
         )
 
     def _scores(self, one: Pass, record: AttentionRecord) -> Tensor | None:
         score = self.patch.method.score
         return score(record) if score is not None else None
 
+    def _crossed(self, bound: Arguments) -> CrossAttention | None:
+        if self.cross is None or _HERE.cross_queries is None or _HERE.cross_keys is None:
+            return None
+        queries, keys = _HERE.cross_queries.detach(), _HERE.cross_keys.detach()
+        bias = bound.get(self.cross.bias) if self.cross.bias is not None else None
+        return CrossAttention(
+            _split(queries, self.cross.heads),
+            _split(keys, self.cross.heads),
+            self.cross.scale,
+            None if bias is None else bias.unsqueeze(1),
+        )
+
 
 def _check_caught(patch: DenoiserPatch) -> None:
-    for kind, caught in (("queries", _HERE.queries), ("keys", _HERE.keys)):
+    cross = _HERE.cross_keys if _HERE.cross_queries is not None else None
+    for kind, caught in (("queries", _HERE.queries), ("keys", _HERE.keys), ("cross", cross)):
         if kind in patch.method.needs and caught is None:
+            what = "the cross-attention's queries and keys" if kind == "cross" else kind
             raise UnsupportedMethod(
-                f"{patch.method.name} needs {kind}, and the attention no longer puts them out on their own (fused"
+                f"{patch.method.name} needs {what}, and the attention no longer puts them out on their own (fused"
                 " projections?); unfuse them, or take a method that needs none, such as 'random'"
             )
 
@@ -234,33 +280,39 @@ def _heads(x: Tensor | None, heads: int, tokens: int, start: int) -> Tensor | No
     """[B, H, N, D] of the image tokens, which begin at `start` of what a projection put out where it holds text too."""
     if x is None:
         return None
-    if x.ndim == 3:
-        x = x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
-    elif x.shape[2] == heads:
-        x = x.transpose(1, 2)
+    x = _split(x, heads)
     start = 0 if x.shape[2] == tokens else start
     return x[:, :, start : start + tokens].detach()
 
 
+def _split(x: Tensor, heads: int) -> Tensor:
+    """[B, H, N, D] of what a projection or a norm behind it put out."""
+    if x.ndim == 3:
+        return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+    return x.transpose(1, 2) if x.shape[2] == heads else x
+
+
 def _together(record: AttentionRecord, copies: int) -> AttentionRecord:
     """The record of each image once, its features those of all its copies side by side."""
+    if copies == 1:
+        return record
 
-    def beside(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.cat(x.chunk(copies), -1)
+    def beside(x: Tensor) -> Tensor:
+        return torch.cat(x.chunk(copies), -1)
 
-    hidden = beside(record.hidden)
-    assert hidden is not None
-    return AttentionRecord(
-        hidden=hidden,
-        origin=record.origin[: hidden.shape[0]],
-        num_prefix_tokens=0,
-        place=record.place,
-        depth=record.depth,
-        grid=record.grid,
-        has_class_token=False,
+    def each_rotated(x: Tensor) -> Tensor:
+        assert record.rotate is not None
+        return beside(record.rotate(torch.cat(x.chunk(copies, -1))))
+
+    return replace(
+        record,
+        hidden=beside(record.hidden),
+        origin=record.origin[: record.origin.shape[0] // copies],
         scale=record.scale / copies,
-        queries=beside(record.queries),
-        keys=beside(record.keys),
+        queries=None if record.queries is None else beside(record.queries),
+        keys=None if record.keys is None else beside(record.keys),
+        rotate=None if record.rotate is None else each_rotated,
+        cross=None,
     )
 
 

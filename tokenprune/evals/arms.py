@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
+from tokenprune.budget import BUDGETS, parse_budget
 from tokenprune.errors import BudgetError, TokenPruneError
 from tokenprune.evals.flops import multiply_adds
 from tokenprune.evals.shared_copy import shared_copy
@@ -69,8 +70,10 @@ def build_arms(
     becomes an arm with a note; so does a method that was not asked for by name and turns out not to fit. `dense`: patch
     tokens are read behind the last block, so a budget is met with all of it computed.
 
-    Raises TokenPruneError for a method named in `methods` that is unknown or does not fit.
+    Raises TokenPruneError for a method named in `methods` that is unknown or does not fit, and for a malformed budget.
     """
+    for budget in budgets:
+        parse_budget(**{kind: value for kind, value in budget.items() if kind in BUDGETS})
     base = tokenprune.unpatch(shared_copy(model)).eval()
     names = [method.name for method in tokenprune.methods(base)] if methods is None else list(methods)
     if baselines:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.evals.arms import Arm, Budget, build_arms
+from tokenprune.evals.overhead import overhead_cells
 from tokenprune.evals.progress import progress
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.table import Row, Table, environment, interval_cells
@@ -24,6 +25,7 @@ def bench(
     rounds: int = 20,
     seed: int = 0,
     baselines: bool = True,
+    profile: bool = False,
     show_progress: bool = False,
 ) -> Table:
     """Times methods at budgets and batch sizes by `tokenprune.evals.throughput.measure`.
@@ -32,15 +34,18 @@ def bench(
     fits the model. budgets: keywords of `tokenprune.patch`, for example [{"flops": 0.6}, {"keep": 0.5}].
     batch_sizes: None for one batch of all inputs. baselines: add random, uniform and a smaller input of equal FLOPs;
     shrinking the pictures is not timed. seed: of the bootstrap. The weights are shared, `model` is left as it is.
+    profile: also measure what choosing the tokens costs (`tokenprune.evals.overhead`).
 
     Columns: `images_per_s` and `unpatched_images_per_s` (medians), `speedup` (median of per-round ratios with a 95%
     bootstrap interval), `control` (unpatched against unpatched), `trusted` (control within 2% of 1), `gmacs` per image
     (1 multiply-add = 2 FLOPs), `flops_ratio`, `promised` (1 / flops_ratio), peak memory in MB where CUDA measures it.
+    With `profile` also `overhead`, the share of the unpatched forward's time that scoring, selecting and reducing take
+    together, and `score`, `select` and `reduce`.
 
     Raises TokenPruneError for a named method that is unknown or does not fit, or fewer than 20 rounds.
     """
     arms = build_arms(model, inputs, methods, budgets, baselines=baselines)
-    return bench_arms(arms, inputs, batch_sizes, rounds=rounds, seed=seed, show_progress=show_progress)
+    return bench_arms(arms, inputs, batch_sizes, rounds=rounds, seed=seed, profile=profile, show_progress=show_progress)
 
 
 def bench_arms(
@@ -51,6 +56,7 @@ def bench_arms(
     rounds: int = 20,
     seed: int = 0,
     attempts: int = 3,
+    profile: bool = False,
     show_progress: bool = False,
 ) -> Table:
     """The table of `bench` for arms that are built already, the unpatched one first."""
@@ -58,7 +64,10 @@ def bench_arms(
     for batch in batch_sizes if batch_sizes is not None else [len(inputs)]:
         images = inputs[torch.arange(batch, device=inputs.device) % len(inputs)]
         for arm in progress(arms, f"bench, batch {batch}", show=show_progress):
-            rows.append(_row(arm, arms[0], images, rounds=rounds, seed=seed, attempts=attempts))
+            row = _row(arm, arms[0], images, rounds=rounds, seed=seed, attempts=attempts)
+            if profile and arm.is_patched and arm.model is not None and arms[0].model is not None:
+                row |= overhead_cells(arms[0].model, arm.model, images, rounds=rounds)
+            rows.append(row)
     return Table(rows, environment(inputs.device, inputs.dtype))
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 import tokenprune
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.accuracy import evaluate
-from tokenprune.evals.arms import Arm, Budget, build_arms, runnable
+from tokenprune.evals.arms import SMALLER_INPUT, UNPATCHED, Arm, Budget, build_arms, runnable
 from tokenprune.evals.bench import bench
 from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.models import LoadedModel, load_model, noise
 from tokenprune.evals.sources import openclipart_data
-from tokenprune.evals.table import Row, Table
+from tokenprune.evals.table import SUFFIXES, Row, Table, checked_path
 from tokenprune.evals.transforms import denormalize, input_size
 from tokenprune.evals.viz import Panel, contact_sheet, place_panels
 
@@ -28,6 +28,7 @@ VIZ_IMAGES = 3
 
 def methods(options: argparse.Namespace) -> int:
     """`tokenprune methods`"""
+    _check_output(options)
     model = None
     if options.model is not None:
         model = load_model(options.model, checkpoint=options.checkpoint, random_weights=options.random_weights).model
@@ -37,6 +38,7 @@ def methods(options: argparse.Namespace) -> int:
             "paper": info.paper,
             "needs": ", ".join(info.needs) or "nothing",
             "families": ", ".join(info.families),
+            "options": ", ".join(f"{name}={default!r}" for name, default in info.options.items()),
         }
         for info in tokenprune.methods(model)
     ]
@@ -46,6 +48,7 @@ def methods(options: argparse.Namespace) -> int:
 
 def run_bench(options: argparse.Namespace) -> int:
     """`tokenprune bench`"""
+    _check_output(options)
     loaded = _load(options)
     sizes = options.batch_size or [8]
     if options.data is None and loaded.data is None:
@@ -61,6 +64,7 @@ def run_bench(options: argparse.Namespace) -> int:
         batch_sizes=sizes,
         rounds=options.rounds,
         seed=options.seed,
+        profile=options.profile,
         show_progress=not options.quiet,
     )
     table.environment = {"model": options.model, "inputs": source, **table.environment}
@@ -70,6 +74,7 @@ def run_bench(options: argparse.Namespace) -> int:
 
 def run_eval(options: argparse.Namespace) -> int:
     """`tokenprune eval`"""
+    _check_output(options)
     loaded = _load(options)
     data = _data(options, loaded, options.samples or OWN_SAMPLES)
     table = evaluate(
@@ -91,6 +96,9 @@ def run_eval(options: argparse.Namespace) -> int:
 
 def viz(options: argparse.Namespace) -> int:
     """`tokenprune viz`"""
+    from PIL import Image
+
+    checked_path(options.output, Image.registered_extensions())
     loaded = _load(options)
     if options.image:
         inputs = _pictures(options.image, loaded)
@@ -186,6 +194,11 @@ def _pictures(paths: Sequence[str], loaded: LoadedModel) -> Tensor:
     return torch.stack(inputs)
 
 
+def _check_output(options: argparse.Namespace) -> None:
+    if options.output is not None:
+        checked_path(options.output, SUFFIXES)
+
+
 def _emit(table: Table, options: argparse.Namespace) -> None:
     printed: dict[str | None, Any] = {"json": table.to_json, "csv": table.to_csv, "markdown": table.to_markdown}
     print(printed.get(options.format, table.to_text)().rstrip("\n"))
@@ -195,5 +208,5 @@ def _emit(table: Table, options: argparse.Namespace) -> None:
 
 def _status(table: Table) -> int:
     """1 where not a single method could be run."""
-    ran = [row for row in table.rows if row.get("flops_ratio") is not None and row["method"] != "unpatched"]
+    ran = [r for r in table.rows if r.get("flops_ratio") is not None and r["method"] not in (UNPATCHED, SMALLER_INPUT)]
     return 0 if ran else 1

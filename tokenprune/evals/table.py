@@ -8,7 +8,7 @@ import io
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tokenprune.errors import TokenPruneError
 
 Cell = str | int | float | bool | None
 Row = dict[str, Cell]
+SUFFIXES = (".json", ".csv", ".md", ".txt")
 
 
 @dataclass
@@ -78,11 +79,9 @@ class Table:
 
     def save(self, path: str | Path) -> None:
         """Writes the table to `path` as its suffix says: .json, .csv, .md or .txt."""
-        path = Path(path)
-        writers = {".json": self.to_json, ".csv": self.to_csv, ".md": self.to_markdown, ".txt": self.to_text}
-        if path.suffix not in writers:
-            raise TokenPruneError(f"cannot write a table to {path}: its name must end in one of {', '.join(writers)}")
-        path.write_text(writers[path.suffix](), encoding="utf-8")
+        writers = dict(zip(SUFFIXES, (self.to_json, self.to_csv, self.to_markdown, self.to_text), strict=True))
+        path = checked_path(path, SUFFIXES)
+        path.write_text(writers[path.suffix.lower()](), encoding="utf-8")
 
     def _shown(self) -> list[list[str]]:
         """Header and rows as strings; interval ends are folded into their estimate, empty columns left out."""
@@ -93,6 +92,19 @@ class Table:
 
     def _conditions(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self.environment.items())
+
+
+def checked_path(path: str | Path, suffixes: Collection[str]) -> Path:
+    """`path`, which can be asked before anything is computed for it.
+
+    Raises TokenPruneError where its folder does not exist or its suffix is none of `suffixes`.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise TokenPruneError(f"cannot write to {path}: its name must end in one of {', '.join(sorted(suffixes))}")
+    if not path.parent.is_dir():
+        raise TokenPruneError(f"cannot write to {path}: there is no folder {path.parent}")
+    return path
 
 
 def environment(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Row:

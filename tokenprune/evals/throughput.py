@@ -72,8 +72,7 @@ def measure(
     for _ in range(warmup):
         for arm in arms:
             arm()
-    once = min(_sample(reference, 1, device, clock) for _ in range(3))
-    repeats = max(1, math.ceil(sample_seconds / once)) if once > 0 else 1
+    repeats = repeats_for(reference, sample_seconds, device, clock)
     attempt = 0
     trusted = False
     while not trusted and attempt < max(1, attempts):
@@ -102,12 +101,19 @@ def _interleave(
     orders = itertools.cycle(itertools.permutations(range(3)))
     samples = []
     for order in itertools.islice(orders, rounds):
-        taken = {index: _sample(arms[index], repeats, device, clock) for index in order}
+        taken = {index: sample(arms[index], repeats, device, clock) for index in order}
         samples.append((taken[0], taken[1], taken[2]))
     return samples
 
 
-def _sample(arm: Arm, repeats: int, device: torch.device, clock: Callable[[], float]) -> float:
+def repeats_for(arm: Arm, seconds: float, device: torch.device, clock: Callable[[], float]) -> int:
+    """How often to call `arm` for a sample of `seconds`, at least once."""
+    once = min(sample(arm, 1, device, clock) for _ in range(3))
+    return max(1, math.ceil(seconds / once)) if once > 0 else 1
+
+
+def sample(arm: Arm, repeats: int, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of `repeats` calls of `arm`."""
     _synchronize(device)
     start = clock()
     for _ in range(repeats):

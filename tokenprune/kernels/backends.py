@@ -33,7 +33,8 @@ class Choice:
 def use_backend(name: str) -> Iterator[None]:
     """Ask every operation inside for "eager" (torch, any device) or "triton" (CUDA, or a CPU under TRITON_INTERPRET=1).
 
-    It is read when an operation runs, so models compiled before obey it as well; another thread needs its own.
+    It is read when an operation runs, so models compiled before obey it as well, but for what was compiled to torch's
+    own operations (`tokenprune.kernels.merge`); another thread needs its own.
 
     Raises:
         TokenPruneError: there is no such implementation; an operation that cannot do as asked raises the same.
@@ -69,7 +70,7 @@ def triton_on_gpu(*tensors: Tensor) -> bool:
 
 def refuse_triton(*tensors: Tensor) -> str | None:
     """Why Triton cannot take these tensors; None if it can."""
-    device, dtypes = tensors[0].device, {tensor.dtype for tensor in tensors}
+    device, dtypes = tensors[0].device, {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if not dtypes <= {torch.float16, torch.bfloat16, torch.float32}:
         return "Triton takes float16, bfloat16 and float32 here"
     if not _has_triton():

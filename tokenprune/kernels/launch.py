@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+# The interpreter multiplies the bits of bfloat16, so products are of float32 there.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def _config(rows: int, columns: int, warps: int) -> triton.Config:
@@ -45,7 +49,7 @@ def tuned_product(key: list[str], extra: Callable[[dict[str, Any]], int]) -> Cal
 
 def autotuned(configs: list[triton.Config], key: list[str], prune: Any = None) -> Callable[[Any], Any]:
     """`triton.autotune`; under the interpreter, which has no driver to time with, blocks of 128."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED.value:
         fixed = {name: lambda arguments: 128 for name in configs[0].kwargs}
         return triton.heuristics(fixed)  # type: ignore[no-any-return]
     by = {"early_config_prune": prune} if prune else None

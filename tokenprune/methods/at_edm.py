@@ -4,27 +4,43 @@ Diffusion Models", CVPR 2024)."""
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.denoisers.steps import PRUNE_LESS
+from tokenprune.errors import UnsupportedMethod
 from tokenprune.method import Method
 from tokenprune.registry import register_method
 from tokenprune.schedule import Stages
+from tokenprune.scores.cross_pagerank import cross_pagerank
 from tokenprune.scores.pagerank import fuse_heads, passing_heads, weighted_pagerank
 from tokenprune.selection.top_k import keep_top_k
 
 
 def graph_score(record: AttentionRecord, iterations: int) -> Tensor:
     """Importance of each token [B, n]: weighted PageRank on each head's self-attention graph from a uniform start
-    (section 3.2, G-WPR), fused over heads."""
+    (section 3.2, SA-WPR), fused over heads."""
     scores = weighted_pagerank(record, iterations, class_start=False)[:, :, record.num_prefix_tokens :]
     return fuse_heads(scores, passing_heads(scores, None))
 
 
+def text_graph_score(record: AttentionRecord, iterations: int) -> Tensor:
+    """The same on the graph between image and text tokens (CA-WPR)."""
+    assert record.cross is not None
+    scores = cross_pagerank(record.cross, iterations)
+    return fuse_heads(scores, passing_heads(scores, None))
+
+
 @register_method("at_edm")
-def at_edm(*, rate: float = 0.37, iterations: int = 1) -> Method:
+def at_edm(
+    *,
+    rate: float = 0.37,
+    iterations: int = 1,
+    attention: Literal["self", "cross"] = "self",
+    similar_by: Literal["attention", "hidden"] = "attention",
+) -> Method:
     """Compute only the tokens that matter in a stack's attention graph; the others skip its remaining blocks whole.
 
     Scored in the first block of each stack, or before a stack of one block; behind the stack a token left out is a
@@ -32,15 +48,26 @@ def at_edm(*, rate: float = 0.37, iterations: int = 1) -> Method:
     first 30% of the steps the stacks at the edges of the stages are whole (denoising-steps-aware pruning).
 
     rate: share of the tokens computed in a stack (the paper removes 63%). iterations: of the PageRank; the paper runs
-    it until it settles and gives no number.
+    it until it settles and gives no number. attention: which graph it runs on, image tokens among themselves, or image
+    and text tokens, these weighted by how focused the attention is that they receive (the paper found the first
+    better). similar_by: what is similar, by the mean over heads of the first block's attention map, as in the paper, or
+    by hidden states.
     """
+    if attention not in ("self", "cross"):
+        raise UnsupportedMethod(f"attention={attention!r}: use 'self' or 'cross'")
+    if similar_by not in ("attention", "hidden"):
+        raise UnsupportedMethod(f"similar_by={similar_by!r}: use 'attention' or 'hidden'")
+    needs = {"stacks", "cross"} if attention == "cross" else {"stacks", "queries", "keys"}
+    if similar_by == "attention":
+        needs |= {"queries", "keys"}
     return Method(
         name="at_edm",
         paper="Wang et al., AT-EDM, CVPR 2024",
         schedule=Stages(rate),
-        score=partial(graph_score, iterations=iterations),
+        score=partial(graph_score if attention == "self" else text_graph_score, iterations=iterations),
         select=keep_top_k,
-        needs=frozenset({"queries", "keys", "stacks"}),
+        needs=frozenset(needs),
         stack_share=rate,
         steps=PRUNE_LESS,
+        similar_by=similar_by,
     )

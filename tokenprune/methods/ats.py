@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.kernels.merge import gather
 from tokenprune.method import Method
 from tokenprune.ragged import RaggedReduction, keep_where
 from tokenprune.registry import register_method
@@ -45,7 +46,7 @@ def _nearest(line: Tensor, values: Tensor) -> Tensor:
     last = line.shape[1] - 1
     above = torch.searchsorted(line, values).clamp(max=last)
     below = (above - 1).clamp(min=0)
-    return torch.where(values - line.gather(1, below) <= line.gather(1, above) - values, below, above)
+    return torch.where(values - gather(line, below) <= gather(line, above) - values, below, above)
 
 
 @dataclass(frozen=True)

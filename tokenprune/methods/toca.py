@@ -45,12 +45,16 @@ def toca(*, rate: float = 0.175, interval: int = 3, staleness: float = 0.25, bon
         recover="residual",
         over_steps=OverSteps(
             reuses="mlp",
-            dense=lambda step: step % interval == 0,
+            dense=partial(_dense, interval=interval),
             score=partial(importance, interval=interval, staleness=staleness, bonus=bonus),
             count=fresh_tokens,
             observe=attention_columns,
         ),
     )
+
+
+def _dense(step: int, interval: int) -> bool:
+    return step % interval == 0
 
 
 def fresh_tokens(level: Level) -> int:

@@ -7,10 +7,10 @@ from tokenprune.selection.pairs import merge_similar_pairs
 
 
 @register_method("tome")
-def tome(*, r: int | None = None, proportional: bool = True, places: tuple[int, ...] | None = None) -> Method:
+def tome(*, r: int = 8, proportional: bool = True, places: tuple[int, ...] | None = None) -> Method:
     """Merge the r most similar pairs of tokens, between attention and MLP, in every block.
 
-    r: tokens removed per block, instead of a budget (8 where neither is given). proportional: add log(size) to the
+    r: tokens removed per block, where no other budget is given. proportional: add log(size) to the
     attention logits of a merged token (section 3, "proportional attention"); the paper has it off for MAE models and
     for models trained with merging.
     """

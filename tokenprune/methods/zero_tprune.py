@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.errors import UnsupportedMethod
 from tokenprune.method import Method
 from tokenprune.reduction import Reduction
 from tokenprune.registry import register_method
@@ -19,22 +21,46 @@ from tokenprune.selection.top_k import keep_top_k
 
 _PAPER = "Wang et al., Zero-TPrune, CVPR 2024"
 
+Rounds = int | float
+"""PageRank iterations, or the change of a head's scores below which it has settled."""
+
 
 @dataclass(frozen=True)
 class ImportanceAndSimilarity:
     """One pruning stage, I' -> S -> I (section 3): order the tokens by one voting round, drop those most similar to a
     more important one, then the least important by the full PageRank."""
 
-    iterations: int | tuple[tuple[int, int], ...] | None
+    iterations: Rounds | tuple[tuple[int, Rounds], ...] | None
     similarity: int | tuple[float, float]
     variance: tuple[float, float] | None
     class_start: bool
 
-    def rounds(self, place: int, depth: int) -> int:
-        """PageRank iterations at a block: 30 in the first quarter, 1 in the last and 5 between (section 4.1 for 12
-        blocks: the first and the last three)."""
-        if isinstance(self.iterations, int):
+    def __post_init__(self) -> None:
+        counts = [self.iterations] if not isinstance(self.iterations, tuple) else [n for _, n in self.iterations]
+        if not all(n is None or (_whole(n) and n >= 1) or (isinstance(n, float) and 0 < n < 1) for n in counts):
+            raise UnsupportedMethod(
+                f"iterations are whole numbers of at least 1, or a tolerance in (0, 1), got {self.iterations!r}; for"
+                " example iterations=30 or iterations=1e-3"
+            )
+        fixed = _whole(self.similarity) and self.similarity >= 0
+        if not fixed and not (_pair(self.similarity) and all(0 <= share <= 1 for share in self.similarity)):
+            raise UnsupportedMethod(
+                "similarity is a number of tokens, or its share in [0, 1] of those removed at the first block and from"
+                f" three quarters of the depth on, got {self.similarity!r}; for example similarity=(1.0, 0.75)"
+            )
+        if self.variance is not None and not (_pair(self.variance) and self.variance[0] <= self.variance[1]):
+            raise UnsupportedMethod(
+                f"variance is the lower and the upper bound, got {self.variance!r}; for example variance=(0.01, 0.7)"
+            )
+
+    def rounds(self, place: int, depth: int) -> Rounds:
+        """PageRank iterations (or the tolerance) at a block: 30 in the first quarter, 1 in the last and 5 between
+        (section 4.1 for 12 blocks: the first and the last three)."""
+        if isinstance(self.iterations, (int, float)):
             return self.iterations
+        outside = [block for block, _ in self.iterations or () if not 0 <= block < depth]
+        if outside:
+            raise UnsupportedMethod(f"iterations names block {outside[0]!r}; the model has blocks 0 to {depth - 1}")
         edge = max(1, depth // 4)
         published = 30 if place < edge else 1 if place >= depth - edge else 5
         return dict(self.iterations or ()).get(place, published)
@@ -50,24 +76,35 @@ class ImportanceAndSimilarity:
             asked = round((first + (last - first) * depth) * removed)
         return min(asked, removed, record.tokens // 2)
 
-    def importance(self, record: AttentionRecord, iterations: int) -> Tensor:
-        """[B, n]: PageRank per head, filtered and fused."""
+    def importance(self, record: AttentionRecord, iterations: Rounds | Sequence[int]) -> Tensor:
+        """[B, n]: PageRank per head, filtered and fused; [len(iterations), B, n] for several counts."""
         scores = weighted_pagerank(record, iterations, class_start=self.class_start)
-        scores = scores[:, :, record.num_prefix_tokens :]
-        return fuse_heads(scores, passing_heads(scores, self.variance))
+        scores = scores[..., record.num_prefix_tokens :]
+        after = scores if isinstance(iterations, Sequence) else scores.unsqueeze(0)
+        fused = [fuse_heads(one, passing_heads(one, self.variance)) for one in after]
+        return torch.stack(fused) if isinstance(iterations, Sequence) else fused[0]
 
     def __call__(self, scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
-        iterations = self.rounds(record.place, record.depth)
+        rounds = self.rounds(record.place, record.depth)
         redundant = self.redundant(record, keep)
-        order = self.importance(record, 1) if redundant > 0 else None
-        if order is not None and (iterations == 1 or redundant == record.tokens - keep):
-            importance = order  # nothing is left for the importance stage, or it votes the same round
+        if redundant == 0:
+            return keep_top_k(self.importance(record, rounds), record, keep)
+        if redundant == record.tokens - keep or (isinstance(rounds, int) and rounds == 1):
+            order = importance = self.importance(record, 1)  # nothing is left to the second stage, or it votes the same
+        elif isinstance(rounds, int):
+            order, importance = self.importance(record, (1, rounds))
         else:
-            importance = self.importance(record, iterations)
-        if order is not None:
-            gone = similar_to_important(order, record.metric, redundant)
-            importance = torch.where(gone, -1.0, importance)
-        return keep_top_k(importance, record, keep)
+            order, importance = self.importance(record, 1), self.importance(record, rounds)
+        gone = similar_to_important(order, record.metric, redundant)
+        return keep_top_k(torch.where(gone, -1.0, importance), record, keep)
+
+
+def _whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _pair(value: object) -> TypeGuard[tuple[float, float]]:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
 
 
 @dataclass(frozen=True)
@@ -83,7 +120,7 @@ def zero_tprune(
     *,
     rate: float = 0.9,
     places: tuple[int, ...] | None = None,
-    iterations: int | Mapping[int, int] | None = None,
+    iterations: Rounds | Mapping[int, Rounds] | None = None,
     similarity: int | tuple[float, float] = (1.0, 0.75),
     variance: tuple[float, float] | None = (0.01, 0.7),
     class_start: bool = True,
@@ -94,9 +131,11 @@ def zero_tprune(
     for less.
 
     rate: share kept at each of `places`. iterations: of the PageRank, the same everywhere or {block: count} (the
-    paper's by depth: 30, 5 and 1). similarity: tokens that the similarity stage takes of those removed at a place, or
-    its share of them at the first block and from three quarters of the depth on. variance: bounds of the head filter,
-    None for no filter. class_start: the class token starts with sqrt(N) times the weight of the others.
+    paper's by depth: 30, 5 and 1); a float such as 1e-3 goes on until a head's scores, which sum to one, change by less
+    in all (at most 200 times, which is what a FLOPs budget counts; the host waits for the device after each).
+    similarity: tokens that the similarity stage takes of those removed at a place, or its share of them at the first
+    block and from three quarters of the depth on. variance: bounds of the head filter, None for no filter. class_start:
+    the class token starts with sqrt(N) times the weight of the others.
 
     The paper finds places, rates and the similarity stage's part by random search for each model, and prints them in
     part (10 tokens a stage in DeiT-S, with importance pruning growing with depth). The defaults here were found the
@@ -117,7 +156,7 @@ def zero_tprune_uni(
     *,
     rate: float = 0.9,
     places: tuple[int, ...] | None = None,
-    iterations: int | Mapping[int, int] | None = None,
+    iterations: Rounds | Mapping[int, Rounds] | None = None,
     similarity: int | tuple[float, float] = (1.0, 0.75),
     variance: tuple[float, float] | None = (0.01, 0.7),
 ) -> Method:

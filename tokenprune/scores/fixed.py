@@ -10,13 +10,16 @@ _MIX = (0x85EBCA6B, 0xC2B2AE35)
 _MASK = 0xFFFFFFFF
 
 
-def hashed_scores(record: AttentionRecord, seed: int) -> Tensor:
-    """A pseudo-random score of each token from (seed, place, original patch), [B, n], in [0, 1).
+def hashed_scores(record: AttentionRecord, seed: int, each_step: bool = False) -> Tensor:
+    """A pseudo-random score of each token from (seed, place, original patch), and `each_step` of a denoising
+    run, [B, n], in [0, 1).
 
     Stateless, so that the global generator is untouched, an image's tokens do not depend on its batch mates, and it
     compiles and exports.
     """
-    h = record.origin * 0x9E3779B1 + (seed * 1000003 + record.place * 7919 + 12345)
+    h = record.origin * 0x9E3779B1 + ((seed * 1000003 + record.place * 7919 + 12345) & _MASK)
+    if each_step and record.step is not None:
+        h = h + record.step * 0x2545F491
     for constant in _MIX:
         h = h & _MASK
         h = ((h ^ (h >> 16)) * constant) & _MASK

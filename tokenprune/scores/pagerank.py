@@ -1,5 +1,7 @@
 """Weighted PageRank on the attention graph (Zero-TPrune, Wang et al., CVPR 2024, section 3.2)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,17 +9,25 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.kernels.attention_mass import attention_mass
 
 
-def weighted_pagerank(record: AttentionRecord, iterations: int, *, class_start: bool = True) -> Tensor:
-    """Importance of every token per head, [B, H, N]: s <- A_hᵀ s, `iterations` times (Algorithm 1).
+def start_mass(record: AttentionRecord, *, class_start: bool = True) -> Tensor:
+    """Where the PageRank starts, [B, H, N], of sum one: uniform but for the class token, which has sqrt(N) times the
+    others' where `class_start`."""
+    start = torch.ones(record.q.shape[:3], device=record.q.device)
+    if class_start and record.has_class_token:
+        start[..., 0] = start.shape[2] ** 0.5
+    return start / start.sum(-1, keepdim=True)
 
-    The start is uniform but for the class token, which has sqrt(N) times the others' where `class_start`; it sums to
-    one and so does the result.
+
+def weighted_pagerank(
+    record: AttentionRecord, iterations: int | float | Sequence[int], *, class_start: bool = True
+) -> Tensor:
+    """Importance of every token per head, [B, H, N]: s <- A_hᵀ s, `iterations` times (Algorithm 1); or until it has
+    settled, or after each of several counts [len(iterations), B, H, N], as in `attention_mass`.
+
+    The result of each head sums to one.
     """
     q, k = record.rotated()
-    start = torch.ones(q.shape[:3], device=q.device)
-    if class_start and record.has_class_token:
-        start[..., 0] = q.shape[2] ** 0.5
-    start = start / start.sum(-1, keepdim=True)
+    start = start_mass(record, class_start=class_start)
     return attention_mass(q, k, start, iterations=iterations, scale=record.scale, bias=record.bias)
 
 

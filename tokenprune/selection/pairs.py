@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.kernels.matching import cosine_match
+from tokenprune.kernels.merge import gather
 from tokenprune.reduction import Reduction
 from tokenprune.selection.top_k import ranked
 
@@ -20,14 +21,14 @@ def merge_similar_pairs(scores: Tensor | None, record: AttentionRecord, keep: in
     first = record.num_prefix_tokens % 2
     a = torch.arange(first, n, 2, device=metric.device)
     b = torch.arange(1 - first, n, 2, device=metric.device)
-    similarity, match = cosine_match(metric[:, a], metric[:, b])
+    similarity, match = cosine_match(metric[:, first::2], metric[:, 1 - first :: 2])
     order = ranked(similarity)
     merged, rest = order[:, : n - keep], order[:, n - keep :].sort(dim=1).values
     batch = metric.shape[0]
     return Reduction(
         kept=torch.cat([a[rest], b.expand(batch, -1)], 1),
         moved=a[merged],
-        target=match.gather(1, merged) + rest.shape[1],
+        target=gather(match, merged) + rest.shape[1],
     )
 
 
@@ -41,10 +42,6 @@ def similar_to_important(importance: Tensor, metric: Tensor, remove: int) -> Ten
     order = ranked(importance)
     half = order.shape[1] // 2
     strong, weak = order[:, : order.shape[1] - half], order[:, order.shape[1] - half :].sort(dim=1).values
-    rows = metric.shape[-1]
-    similarity, _ = cosine_match(
-        metric.gather(1, weak.unsqueeze(-1).expand(-1, -1, rows)),
-        metric.gather(1, strong.unsqueeze(-1).expand(-1, -1, rows)),
-    )
-    gone = weak.gather(1, ranked(similarity)[:, :remove])
+    similarity, _ = cosine_match(gather(metric, weak), gather(metric, strong))
+    gone = gather(weak, ranked(similarity)[:, :remove])
     return torch.zeros_like(importance, dtype=torch.bool).scatter(1, gone, True)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.kernels.merge import gather
 from tokenprune.reduction import Reduction
 
 
@@ -25,7 +26,7 @@ def fuse_rest(scores: Tensor | None, record: AttentionRecord, keep: int) -> Redu
         return keep_top_k(scores, record, keep)
     order = ranked(scores)
     kept, moved = order[:, : keep - 1].sort(dim=1).values, order[:, keep - 1 :].sort(dim=1).values
-    return Reduction(kept, moved, weights=scores.gather(1, moved))
+    return Reduction(kept, moved, weights=gather(scores, moved))
 
 
 def keep_evenly(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:

@@ -55,6 +55,8 @@ def attention_mass(
     Raises:
         TokenPruneError: shapes that do not fit, a backend that cannot take them, no iterations.
     """
+    if isinstance(iterations, float) and not iterations > 0:
+        raise TokenPruneError(f"attention_mass: iterations={iterations}: a tolerance is above 0, a count is an integer")
     several = isinstance(iterations, Sequence)
     tolerance = iterations if isinstance(iterations, float) else 0.0
     counts = list(iterations) if isinstance(iterations, Sequence) else [MAX_ITERATIONS if tolerance else iterations]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenprune.kernels.attention_mass.iterate import iterate
 from tokenprune.kernels.inputs import additive
-from tokenprune.kernels.launch import bucket, inner_contiguous, on_device, padded_dim, tuned_product
+from tokenprune.kernels.launch import INTERPRETED, bucket, inner_contiguous, on_device, padded_dim, tuned_product
 
 KEY = ["row_bucket", "key_bucket", "BLOCK_D", "BIAS"]
 
@@ -28,7 +28,8 @@ def _rows(pointer, start, row_stride, count, dim, BLOCK: tl.constexpr, BLOCK_D: 
     d = tl.arange(0, BLOCK_D)
     place = row[:, None] * row_stride + d[None, :]  # 64 bits are for the block's start alone: they cost registers
     mask = (start + row < count)[:, None] & (d < dim)[None, :]
-    return tl.load(pointer + tl.cast(start, tl.int64) * row_stride + place, mask=mask, other=0.0)
+    rows = tl.load(pointer + tl.cast(start, tl.int64) * row_stride + place, mask=mask, other=0.0)
+    return rows.to(tl.float32) if INTERPRETED else rows
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenprune.kernels.inputs import EPSILON
-from tokenprune.kernels.launch import bucket, inner_contiguous, on_device, padded_dim, tuned_product
+from tokenprune.kernels.launch import INTERPRETED, bucket, inner_contiguous, on_device, padded_dim, tuned_product
 
 LARGEST_DIM = 32  # at a time: longer rows are multiplied in parts
 
@@ -61,6 +61,8 @@ def cosine_match_kernel(
             d = part + tl.arange(0, BLOCK_D)
             x = tl.load(a + m[:, None] * a_row + d[None, :], mask=(m < rows)[:, None] & (d < dim)[None, :], other=0.0)
             y = tl.load(b + n[None, :] * b_row + d[:, None], mask=(n < others)[None, :] & (d < dim)[:, None], other=0.0)
+            if INTERPRETED:
+                x, y = x.to(tl.float32), y.to(tl.float32)
             dots = tl.dot(x, y, dots, input_precision=PRECISION)
         cosine = dots * tl.load(b_inverse + image * others + n, mask=n < others, other=0.0)[None, :]
         cosine = tl.where(cosine == cosine, cosine, float("inf"))

@@ -1,0 +1,126 @@
+"""Layers of transformers' image towers with a reduction point between attention and MLP.
+
+Each runs its host's own submodules in the host's order; whether that still gives the host's output is checked when a
+model is patched. They are mixed in front of the host's class, so that none of transformers' model files is imported
+for a model that is not there.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.adapters.swapping import Mixin
+from tokenprune.ragged_attention import attend_here, attended
+from tokenprune.site import own_bias_here, reduce_here, run_here
+
+
+class Layer(Mixin):
+    """A layer as it is. transformers puts gradient checkpointing inside of a layer's `__call__`, where a layer is run
+    once more without its hooks."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return run_here(self, super().forward, hidden_states, attention_mask=attention_mask, **kwargs)
+
+
+class MidLayer(Mixin):
+    """A layer run by its parts."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return run_here(self, self.by_parts, hidden_states, attention_mask=attention_mask, **kwargs)
+
+    def by_parts(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Attention, reduction, MLP."""
+        raise NotImplementedError
+
+
+class MidClipLayer(MidLayer):
+    """CLIP's and SigLIP's layer."""
+
+    def by_parts(self, x: Tensor, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        x = x + layer.self_attn(hidden_states=layer.layer_norm1(x), **kwargs)[0]
+        x = reduce_here(x)
+        return x + layer.mlp(layer.layer_norm2(x))
+
+
+class MidViTLayer(MidLayer):
+    """ViT's and DeiT's layer."""
+
+    def by_parts(self, x: Tensor, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        x = layer.dropout(layer.attention(layer.layernorm_before(x), **kwargs)[0]) + x
+        x = reduce_here(x)
+        return layer.dropout(layer.mlp(layer.layernorm_after(x))) + x
+
+
+class MidDinoLayer(MidLayer):
+    """DINOv2's layer, with and without registers, and DINOv3's."""
+
+    def by_parts(self, x: Tensor, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        x = layer.drop_path(layer.layer_scale1(layer.attention(layer.norm1(x), **kwargs)[0])) + x
+        x = reduce_here(x)
+        return layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(x)))) + x
+
+
+class MidBeitLayer(MidLayer):
+    """BEiT's layer."""
+
+    def by_parts(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        layer: Any = self
+        if layer.relative_position_bias is not None:
+            assert resolution is not None
+            window = resolution[0] // layer.patch_size, resolution[1] // layer.patch_size
+            bias = layer.relative_position_bias(window, interpolate_pos_encoding, dim_size=x.shape[1])
+            attention_mask = bias if attention_mask is None else bias + attention_mask
+        attended = layer.attention(layer.layernorm_before(x), attention_mask=attention_mask, **kwargs)[0]
+        x = layer.drop_path(layer.lambda_1 * layer.dropout(attended)) + x
+        x = reduce_here(x)
+        return layer.drop_path(layer.lambda_2 * layer.dropout(layer.mlp(layer.layernorm_after(x)))) + x
+
+
+class ReindexedRelativeBias(Mixin):
+    """BEiT's relative position bias of one layer, taken at the tokens that are left. It is made for the image's grid,
+    and so is the number of tokens that it is interpolated to."""
+
+    def forward(self, window_size: tuple[int, int], *args: Any, **kwargs: Any) -> Tensor:
+        kwargs = {**dict(zip(("interpolate_pos_encoding", "dim_size"), args, strict=False)), **kwargs}
+        kwargs["dim_size"] = 1 + window_size[0] * window_size[1]
+        return own_bias_here(super().forward(window_size, **kwargs))
+
+
+class RaggedTowerAttention(Mixin):
+    """An attention whose tokens see those of their own image."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        forward = partial(_tokens, super().forward)
+        return attend_here(forward, hidden_states, attention_mask=attention_mask, **kwargs), None
+
+
+def _tokens(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
+    return attended(attention(*args, **kwargs))
+
+
+MID_LAYERS: dict[str, type[MidLayer]] = {
+    "clip.CLIPEncoderLayer": MidClipLayer,
+    "siglip.SiglipEncoderLayer": MidClipLayer,
+    "vit.ViTLayer": MidViTLayer,
+    "deit.DeiTLayer": MidViTLayer,
+    "dinov2.Dinov2Layer": MidDinoLayer,
+    "dinov2_with_registers.Dinov2WithRegistersLayer": MidDinoLayer,
+    "dinov3_vit.DINOv3ViTLayer": MidDinoLayer,
+    "beit.BeitLayer": MidBeitLayer,
+}
+"""Layers that are known, by model and class."""

@@ -1,0 +1,59 @@
+"""Which of some tokens each query attends to most, in the mean over heads, without the full attention map.
+
+One opaque operator, so that torch.compile sees a single node.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from tokenprune.errors import TokenPruneError
+from tokenprune.kernels.attention_match import eager
+
+__all__ = ["MEMORY_LIMIT", "attention_match"]
+
+MEMORY_LIMIT = 64 * 2**20
+
+
+def attention_match(
+    q: Tensor, k: Tensor, columns: Tensor, *, scale: float | None = None, memory_limit: int = MEMORY_LIMIT
+) -> Tensor:
+    """argmax over j of mean_h A_h[i, columns[j]] with A_h = softmax(q_h k_hᵀ scale) over all N keys, [B, M] in [0, K).
+
+    q: [B, H, M, D]; k: [B, H, N, D]; columns: [B, K], no column twice. scale: D**-0.5 by default. memory_limit: bytes
+    of the map to hold at a time; at least one row's, and rather what fits the cache. No gradient: a match only chooses
+    tokens. AT-EDM's similarity-based recovery (Wang et al., CVPR 2024, section 3.3).
+
+    Raises:
+        TokenPruneError: shapes that do not fit, or no columns.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    found: Tensor = _attention_match(q.detach(), k.detach(), columns, scale, memory_limit)
+    return found
+
+
+@torch.library.custom_op("tokenprune::attention_match", mutates_args=())
+def _attention_match(q: Tensor, k: Tensor, columns: Tensor, scale: float, memory_limit: int) -> Tensor:
+    batch, heads, _, dim = q.shape
+    if k.shape != (batch, heads, k.shape[2], dim) or columns.ndim != 2 or columns.shape[0] != batch:
+        raise TokenPruneError(
+            f"attention_match: q {list(q.shape)}, k {list(k.shape)} and columns {list(columns.shape)} do not fit; they"
+            " are [B, H, M, D], [B, H, N, D] and [B, K]"
+        )
+    if not 0 < columns.shape[1] <= k.shape[2]:
+        raise TokenPruneError(f"attention_match: {columns.shape[1]} columns of {k.shape[2]} keys")
+    with torch.autocast(q.device.type, enabled=False):
+        return eager.attention_match(q, k, columns, scale, memory_limit)
+
+
+@_attention_match.register_fake
+def _(q: Tensor, k: Tensor, columns: Tensor, scale: float, memory_limit: int) -> Tensor:
+    return torch.empty(q.shape[0], q.shape[2], dtype=torch.long, device=q.device)
+
+
+@register_flop_formula(torch.ops.tokenprune.attention_match)
+def _flops(q: tuple[int, ...], k: tuple[int, ...], *args: object, **kwargs: object) -> int:
+    batch, heads, rows, dim = q
+    return 2 * batch * heads * rows * k[2] * dim

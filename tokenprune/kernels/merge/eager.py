@@ -1,0 +1,46 @@
+"""Gathering and merging in plain torch: differentiable, on any device, and traced as torch's own operations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Entries `index` [B, K] of x [B or 1, ..., N, ...] along `dim`.
+
+    Whole rows are copied wherever they lie one behind another in memory: torch.gather copies element by element.
+    """
+    batch, count = index.shape
+    if x.shape[0] == 1:
+        rows = x[0].index_select(dim - 1, index.reshape(-1))
+        return rows.reshape(*x.shape[1:dim], batch, count, *x.shape[dim + 1 :]).movedim(dim - 1, 0)
+    if dim == 1 and x.ndim > 2:
+        offset = torch.arange(batch, device=index.device).unsqueeze(1) * x.shape[1]
+        rows = x.reshape(-1, *x.shape[2:]).index_select(0, (index + offset).reshape(-1))
+        return rows.reshape(batch, count, *x.shape[2:])
+    along = index.reshape(batch, *(1,) * (dim - 1), count, *(1,) * (x.ndim - dim - 1))
+    return x.gather(dim, along.expand(*x.shape[:dim], count, *x.shape[dim + 1 :]))
+
+
+def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Averages weighted by size of groups of x [B, n, C], and their sizes; in float32 at least before it is rounded."""
+    kept_sizes, moved_sizes = gather(sizes, kept, 1), gather(sizes, moved, 1)
+    out = gather(x, kept, 1) * kept_sizes.unsqueeze(-1)
+    gone = gather(x, moved, 1) * moved_sizes.unsqueeze(-1)
+    out.scatter_add_(1, target.unsqueeze(-1).expand_as(gone), gone)
+    merged_sizes = kept_sizes.scatter_add(1, target, moved_sizes)
+    return out.div_(merged_sizes.unsqueeze(-1)).to(x.dtype), merged_sizes
+
+
+def merge_sizes(sizes: Tensor, kept: Tensor, moved: Tensor, target: Tensor) -> Tensor:
+    """The sizes [B, K] alone that `merge` gives: those of the kept tokens and of the moved ones added to theirs."""
+    return gather(sizes, kept, 1).scatter_add(1, target, gather(sizes, moved, 1))
+
+
+def source(kept: Tensor, moved: Tensor | None, target: Tensor | None, tokens: int) -> Tensor:
+    """For each of the `tokens` that entered, the position of the leaving one that it is in, or -1: [B, tokens]."""
+    batch, count = kept.shape
+    out = torch.full((batch, tokens), -1, dtype=torch.long, device=kept.device)
+    out = out.scatter(1, kept, torch.arange(count, device=kept.device).expand(batch, -1))
+    return out if moved is None or target is None else out.scatter(1, moved, target)

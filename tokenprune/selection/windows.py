@@ -1,0 +1,72 @@
+"""Selections on the grid: a token of each window, or a smaller grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenprune.attention_record import AttentionRecord
+from tokenprune.kernels.matching import cosine_match
+from tokenprune.kernels.merge import gather
+from tokenprune.reduction import Reduction
+from tokenprune.selection.top_k import ranked
+
+
+def split_by_windows(scores: Tensor | None, record: AttentionRecord, sy: int, sx: int) -> tuple[Tensor, Tensor]:
+    """(positions of the others [B, n - W], of the best-scored token of each window [B, W]), each rising.
+
+    Windows are sy rows by sx columns from the top left corner; what remains at the edges is in none. Without scores
+    the first token of a window is taken.
+    """
+    assert record.grid is not None
+    rows, columns = record.grid
+    down, across = rows // sy, columns // sx
+    batch, device = record.origin.shape[0], record.origin.device
+    first = torch.arange(down, device=device)[:, None] * sy * columns + torch.arange(across, device=device) * sx
+    if scores is None:
+        chosen = first.expand(batch, -1, -1)
+    else:
+        inside = scores.view(batch, rows, columns)[:, : down * sy, : across * sx]
+        inside = inside.reshape(batch, down, sy, across, sx).transpose(2, 3).flatten(3)
+        best = inside.argmax(-1)
+        chosen = first + best // sx * columns + best % sx
+    taken = torch.zeros_like(record.origin, dtype=torch.int8).scatter(1, chosen.flatten(1), 1)
+    order = taken.sort(dim=1, stable=True).indices
+    others = order.shape[1] - down * across
+    return order[:, :others], order[:, others:]
+
+
+def merge_into_windows(
+    scores: Tensor | None, record: AttentionRecord, keep: int, *, sy: int = 2, sx: int = 2
+) -> Reduction:
+    """Merge the n - `keep` tokens most similar to a window's chosen one into it (ToMe for Stable Diffusion, Bolya and
+    Hoffman, CVPR 2023 workshops, section 4). Similar is the cosine of hidden states; the tokens that leave: the rest
+    of the others, then the chosen ones."""
+    if keep == record.tokens:
+        return Reduction(record.origin)
+    others, chosen = split_by_windows(scores, record, sy, sx)
+    similarity, match = cosine_match(gather(record.hidden, others), gather(record.hidden, chosen))
+    order = ranked(similarity)
+    moved, rest = order[:, : record.tokens - keep], order[:, record.tokens - keep :].sort(dim=1).values
+    return Reduction(
+        kept=torch.cat([gather(others, rest), chosen], 1),
+        moved=gather(others, moved),
+        target=gather(match, moved) + rest.shape[1],
+    )
+
+
+def keep_smaller_grid(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
+    """The `keep` tokens nearest to the centres of a coarser grid's cells ("nearest-exact" down-sampling).
+
+    The coarser grid has the aspect of the tokens'; where `keep` fills none, some of its rows have a cell more.
+    """
+    assert record.grid is not None
+    rows, columns = record.grid
+    coarse = min(rows, max(-(-keep // columns), round((keep * rows / columns) ** 0.5)))
+    positions = []
+    for i in range(coarse):
+        row = (2 * i + 1) * rows // (2 * coarse)
+        cells = (i + 1) * keep // coarse - i * keep // coarse
+        positions += [row * columns + (2 * j + 1) * columns // (2 * cells) for j in range(cells)]
+    kept = torch.tensor(positions, device=record.origin.device)
+    return Reduction(kept.expand(record.origin.shape[0], -1))
