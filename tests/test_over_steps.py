@@ -221,7 +221,8 @@ def test_ras_in_the_other_direction_equals_its_loops():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "name", ["dit", "pixart", "sd3", "sd35", "flux", pytest.param("unet_sdxl", marks=pytest.mark.full)]
+    "name",
+    ["dit", "sd3", "flux", *(pytest.param(name, marks=pytest.mark.full) for name in ("pixart", "sd35", "unet_sdxl"))],
 )
 def test_nothing_changes_where_all_is_computed_and_behind_unpatch(name, method):
     model, inputs = build(name)
