@@ -40,7 +40,8 @@ class Budget:
             return "the method's published default"
         if self.kind == "schedule":
             return "schedule={" + ", ".join(f"{place}: {share:g}" for place, share in self.shares) + "}"
-        return f"{self.option or self.kind}={self.value:g}"
+        told = f"{self.value:g}" if isinstance(self.value, (int, float)) else str(self.value)
+        return f"{self.option or self.kind}={told}"
 
 
 def parse_budget(

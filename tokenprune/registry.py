@@ -91,7 +91,8 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
         raise UnsupportedMethod(f"{name} has no option {wrong[0]!r}; its options: {', '.join(allowed) or 'none'}")
     for key, value in options.items():
         default = allowed[key].default
-        if key != own and type(default) in (bool, int) and type(value) is not type(default):
+        kinds = {"bool": bool, "int": int, bool: bool, int: int}  # annotations may be strings
+        if key != own and type(value) is not kinds.get(allowed[key].annotation, type(value)):
             kind = "True or False" if type(default) is bool else "a whole number"
             raise UnsupportedMethod(f"{key} of {name} is {kind}, got {value!r}; for example {key}={default!r}")
     return _METHODS[name](**options)

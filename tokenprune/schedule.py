@@ -97,6 +97,20 @@ class Stages:
 
 
 @dataclass(frozen=True)
+class MergedShare(Stages):
+    """Stages of a method whose option is the share that is merged away."""
+
+    option: ClassVar[str] = "ratio"
+
+
+@dataclass(frozen=True)
+class GridFactor(Stages):
+    """Stages of a method whose option is the factor by which rows and columns are fewer."""
+
+    option: ClassVar[str] = "factor"
+
+
+@dataclass(frozen=True)
 class EveryBlock:
     """The same number r of tokens removed in every block (ToMe), spread evenly where r is not whole (9.4: 9 and 10).
 

@@ -358,3 +358,15 @@ def test_compiled_blocks_agree(method):
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(model, x), eager)
     run(model, {**x, "timestep": x["timestep"] - 1})
+
+
+def test_an_option_that_is_a_budget_stands_alone():
+    model, _ = build("unet_sd")
+    for name, option in (("tomesd", {"ratio": 0.5}), ("toma", {"ratio": 0.5}), ("todo", {"factor": 2})):
+        tokenprune.patch(model, name, **option)
+        assert tokenprune.report(model).to_dict()["budget"] == "=".join(map(str, *option.items()))
+        with pytest.raises(tokenprune.BudgetError, match="one budget at most"):
+            tokenprune.patch(model, name, flops=0.9, **option)
+    for name, option in (("tome", {"r": 4, "proportional": False}), ("top_k", {"rate": 0.7})):
+        with pytest.raises(tokenprune.BudgetError, match="counts tokens that leave"):
+            tokenprune.patch(model, name, **option)

@@ -28,7 +28,8 @@ _FUSED = "queries, keys and values are projected at once there; unfuse the proje
 def refuse_parts(stack: Stack, method: Method) -> str | None:
     """Why the method cannot run parts of this stack's blocks on fewer tokens; None if it can."""
     for facts in stack.blocks:
-        missing = [part for part in method.parts if part not in facts.parts]
+        # A block without cross-attention has just its other parts to run on fewer tokens.
+        missing = [part for part in method.parts if part not in facts.parts and part != "cross"]
         if missing:
             return f"{facts.name} has no part {missing[0]!r} that can run on fewer tokens than the block"
         if "keys" in method.parts and facts.fused(facts.parts["keys"]):
@@ -44,7 +45,7 @@ class PartsSite(BlockSite):
         self.fused = facts.fused
         for part in self.patch.method.parts:
             module = facts.parts.get(part)
-            if module is None:  # the stack is left alone
+            if module is None:  # it has none, or the stack is left alone
                 continue
             module.register_forward_pre_hook(self.take_keys if part == "keys" else self.merge, with_kwargs=True)
             if part != "keys":

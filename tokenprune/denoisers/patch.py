@@ -125,7 +125,7 @@ class DenoiserPatch:
                     barred.setdefault(
                         stack, f"left alone: of {cost.tokens:,} tokens, the method is on at levels of {touched}"
                     )
-            if self.budget.kind == "default":
+            if self.budget.kind in ("default", "own"):
                 shares = {stack: levels[c.tokens] for stack, c in costs.stacks.items() if c.tokens in levels}
 
         def plan(share: float) -> Plan:
@@ -229,6 +229,7 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
         raise UnsupportedMethod(f"{method.name} needs {', '.join(sorted(missing))}, which a denoiser does not expose")
     if request.budget.kind == "tokens":
         raise BudgetError(f"{request.budget}: behind each stack all tokens are there again; use keep= or flops=")
+    _check_own(method, request.budget)
     _check_shares(method, request.budget)
     patch = _kind(method)(describe, host, adapter, method, request)
     if patch.active and len(patch.barred) == len(divided(host, method)):
@@ -248,6 +249,16 @@ def _kind(method: Method) -> type[DenoiserPatch]:
     from tokenprune.denoisers.caching import CachingPatch  # it builds on this module
 
     return CachingPatch
+
+
+def _check_own(method: Method, budget: Budget) -> None:
+    """Raise where the method's own option says how many tokens leave the blocks of an image tower."""
+    ignored = budget.option == "r" or (budget.option == "rate" and budget.value != method.stack_share)
+    if budget.kind == "own" and ignored:
+        raise BudgetError(
+            f"{budget} counts tokens that leave the blocks of an image tower, and behind a denoiser's stacks all are"
+            f" there again; patch(pipe, {method.name!r}, keep={method.stack_share:g}) works"
+        )
 
 
 def attach(host: DenoiserHost, patch: DenoiserPatch) -> None:

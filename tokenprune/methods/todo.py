@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tokenprune.errors import BudgetError
 from tokenprune.method import Method
 from tokenprune.registry import register_method
-from tokenprune.schedule import Stages
+from tokenprune.schedule import GridFactor
 from tokenprune.selection.windows import keep_smaller_grid
 
 
@@ -36,7 +36,7 @@ def todo(*, factor: int | tuple[int, ...] = 2) -> Method:
     return Method(
         name="todo",
         paper="Smith et al., ToDo, 2024",
-        schedule=Stages(1 / max(factors) ** 2),
+        schedule=GridFactor(1 / max(factors) ** 2),
         select=keep_smaller_grid,
         needs=frozenset({"stacks", "grid"}),
         stack_share=1 / max(factors) ** 2,

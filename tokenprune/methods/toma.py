@@ -11,7 +11,7 @@ from tokenprune.errors import BudgetError
 from tokenprune.method import Method, Reuse
 from tokenprune.reduction import Reduction
 from tokenprune.registry import register_method
-from tokenprune.schedule import Stages
+from tokenprune.schedule import MergedShare
 from tokenprune.selection.facility import attend_to_destinations, facility_destinations
 
 
@@ -53,7 +53,7 @@ def toma(
     return Method(
         name="toma",
         paper="Lu et al., ToMA, ICML 2025",
-        schedule=Stages(1 - ratio),
+        schedule=MergedShare(1 - ratio),
         select=partial(select, tiles=tiles, temperature=temperature),
         needs=frozenset({"stacks", "grid"}),
         stack_share=1 - ratio,

@@ -10,13 +10,13 @@ from functools import partial
 from tokenprune.errors import BudgetError
 from tokenprune.method import Method
 from tokenprune.registry import register_method
-from tokenprune.schedule import Layout, Stages
+from tokenprune.schedule import Layout, MergedShare
 from tokenprune.scores.fixed import hashed_scores
 from tokenprune.selection.windows import merge_into_windows
 
 
 @dataclass(frozen=True)
-class Windows(Stages):
+class Windows(MergedShare):
     """Stages that leave at least one token of each window of `area` tokens."""
 
     area: int = 4
