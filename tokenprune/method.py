@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.denoisers.over_steps import OverSteps
 from tokenprune.denoisers.steps import EVERY_STEP, Steps
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.ragged import RaggedReduction
@@ -53,7 +54,8 @@ class Method:
     position: "mid" reduces between attention and MLP, "post" after the block. merges: whether leaving tokens stand for
     several patches (sizes are tracked). proportional: whether log(size) is added to the attention logits of a key.
     needs: what must be captured ("queries", "keys", "values", "cross": those of the cross-attention; "stacks": that all
-    tokens are back behind a few blocks; "grid": that the tokens fill one).
+    tokens are back behind a few blocks; "grid": that the tokens fill one; "steps": that
+    the model is run once for each step of a run).
 
     For denoisers: stack_share: share of the tokens that is computed in a stack of blocks where there is no budget.
     stack_depth: blocks that share one choice where a model does not divide them into stacks itself. steps: how strongly
@@ -62,7 +64,8 @@ class Method:
     is by hidden states or by the first block's attention map (which needs queries and keys). parts: of each block, what
     runs on fewer tokens where it is not the whole block ("attention", "cross", "mlp": on merged tokens, which are
     unmerged behind it; "keys": the attention's keys and values alone). levels: at which stacks, and which share of the
-    tokens is computed there where there is no budget; None for all. reuse: of a choice over steps.
+    tokens is computed there where there is no budget; None for all. reuse: of a choice over steps. over_steps: what is
+    taken from an earlier step, None for a method that computes all anew.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Method:
     parts: tuple[str, ...] = ()
     levels: Levels | None = None
     reuse: Reuse | None = None
+    over_steps: OverSteps | None = None
 
     def reduce(self, record: AttentionRecord, keep: int) -> Reduction:
         """The Reduction of the record's n prunable tokens to `keep`."""

@@ -20,7 +20,10 @@ AdapterType = TypeVar("AdapterType", bound=type)
 
 _METHODS: dict[str, Callable[..., Method]] = {}
 _FAMILIES: dict[str, Family] = {}
-_BUILTIN_METHODS = ("baselines", "top_k", "evit", "tome", "zero_tprune", "ats", "at_edm", "tomesd", "todo", "toma")
+_BUILTIN_METHODS = (
+    "baselines", "top_k", "evit", "tome", "zero_tprune", "ats", "at_edm", "tomesd", "todo", "toma", "region", "ras",
+    "toca",
+)  # fmt: skip
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {
     "timm": ("tokenprune.adapters.timm_vit",),

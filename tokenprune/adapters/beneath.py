@@ -44,6 +44,11 @@ def token_block(original: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
+def expose(module: nn.Module) -> None:
+    """Put a site in front of a part of a block."""
+    _exchange(module, token_block(original_class(module)))
+
+
 def _exchange(module: nn.Module, cls: type[nn.Module]) -> None:
     if type(module) is cls:
         return

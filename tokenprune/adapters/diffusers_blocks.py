@@ -7,14 +7,14 @@ a block that changed is refused and not guessed at.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapters.beneath import original_class, token_block
+from tokenprune.adapters.beneath import expose, original_class, token_block
 from tokenprune.adapters.diffusers_rotary import (
     Rotate,
     Tables,
@@ -37,7 +37,9 @@ class Row:
     output, None where they are the output. text: whether text tokens are concatenated in the attention. text_first:
     whether to_q puts out the text in front of the image. slices: see BlockFacts. shared: whether all images of a batch
     must compute the same tokens. rotary: (argument, its tables, whether halves of a head's channels are pairs) of the
-    rotary embedding. cross: attribute with the cross-attention; text_bias: argument with the bias of its keys.
+    rotary embedding. cross: attribute with the cross-attention; text_bias: argument with the bias of its keys. context:
+    attributes with self-attentions that take fewer queries than keys. attentions, mlp: attributes with parts whose
+    output can be kept from step to step.
     """
 
     parameters: tuple[str, ...]
@@ -50,6 +52,9 @@ class Row:
     rotary: tuple[str, Tables, bool] | None = None
     cross: str | None = None
     text_bias: str | None = None
+    context: tuple[str, ...] = ()
+    attentions: tuple[str, ...] = ()
+    mlp: str | None = None
 
 
 def table_rows(table: Any, index: Tensor, tokens: int, text: int, *, after_text: bool = False) -> Any:
@@ -98,9 +103,17 @@ _WAN = Row(
     rotary=("rotary_emb", rows_by_head, False),
     cross="attn2",
 )
-_FLUX = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs")
-_TEXT_AND_IMAGE = (("image_rotary_emb", partial(table_rows, after_text=True)),)
 _PAIRS = ("image_rotary_emb", last_rows, False)
+_FLUX = Row(
+    ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs"),
+    "attn",
+    returned=1,
+    text=True,
+    slices=(("image_rotary_emb", partial(table_rows, after_text=True)),),
+    shared=True,
+    rotary=_PAIRS,
+    context=("attn",),
+)
 _HUNYUAN = ("hidden_states", "encoder_hidden_states", "temb", "attention_mask")
 
 ROWS: dict[str, Row] = {
@@ -118,16 +131,21 @@ ROWS: dict[str, Row] = {
         "attn1",
         cross="attn2",
         text_bias="encoder_attention_mask",
+        context=("attn1",),
+        attentions=("attn1", "attn2"),
+        mlp="ff",
     ),
     "JointTransformerBlock": Row(
-        ("hidden_states", "encoder_hidden_states", "temb", "joint_attention_kwargs"), "attn", returned=1, text=True
+        ("hidden_states", "encoder_hidden_states", "temb", "joint_attention_kwargs"),
+        "attn",
+        returned=1,
+        text=True,
+        context=("attn", "attn2"),
+        attentions=("attn", "attn2"),
+        mlp="ff",
     ),
-    "FluxTransformerBlock": Row(
-        _FLUX, "attn", returned=1, text=True, slices=_TEXT_AND_IMAGE, shared=True, rotary=_PAIRS
-    ),
-    "FluxSingleTransformerBlock": Row(
-        _FLUX, "attn", returned=1, text=True, text_first=True, slices=_TEXT_AND_IMAGE, shared=True, rotary=_PAIRS
-    ),
+    "FluxTransformerBlock": _FLUX,
+    "FluxSingleTransformerBlock": replace(_FLUX, text_first=True),
     "WanTransformerBlock": _WAN,
     "LTXVideoTransformerBlock": Row(
         ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask"),
@@ -249,8 +267,20 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
         parts=_parts(block) if cls.__name__ == "BasicTransformerBlock" else {},
         fused=is_fused,
         swapped=token_block(cls),
+        context=_context(block, row),
+        rotary=row.rotary[0] if row.rotary and row.context else None,
+        attentions=tuple(part for name in row.attentions if (part := getattr(block, name, None)) is not None),
+        mlp=getattr(block, row.mlp) if row.mlp and getattr(block, "_chunk_size", None) is None else None,
+        expose=expose,
     )
     return facts, row.shared
+
+
+def _context(block: Any, row: Row) -> tuple[nn.Module, ...]:
+    attentions = [part for name in row.context if (part := getattr(block, name, None)) is not None]
+    if getattr(block, "only_cross_attention", False) or any(map(is_fused, attentions)):
+        return ()
+    return tuple(projection for attention in attentions for projection in (attention.to_k, attention.to_v))
 
 
 def before_basic(module: nn.Module, bound: Arguments) -> tuple[Tensor, Tensor]:
@@ -286,6 +316,8 @@ def _parts(block: Any) -> dict[str, nn.Module]:
 
 def is_fused(attention: nn.Module) -> bool:
     """Whether an attention's projections are fused."""
+    if type(attention).__name__ == "Attention":  # its flag stays set when it is unfused, its processor does not
+        return type(attention.processor).__name__.startswith("Fused")
     return bool(getattr(attention, "fused_projections", False))
 
 

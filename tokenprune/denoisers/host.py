@@ -40,7 +40,11 @@ class BlockFacts:
     parts: modules that a method may run on fewer tokens than the block, their first argument the tokens: "attention",
     "cross", "mlp"; and "keys", the attention again where its keys and values may come from other tokens than its
     queries. fused: the attention -> whether it projects queries, keys and values at once now, so that they may not.
-    swapped: the block's class with the site in front.
+    swapped: the block's class with the site in front. context: modules that put out keys or values of its
+    self-attentions [B, N, C'] (joint ones of text and image [B, T + N, C']), which may stand for more tokens than the
+    queries do; empty where queries and keys must be of the same tokens. rotary: the argument with rows for both, which
+    then has to fit either. attentions, mlp: parts whose output for all tokens can be kept from step to step, None where
+    they are not modules of their own; expose: puts a site in front of such a part.
     """
 
     name: str
@@ -61,6 +65,11 @@ class BlockFacts:
     parts: Mapping[str, nn.Module]
     fused: Callable[[nn.Module], bool]
     swapped: type[nn.Module]
+    context: tuple[nn.Module, ...] = ()
+    rotary: str | None = None
+    attentions: tuple[nn.Module, ...] = ()
+    mlp: nn.Module | None = None
+    expose: Callable[[nn.Module], None] | None = None
 
 
 @dataclass

@@ -36,7 +36,8 @@ Describe = Callable[[nn.Module], DenoiserHost]
 class DenoiserPatch:
     """What a patch knows for as long as it is on: plain data, no module.
 
-    describe: a model -> its facts (of the adapter). active: whether anything is reduced (not at a budget of 1.0).
+    describe: a model -> its facts (of the adapter). active: whether anything is reduced (not at a budget of 1.0). site:
+    what stands in front of its blocks.
     """
 
     def __init__(self, describe: Describe, host: DenoiserHost, adapter: str, method: Method, request: Request) -> None:
@@ -44,6 +45,7 @@ class DenoiserPatch:
         self.describe = describe
         self.adapter = adapter
         self.method = method
+        self.site: type[BlockSite] = PartsSite if method.parts else BlockSite
         self.budget = request.budget
         self.steps: Steps = method.steps if request.steps is None else parse_steps(request.steps)
         self.active = not request.budget.is_full
@@ -76,13 +78,17 @@ class DenoiserPatch:
             timestep, whole = _value(bound.get(self.timestep), self.last_timestep), self._scheduled()
             run, reuse = run_of(self.key, latents, timestep, whole, self.last_timestep)
             plan = self.plan(model, bound, run.positions)
-            keep = plan.keep(position_of(timestep, whole, self.last_timestep))
+            keep = self.computed(run, plan, position_of(timestep, whole, self.last_timestep))
             due = self.method.reuse.due(run.index) if self.method.reuse is not None else "select"
             start(Pass(self, run, keep, grid, reuse, torch.tensor(round(1e6 * timestep)), due))
 
-    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook: it has ended, by a result or an exception."""
         finish(self)
+
+    def computed(self, run: Run, plan: Plan, position: float) -> dict[str, int]:
+        """{stack: tokens computed} in the forward that starts; those that are left whole are not in it."""
+        return plan.keep(position)
 
     def mark(self, stack: str, point: str, x: Tensor) -> None:
         """A point of a counted forward."""
@@ -138,7 +144,7 @@ class DenoiserPatch:
     def _counted(self, model: nn.Module, bound: Arguments, batch: int, *, on_meta: bool) -> DenoiserCosts:
         copy = ghost(model, on_meta=on_meta)
         host = self.describe(copy)
-        shadow = DenoiserPatch(self.describe, host, self.adapter, self.method, Request(self.budget))
+        shadow = type(self)(self.describe, host, self.adapter, self.method, Request(self.budget))
         shadow.barred = self.barred
         attach(host, shadow)
         inputs = tree_map(lambda x: x.detach().to("meta") if on_meta and isinstance(x, Tensor) else x, bound)
@@ -193,12 +199,12 @@ class DenoiserPatch:
         return data
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "recordings": [], "pipeline": None, "whole": None}
+        return {**self.__dict__, "recordings": [], "pipeline": None, "whole": None, "key": uuid4().hex}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserPatch:
-        copy: DenoiserPatch = object.__new__(DenoiserPatch)
+        copy: DenoiserPatch = object.__new__(type(self))
         memo[id(self)] = copy
-        copy.__dict__.update(self.__getstate__(), key=uuid4().hex)
+        copy.__dict__.update(self.__getstate__())
         return copy
 
 
@@ -219,14 +225,14 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
             f"{method.name} adds log(size) to the attention logits, and these attentions take no bias;"
             f" patch(pipe, {method.name!r}, proportional=False, ...) works"
         )
-    missing = method.needs - {"queries", "keys", "cross", "stacks", "grid"}
+    missing = method.needs - {"queries", "keys", "cross", "stacks", "grid", "steps"}
     if missing:
         raise UnsupportedMethod(f"{method.name} needs {', '.join(sorted(missing))}, which a denoiser does not expose")
     if request.budget.kind == "tokens":
         raise BudgetError(f"{request.budget}: behind each stack all tokens are there again; use keep= or flops=")
     _check_own(method, request.budget)
     _check_shares(method, request.budget)
-    patch = DenoiserPatch(describe, host, adapter, method, request)
+    patch = _kind(method)(describe, host, adapter, method, request)
     if patch.active and len(patch.barred) == len(divided(host, method)):
         raise UnsupportedMethod(
             f"{method.name} can be applied nowhere: " + "; ".join(map(" ".join, patch.barred.items()))
@@ -236,6 +242,14 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
         first = whole[0] if whole else patch.last_timestep
         patch.plan(model, host.example(), positions_from(first, whole, patch.last_timestep))
     return patch
+
+
+def _kind(method: Method) -> type[DenoiserPatch]:
+    if method.over_steps is None:
+        return DenoiserPatch
+    from tokenprune.denoisers.caching import CachingPatch  # it builds on this module
+
+    return CachingPatch
 
 
 def _check_own(method: Method, budget: Budget) -> None:
@@ -254,8 +268,7 @@ def attach(host: DenoiserHost, patch: DenoiserPatch) -> None:
     for place, stack in enumerate(stacks):
         for index, facts in enumerate(stack.blocks):
             facts.swapped._tokenprune_exchange(facts.module)  # type: ignore[attr-defined]
-            site = PartsSite if patch.method.parts else BlockSite
-            site(patch, stack, index, place, len(stacks)).attach(facts)
+            patch.site(patch, stack, index, place, len(stacks)).attach(facts)
     host.model.register_forward_pre_hook(patch.begin, with_kwargs=True, prepend=True)
     host.model.register_forward_hook(patch.end, always_call=True)
 
@@ -274,6 +287,8 @@ def divided(host: DenoiserHost, method: Method) -> list[Stack]:
 
 def _barred(stacks: list[Stack], method: Method) -> tuple[list[str], dict[str, str]]:
     """What the report says of stacks one block deep, and those that the method cannot work in."""
+    if method.over_steps is not None:
+        return [], {}
     if method.parts:
         refused = {stack.name: refuse_parts(stack, method) for stack in stacks}
         return [], {name: f"left alone: {why}" for name, why in refused.items() if why is not None}

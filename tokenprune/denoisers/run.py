@@ -37,7 +37,8 @@ class Run:
     """One run of one patch in this thread. timestep: of the last forward. shape: of the latents. positions: of the
     steps that the run has left at its beginning, in [0, 1) of the whole. guidance: how many times the latents stand
     in the batch. sets: what each stack computed at this step, for the second call of a guided step. index: of the step,
-    counted from 0. call: of the step's calls. held: what a method keeps over steps, by stack and call."""
+    counted from 0. call: of the step's calls. held: what a method chose for some steps, by stack and call. kept: what a
+    method takes from earlier steps."""
 
     timestep: float
     shape: tuple[int, ...]
@@ -49,6 +50,7 @@ class Run:
     index: int = 0
     call: int = 0
     held: dict[tuple[str, int], Reduction] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

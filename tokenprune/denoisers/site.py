@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,18 @@ if TYPE_CHECKING:
     from tokenprune.denoisers.patch import DenoiserPatch
 
 
+class Running(Protocol):
+    """What stands in front of a block or of a part of one."""
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        """The module on the tokens that are chosen for it."""
+
+
 class _Here(threading.local):
     """The site of the block that runs now in this thread, and what it has caught; changed in place."""
 
     def __init__(self) -> None:
-        self.site: BlockSite | None = None
+        self.site: Running | None = None
         self.queries: Tensor | None = None
         self.keys: Tensor | None = None
         self.cross_queries: Tensor | None = None
@@ -174,10 +181,14 @@ class BlockSite:
         if self.last and chosen.near is not None:
             full = gather(reduced, chosen.near)
         else:
-            full = reduction.bring_back(reduced, entered, x)
+            full = reduction.bring_back(reduced, entered, self._left_out(x))
         if self.returned is None:
             return full
         return tuple(full if i == self.returned else part for i, part in enumerate(output))
+
+    def _left_out(self, x: Tensor) -> Tensor:
+        """[B, N, C] that holds the value of the tokens not computed behind the block which x enters."""
+        return x
 
     def _image(self, output: Any) -> Tensor:
         image: Tensor = output if self.returned is None else output[self.returned]
@@ -196,7 +207,32 @@ class BlockSite:
         """Score the tokens of x [B, N, C] and choose `keep` of them, the same for all copies of an image."""
         method, batch, tokens = self.patch.method, x.shape[0], x.shape[1]
         start = bound[self.text].shape[1] if self.text_first and self.text and bound.get(self.text) is not None else 0
-        record = AttentionRecord(
+        record = self._record(one, x, bound, start, queries, keys)
+        copies = self._copies(one, batch)
+        scores = self._scores(one, record)
+        if copies > 1 and scores is not None:
+            scores = scores.view(copies, batch // copies, -1).mean(0)
+        reduction = method.select(scores, _together(record, copies), keep)
+        assert isinstance(reduction, Reduction)
+        reduction = reduction.tiled(copies)
+        near = None
+        if self.patch.recover == "similar":
+            if method.similar_by == "attention":
+                near = attended_stand_ins(reduction, *record.rotated(), self.scale)
+            else:
+                state = TokenState(tokens, tokens, grid=grid_of(one.grid, tokens))
+                near = stand_ins(state, reduction, x.detach())
+        one.sets[self.stack] = one.run.sets[self.stack] = Chosen(reduction, near)
+
+    def _copies(self, one: Pass, batch: int) -> int:
+        """How many images of the batch, one after the other, compute the same tokens."""
+        return batch if self.patch.shared else one.run.guidance if batch == one.run.shape[0] else 1
+
+    def _record(
+        self, one: Pass, x: Tensor, bound: Arguments, start: int, queries: Tensor | None, keys: Tensor | None
+    ) -> AttentionRecord:
+        batch, tokens = x.shape[:2]
+        return AttentionRecord(
             hidden=x.detach(),
             origin=torch.arange(tokens, device=x.device).expand(batch, -1),
             num_prefix_tokens=0,
@@ -211,21 +247,10 @@ class BlockSite:
             cross=self._crossed(bound),
             step=one.step,
         )
-        copies = batch if self.patch.shared else one.run.guidance if batch == one.run.shape[0] else 1
-        scores = method.score(record) if method.score is not None else None
-        if copies > 1 and scores is not None:
-            scores = scores.view(copies, batch // copies, -1).mean(0)
-        reduction = method.select(scores, _together(record, copies), keep)
-        assert isinstance(reduction, Reduction)
-        reduction = reduction.tiled(copies)
-        near = None
-        if self.patch.recover == "similar":
-            if method.similar_by == "attention":
-                near = attended_stand_ins(reduction, *record.rotated(), self.scale)
-            else:
-                state = TokenState(tokens, tokens, grid=grid_of(one.grid, tokens))
-                near = stand_ins(state, reduction, x.detach())
-        one.sets[self.stack] = one.run.sets[self.stack] = Chosen(reduction, near)
+
+    def _scores(self, one: Pass, record: AttentionRecord) -> Tensor | None:
+        score = self.patch.method.score
+        return score(record) if score is not None else None
 
     def _crossed(self, bound: Arguments) -> CrossAttention | None:
         if self.cross is None or _HERE.cross_queries is None or _HERE.cross_keys is None:

@@ -1,0 +1,97 @@
+"""Only the region under a mask is computed: the training-free analogue of LazyDiffusion (Nitzan et al., "Lazy Diffusion
+Transformer for Interactive Image Editing", ECCV 2024)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tokenprune.attention_record import AttentionRecord
+from tokenprune.denoisers.over_steps import Level, Memory, OverSteps
+from tokenprune.errors import BudgetError, UnsupportedMethod
+from tokenprune.method import Method
+from tokenprune.registry import register_method
+from tokenprune.schedule import Stages
+from tokenprune.selection.top_k import keep_top_k
+
+
+@register_method("region")
+def region(*, mask: Tensor | None = None, ring: int = 1, dense_steps: tuple[int, ...] = (0,)) -> Method:
+    """Compute only the tokens under an inpainting mask and a ring around them; the others keep their keys and values.
+
+    Everything is computed at `dense_steps`, numbers of a run's steps of which the first is always one. At the others
+    the tokens under the mask attend to fresh keys and values of their own and to those that the rest had at the last
+    dense step. The prediction outside is the one of that step (in a U-Net what its convolutions make of it): meant for
+    inpainting, where the pipeline overwrites the latents outside the mask.
+
+    mask: [H, W] (or [1, H, W], [1, 1, H, W]) of the image or its latents, above 0.5 what is to be computed. ring:
+    tokens around it that are computed too, of each stack's own grid.
+    """
+    if ring < 0 or ring != int(ring):
+        raise UnsupportedMethod(f"ring is a number of tokens around the mask, 0 or more, got {ring!r}")
+    plane = _plane(mask) if mask is not None else None
+    steps = frozenset(dense_steps)
+    return Method(
+        name="region",
+        paper="training-free, after Nitzan et al., LazyDiffusion, ECCV 2024",
+        schedule=Stages(1.0),
+        select=keep_top_k,
+        needs=frozenset({"steps"}),
+        stack_depth=1 << 30,
+        recover="residual",
+        over_steps=OverSteps(
+            reuses="tokens",
+            dense=steps.__contains__,
+            score=partial(_masked, plane=plane, ring=ring),  # type: ignore[arg-type]
+            count=partial(_count, plane=plane, ring=ring),  # type: ignore[arg-type]
+            fixed=True,
+            lacks=None if plane is not None else "region computes what a mask says: patch(pipe, 'region', mask=mask)",
+        ),
+    )
+
+
+def token_mask(mask: Tensor, grid: tuple[int, int], ring: int) -> Tensor:
+    """Tokens (bool [rows, columns]) any part of which lies under a mask (bool [H, W]), and `ring` more around them."""
+    cells = functional.adaptive_max_pool2d(mask.float()[None, None], grid)
+    if ring:
+        cells = functional.max_pool2d(cells, 2 * ring + 1, 1, ring)
+    return cells[0, 0] > 0
+
+
+def token_grid(mask: Tensor, tokens: int) -> tuple[int, int]:
+    """(rows, columns) of a grid of `tokens` with the sides of a mask [H, W].
+
+    Raises:
+        BudgetError: there is none.
+    """
+    high, wide = mask.shape
+    rows = round((tokens * high / wide) ** 0.5)
+    if rows == 0 or tokens % rows or abs(rows * wide - (tokens // rows) * high) >= max(high, wide):
+        raise BudgetError(f"a mask of {high} x {wide} does not fit {tokens} tokens; give the mask of the whole image")
+    return rows, tokens // rows
+
+
+def _plane(mask: Tensor) -> Tensor:
+    plane = mask.detach().cpu() > 0.5
+    while plane.ndim > 2 and plane.shape[0] == 1:
+        plane = plane[0]
+    if plane.ndim != 2:
+        raise BudgetError(
+            f"mask must be one [H, W] for the whole batch, got {list(mask.shape)}; edit images with different masks one"
+            " by one"
+        )
+    if not plane.any():
+        raise BudgetError("mask is empty: it must be above 0.5 where the image is to be computed")
+    return plane
+
+
+def _count(level: Level, plane: Tensor, ring: int) -> int:
+    return int(token_mask(plane, level.grid or token_grid(plane, level.tokens), ring).sum())
+
+
+def _masked(record: AttentionRecord, memory: Memory, plane: Tensor, ring: int) -> Tensor:
+    cells = token_mask(plane, record.grid or token_grid(plane, record.tokens), ring)
+    return cells.flatten().to(record.hidden.device, torch.float32).repeat(record.origin.shape[0], 1)
