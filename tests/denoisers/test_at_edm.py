@@ -30,9 +30,11 @@ def records():
         return Reduction(record.origin)
 
     needs = frozenset({"queries", "keys", "stacks"})
-    registry.register_method("spy")(lambda: Method("spy", "test", Stages(0.5), keep_all, needs=needs))
+    registry.register_method("attention_spy")(
+        lambda: Method("attention_spy", "test", Stages(0.5), keep_all, needs=needs)
+    )
     yield seen
-    registry._METHODS.pop("spy")
+    registry._METHODS.pop("attention_spy")
 
 
 def attended(monkeypatch, model, inputs):
@@ -57,9 +59,9 @@ def test_queries_and_keys_are_those_that_the_attention_uses(name, records, monke
     x = inputs(2, 16, 12)
     plain = attended(monkeypatch, model, x)
     with pytest.raises(tokenprune.BudgetError) as told:
-        tokenprune.patch(model, "spy", schedule={"none": 0.5})
+        tokenprune.patch(model, "attention_spy", schedule={"none": 0.5})
     stacks = str(told.value).split("the model has ")[1].split(", ")
-    tokenprune.patch(model, "spy", schedule=dict.fromkeys(stacks, 0.5), steps={})
+    tokenprune.patch(model, "attention_spy", schedule=dict.fromkeys(stacks, 0.5), steps={})
     run(model, x)
     tokenprune.unpatch(model)
     assert records

@@ -48,9 +48,8 @@ def test_a_forward(family: str, method: str, ran: set[tuple[str, str]]) -> None:
         ran.clear()
         with use_backend(backend), tokenprune.record(model) as recording:
             found[backend] = run(model, x), model.forward_features(x).detach(), recording
-        # Features are restored by a match; without a class token attention is scored as what all queries pay.
-        if family == "class_token":
-            assert {name for name, _ in ran} == OPERATIONS[method] | {"cosine_match"}
+        if family == "class_token":  # without one, attention is scored as what all queries pay
+            assert {name for name, _ in ran} == OPERATIONS[method]
         assert backend == "eager" or {how for _, how in ran} == {"triton"}
     (plain, features, before), (output, own_features, after) = found["eager"], found["triton"]
     places = [[place for forward in recording.forwards for place in forward.places] for recording in (before, after)]
