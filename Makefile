@@ -1,8 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# torch and torchvision must come as a pair; CPU wheels of other platforms resolve to the same versions.
-TORCH ?= torch==2.14.1 torchvision==0.29.1
+# The versions that the suites were counted with; `make test CONSTRAINTS=/dev/null` takes the newest instead.
+CONSTRAINTS ?= tests/constraints.txt
 
 .PHONY: demo demo-diffusion bench-kernels bench-speed bench-gpu test test-full test-hosts lint install clean
 
@@ -44,10 +44,10 @@ lint: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -e ".[dev]"
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch torchvision
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
 clean:
