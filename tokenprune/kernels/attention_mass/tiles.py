@@ -13,22 +13,24 @@ from tokenprune.kernels.inputs import additive
 
 @dataclass(frozen=True)
 class Tile:
-    """n pairs, some heads of one image or all heads of some images: q [n, M, D], k [n, N, D]."""
+    """n pairs, some heads of one image or all heads of some images: q [n, M, D], k [n, columns, D], of which the first
+    `keys` are keys and the rest zeros."""
 
     images: slice
     heads: slice
     q: Tensor
     k: Tensor
+    keys: int
     bias: Tensor | None
     scale: float
 
     def attention(self, rows: slice, out: Tensor) -> Tensor:
         """These rows of A into `out` [n, rows, columns], zero in the columns behind the keys."""
-        keys = self.k.shape[1]
+        keys = self.keys
         # torch's softmax on a CPU may overwrite its input; of other devices that is not known.
         logits = out if out.device.type == "cpu" else torch.empty_like(out)
-        real = logits[..., :keys]
-        torch.baddbmm(real, self.q[:, rows], self.k.transpose(1, 2), beta=0, alpha=self.scale, out=real)
+        # Padded columns too: a batched product into a slice would be a loop over the pairs.
+        torch.baddbmm(logits, self.q[:, rows], self.k.transpose(1, 2), beta=0, alpha=self.scale, out=logits)
         logits[..., keys:] = float("-inf")
         if self.bias is None:
             return torch.softmax(logits, -1, out=out)
@@ -42,8 +44,10 @@ class Tile:
         return out
 
 
-def tiles(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, pairs: int, dtype: torch.dtype) -> Iterator[Tile]:
-    """Tiles of at most `pairs` pairs in `dtype`, cut the same way for every image."""
+def tiles(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, pairs: int, columns: int, dtype: torch.dtype
+) -> Iterator[Tile]:
+    """Tiles of at most `pairs` pairs in `dtype`, cut the same way for every image, the keys filled up to `columns`."""
     batch, heads = q.shape[:2]
     images_at_once, heads_at_once = max(1, pairs // heads), min(pairs, heads)
     for image in range(0, batch, images_at_once):
@@ -54,9 +58,21 @@ def tiles(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, pairs: int, d
             if bias is not None:
                 own = bias if bias.shape[0] == 1 else bias[images]
                 own = own if bias.shape[1] == 1 else own[:, part]
-            yield Tile(images, part, flat(q, images, part, dtype), flat(k, images, part, dtype), own, scale)
+            keys = _padded(k[images, part], columns, dtype)
+            yield Tile(images, part, flat(q, images, part, dtype), keys, k.shape[2], own, scale)
 
 
 def flat(x: Tensor, images: slice, heads: slice, dtype: torch.dtype) -> Tensor:
     """A tile of x [B, H, ...] as [n, ...]; the heads of one image need no copy."""
     return x[images, heads].flatten(0, 1).to(dtype)
+
+
+def _padded(k: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """k [b, h, N, D] as [b h, columns, D], zeros behind the keys."""
+    keys = k.shape[2]
+    if keys == columns:
+        return k.flatten(0, 1).to(dtype)
+    padded = k.new_empty(*k.shape[:2], columns, k.shape[3], dtype=dtype)
+    padded[:, :, :keys] = k
+    padded[:, :, keys:] = 0
+    return padded.flatten(0, 1)

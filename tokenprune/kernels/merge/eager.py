@@ -25,12 +25,14 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
 
 def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Averages weighted by size of groups of x [B, n, C], and their sizes; in float32 at least before it is rounded."""
-    kept_sizes, moved_sizes = gather(sizes, kept, 1), gather(sizes, moved, 1)
-    out = gather(x, kept, 1) * kept_sizes.unsqueeze(-1)
-    gone = gather(x, moved, 1) * moved_sizes.unsqueeze(-1)
-    out.scatter_add_(1, target.unsqueeze(-1).expand_as(gone), gone)
-    merged_sizes = kept_sizes.scatter_add(1, target, moved_sizes)
-    return out.div_(merged_sizes.unsqueeze(-1)).to(x.dtype), merged_sizes
+    moved_sizes = gather(sizes, moved, 1)
+    merged_sizes = gather(sizes, kept, 1).scatter_add(1, target, moved_sizes)
+    out = gather(x, kept, 1).to(torch.promote_types(x.dtype, sizes.dtype))
+    # x_t + sum of s_m / S (x_m - x_t) is the average of the group, and touches none but the rows that it changes.
+    share = moved_sizes / gather(merged_sizes, target, 1)
+    pull = (gather(x, moved, 1) - gather(out, target, 1)) * share.unsqueeze(-1)
+    out.scatter_add_(1, target.unsqueeze(-1).expand_as(pull), pull)
+    return out.to(x.dtype), merged_sizes
 
 
 def merge_sizes(sizes: Tensor, kept: Tensor, moved: Tensor, target: Tensor) -> Tensor:
