@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,8 @@ def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) ->
     block = max(1, min(rows, work // (others * dtype.itemsize)))
     if window is not None:  # as many rows as a window is wide, which see two windows' width together
         block = max(1, min(block, (2 * window + 1) * rows // others))
-    images = max(1, work // (block * others * dtype.itemsize))
+    images = min(batch, max(1, work // (block * others * dtype.itemsize)))
+    buffer = a.new_empty(images * block * others)
     for image in range(0, batch, images):
         for start in range(0, rows, block):
             stop = min(rows, start + block)
@@ -35,7 +38,10 @@ def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) ->
             if window is not None:
                 low = max(0, start * others // rows - window)
                 high = min(others, (stop - 1) * others // rows + window + 1)
-            similarity = torch.bmm(a[part], b[image : image + images, :, low:high])
+            left, right = a[part], b[image : image + images, :, low:high]
+            shape = (*left.shape[:2], right.shape[2])
+            similarity = buffer[: math.prod(shape)].view(shape)
+            torch.bmm(left, right, out=similarity)
             if window is not None:
                 similarity.masked_fill_(outside(start, stop, columns[low:high], rows, others, window), float("-inf"))
             value[part], index[part] = _best(similarity, columns[low:high], others)

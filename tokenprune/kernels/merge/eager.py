@@ -16,11 +16,15 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
         rows = x[0].index_select(dim - 1, index.reshape(-1))
         return rows.reshape(*x.shape[1:dim], batch, count, *x.shape[dim + 1 :]).movedim(dim - 1, 0)
     if dim == 1 and x.ndim > 2:
-        offset = torch.arange(batch, device=index.device).unsqueeze(1) * x.shape[1]
-        rows = x.reshape(-1, *x.shape[2:]).index_select(0, (index + offset).reshape(-1))
+        rows = x.reshape(-1, *x.shape[2:]).index_select(0, _rows(index, x.shape[1]))
         return rows.reshape(batch, count, *x.shape[2:])
     along = index.reshape(batch, *(1,) * (dim - 1), count, *(1,) * (x.ndim - dim - 1))
     return x.gather(dim, along.expand(*x.shape[:dim], count, *x.shape[dim + 1 :]))
+
+
+def _rows(index: Tensor, count: int) -> Tensor:
+    """Positions [B, K] among `count` of each image, as positions [B K] among those of all."""
+    return (index + torch.arange(index.shape[0], device=index.device).unsqueeze(1) * count).reshape(-1)
 
 
 def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,7 +35,8 @@ def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor)
     # x_t + sum of s_m / S (x_m - x_t) is the average of the group, and touches none but the rows that it changes.
     share = moved_sizes / gather(merged_sizes, target, 1)
     pull = (gather(x, moved, 1) - gather(out, target, 1)) * share.unsqueeze(-1)
-    out.scatter_add_(1, target.unsqueeze(-1).expand_as(pull), pull)
+    # By whole rows, as in `gather`: scatter_add takes four times as long on a CPU.
+    out.flatten(0, 1).index_add_(0, _rows(target, kept.shape[1]), pull.flatten(0, 1))
     return out.to(x.dtype), merged_sizes
 
 
