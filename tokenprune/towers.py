@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from tokenprune.budget import Budget
-from tokenprune.costs import count_flops
-from tokenprune.counting import compute_prefix_only, corrected, count_costs, ghosted, reads_prefix_only
+from tokenprune.counting import compute_prefix_only, corrected, count_costs, count_patched, reads_prefix_only
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.host import Adapter, BlockHost, Host
@@ -77,10 +76,9 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, pre
     if patch.active:
         counts = patch.counts(host.tokens)
         if budget.kind == "flops":
-            patch.solved[host.tokens] = corrected(host, adapter, patch, counts)
-        if not method.adaptive:  # what an image costs is known when it is there
-            copy, _ = ghosted(host, adapter, patch, None)
-            patch.counted = count_flops(copy.model, copy.example)
+            patch.solved[host.tokens], patch.counted = corrected(host, adapter, patch, counts)
+        elif not method.adaptive:  # what an image costs is known when it is there
+            patch.counted = count_patched(host, adapter, patch)
     return patch
 
 
