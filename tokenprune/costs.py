@@ -1,21 +1,20 @@
 """What a forward costs as a function of the token counts, counted on the model's own modules.
 
-Counts come from torch's flop counter on the meta device, where it counts attention (fused attention on a CPU it takes
-as free), with every operator of ours by its formula. Per block they are exact polynomials of degree two in the number
-of tokens, so three counts give the whole function; what restoring the grid costs besides is a closed formula.
+Counts come from the formulas of torch's flop counter, and of every operator of ours, on the meta device, where
+attention counts (fused attention on a CPU is taken as free). Per block they are exact polynomials of degree two in the
+number of tokens, so three counts give the whole function; what restoring the grid costs besides is a closed formula.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from tokenprune.flop_count import FlopCount
 from tokenprune.restore import regression_cost
 
 if TYPE_CHECKING:
@@ -92,43 +91,28 @@ class Probe:
 
     tokens: int
     keep: Callable[[int], int]
-    counter: FlopCounterMode | None = None
+    count: FlopCount | None = None
     marks: list[tuple[int, str, int]] = field(default_factory=list)
 
     def mark(self, site: Site, point: str) -> None:
         """Note the multiply-adds so far."""
-        assert self.counter is not None
-        self.marks.append((site.index, point, self.counter.get_total_flops() // 2))
+        assert self.count is not None
+        self.marks.append((site.index, point, self.count.multiply_adds))
 
     def leaving(self, state: TokenState) -> int:
         """How many tokens to select at a place: fewer than enter, so that every stage of a selection runs."""
         return self.keep(state.tokens)
 
 
-def _factorized(matrix: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """FLOPs of a Cholesky factorisation [..., n, n]."""
-    return prod(matrix[:-1]) * matrix[-1] ** 2 // 3
-
-
-def _solved(values: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """FLOPs of solving for values [..., n, m] with a Cholesky factor: one triangular system after the other."""
-    return 2 * prod(values) * values[-2]
-
-
-# The counter knows neither; in its global table they could collide with another library's formulas.
-_SOLVERS = {torch.ops.aten.linalg_cholesky_ex: _factorized, torch.ops.aten.cholesky_solve: _solved}
-
-
 def count_flops(model: nn.Module, example: Callable[[], Any], probe: Probe | None = None) -> int:
     """Multiply-adds of model(example()); both must be on the meta device."""
-    counter = FlopCounterMode(display=False, custom_mapping=_SOLVERS)
-    if probe is not None:
-        probe.counter = counter
     with torch.no_grad():
         inputs = example()
-        with counter:
+        with (count := FlopCount()):
+            if probe is not None:
+                probe.count = count
             model(inputs)
-    return counter.get_total_flops() // 2
+    return count.multiply_adds
 
 
 def probe_sizes(tokens: int) -> tuple[int, ...]:

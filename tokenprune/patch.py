@@ -1,10 +1,9 @@
-"""Patch: one method on one model, from the facts of the host to the hooks on its blocks."""
+"""Patch: what is known of a patched image tower while the patch is on, and how it is put on its blocks."""
 
 from __future__ import annotations
 
 import operator
 import re
-from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -12,15 +11,12 @@ import torch
 from torch import nn
 
 from tokenprune.budget import Budget
-from tokenprune.costs import CostModel, Curve, Probe, cost_model, count_flops, probe_sizes
-from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
-from tokenprune.family import Request
-from tokenprune.ghost import ghost
-from tokenprune.host import Adapter, BlockHost, Host
+from tokenprune.costs import CostModel, Probe
+from tokenprune.errors import BudgetError, UnsupportedModel
+from tokenprune.host import Host
 from tokenprune.method import Method
 from tokenprune.recording import Forward, Recording
 from tokenprune.schedule import Layout
-from tokenprune.self_check import check_blocks, check_front, check_packing
 from tokenprune.site import Site
 from tokenprune.solver import Counts, follow_shares, solve
 from tokenprune.state import Entry, TokenState, constant_in_graphs, flow
@@ -160,122 +156,6 @@ class Patch:
         return {**self.__dict__, "recordings": []}
 
 
-class Towers:
-    """The family (`tokenprune.family.Family`) of the models of one adapter: image towers, from facts about a Host."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self.name = adapter.name
-
-    def find(self, target: object) -> nn.Module | None:
-        """The adapter's model in `target`, or None."""
-        return self.adapter.find(target)
-
-    def prepare(self, model: nn.Module, method: Method, request: Request) -> Patch:
-        """The patch of an image tower."""
-        if request.steps is not None:
-            raise UnsupportedMethod(
-                f"steps= is for denoising runs, and {type(model).__name__} has none; use schedule={{block: share}}"
-            )
-        return prepare(
-            self.adapter.host(model), self.adapter, method, request.budget, prefix_only_last=request.prefix_only_last
-        )
-
-    def attach(self, model: nn.Module, patch: Patch) -> None:
-        """Put a patch on the tower."""
-        attach(self.adapter.host(model), patch)
-
-
-def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, prefix_only_last: bool) -> Patch:
-    """The patch of `host`, its budget solved at the model's usual input; nothing is attached yet.
-
-    prefix_only_last: see `tokenprune.patch`.
-
-    Raises:
-        UnsupportedModel: a block stands at several places.
-        UnsupportedMethod: the method needs what the model does not have.
-        BudgetError: the budget cannot be met.
-    """
-    if len({id(block.module) for block in host.blocks}) < len(host.blocks):
-        raise UnsupportedModel(
-            f"blocks of {type(host.model).__name__} are one and the same module, run several times in a forward; give"
-            " each place a module of its own (copy.deepcopy)"
-        )
-    patch = Patch(host, adapter.name, method, budget)
-    if method.proportional and not all(block.takes_bias for block in host.blocks):
-        raise UnsupportedMethod(
-            f"{method.name} adds log(size) to the attention logits, and {type(host.blocks[0].module).__name__} takes no"
-            f" bias; patch(model, {method.name!r}, proportional=False, ...) works"
-        )
-    if patch.active and method.adaptive:
-        _check_adaptive(host, method, budget)
-    if patch.active:
-        missing = method.needs - {kind for block in host.blocks for kind in _caught(block)}
-        if missing:
-            raise UnsupportedMethod(
-                f"{method.name} needs {', '.join(sorted(missing))}, which this model does not expose"
-            )
-    check_blocks(host)
-    patch.costs = _count_costs(host, adapter, patch)
-    if prefix_only_last and _reads_prefix_only(host, patch):
-        _compute_prefix_only(host, adapter, patch)
-    if patch.active:
-        counts = patch.counts(host.tokens)
-        if budget.kind == "flops":
-            patch.solved[host.tokens] = _corrected(host, adapter, patch, counts)
-        if not method.adaptive:  # what an image costs is known when it is there
-            copy, _ = _ghosted(host, adapter, patch, None)
-            patch.counted = count_flops(copy.model, copy.example)
-    return patch
-
-
-def _check_adaptive(host: Host, method: Method, budget: Budget) -> None:
-    if budget.kind == "flops":
-        raise BudgetError(
-            f"{method.name} keeps a different number of tokens in each image, and what that costs on average is not"
-            f" known without calibration, which is not there yet: {budget} cannot be met. keep=, tokens= and schedule="
-            f" work, as the most that is kept of an image, and so do the method's own options"
-        )
-    if not host.ragged_head or not all(block.ragged_swaps for block in host.blocks):
-        raise UnsupportedMethod(
-            f"{method.name} keeps a different number of tokens in each image, which {type(host.model).__name__} cannot"
-            " run; a method with a fixed number works, such as 'top_k'"
-        )
-    check_packing(host)
-
-
-def _reads_prefix_only(host: Host, patch: Patch) -> bool:
-    keeps_all = not patch.active or (patch.shares is not None and min(patch.shares.values()) == 1.0)
-    if keeps_all or not host.num_prefix_tokens or host.prefix_tail is None:
-        return False
-    return host.prefix_tail(host.model) is not None
-
-
-def _compute_prefix_only(host: Host, adapter: Adapter, patch: Patch) -> None:
-    """Switch `prefix_only_last` on where it can be, and say in the notes what becomes of it."""
-    last = host.blocks[-1]
-    if patch.method.adaptive or last.mid is None:
-        why = "its packed images stay whole" if patch.method.adaptive else last.mid_refused
-        patch.notes.append(f"{last.name}: runs on all its tokens, though only prefix tokens are read behind it: {why}")
-        return
-    check_front(host)
-    whole, budget = patch.costs, patch.budget
-    assert whole is not None
-    patch.prefix_only_last = True
-    costs = replace(_count_costs(host, adapter, patch), unpatched=whole)
-    # A budget so near to 1 that this alone would undercut it is met by tokens, as the method means it.
-    if budget.kind == "flops" and costs.total(host.tokens, {}) < (budget.value + 0.02) * whole.total(host.tokens):
-        patch.prefix_only_last = False
-        patch.notes.append(f"{last.name}: runs on all its tokens: on prefix tokens alone it would undercut {budget}")
-        return
-    patch.costs = costs
-    parts = "queries and MLP" if last.front_swaps else "MLP"
-    patch.notes.append(
-        f"{last.name}: {parts} run on the {host.num_prefix_tokens} prefix tokens alone where no others are read behind"
-        " it (prefix_only_last=False switches that off)"
-    )
-
-
 def attach(host: Host, patch: Patch) -> list[Site]:
     """Put the patch on the host's model."""
     reducing = set(patch.places) if patch.active else set()
@@ -315,11 +195,6 @@ def _has(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _caught(block: BlockHost) -> set[str]:
-    kinds = {kind for kind, _ in block.taps}
-    return kinds | ({"queries", "keys"} if "inputs" in kinds else set()) | ({"values"} if block.values else set())
-
-
 def _shares(budget: Budget, host: Host) -> dict[int, float] | None:
     if budget.kind != "schedule":
         return None
@@ -336,53 +211,3 @@ def _shares(budget: Budget, host: Host) -> dict[int, float] | None:
             raise BudgetError(f"schedule names block {index % len(names)} twice; give each block one share")
         shares[index % len(names)] = share
     return shares
-
-
-def _ghosted(host: Host, adapter: Adapter, patch: Patch, probe: Probe | None) -> tuple[Host, Patch]:
-    """The host's ghost with a patch of its own attached, that counts or really reduces."""
-    copy = adapter.host(ghost(host.model, on_meta=True))
-    for block, checked in zip(copy.blocks, host.blocks, strict=True):
-        if checked.mid is None:
-            block.mid = None
-        if not checked.front_swaps:
-            block.front_swaps = ()
-    shadow = Patch(copy, patch.adapter, patch.method, patch.budget)
-    shadow.costs, shadow.solved, shadow.probe = patch.costs, dict(patch.solved), probe
-    shadow.active, shadow.prefix_only_last = patch.active, patch.prefix_only_last
-    attach(copy, shadow)
-    return copy, shadow
-
-
-def _count_costs(host: Host, adapter: Adapter, patch: Patch) -> CostModel:
-    if not patch.active:  # nothing to solve, one count serves the report
-        bare = adapter.host(ghost(host.model, on_meta=True))
-        total = count_flops(bare.model, bare.example)
-        return CostModel(host.tokens, total, (), Curve(((host.tokens, 0),)), head_sees_all=True)
-    runs = []
-    schedule = patch.method.schedule
-    for tokens in probe_sizes(host.tokens):
-        probe = Probe(tokens, lambda n: max(schedule.fewest(n, patch.layout), n - n // 8))
-        copy, _ = _ghosted(host, adapter, patch, probe)
-        runs.append((probe, count_flops(copy.model, copy.example, probe)))
-    restored = bool(patch.restored_blocks(host.model, {}))
-    regressed = host.blocks[-1].width if restored and not patch.method.merges else 0
-    return cost_model(host.tokens, len(host.blocks), runs, head_sees_all=restored, regressed=regressed)
-
-
-def _corrected(host: Host, adapter: Adapter, patch: Patch, counts: Counts) -> Counts:
-    """Counts whose really counted cost is nearest to the budget: the aim is moved by the error that was counted."""
-    assert patch.costs is not None
-    base = patch.costs.total(host.tokens)
-    aim = target = patch.budget.value * base
-    best, smallest = counts, float("inf")
-    for _ in range(3):
-        patch.solved[host.tokens] = counts
-        copy, _ = _ghosted(host, adapter, patch, None)
-        error = count_flops(copy.model, copy.example) - target
-        if abs(error) < smallest:
-            best, smallest = counts, abs(error)
-        if abs(error) <= abs(patch.costs.total(host.tokens, counts) - target) + 1e-4 * base:
-            break
-        aim -= error
-        counts = patch._solve(host.tokens, aim)
-    return best

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.family import Family
 from tokenprune.method import Method
-from tokenprune.patch import Towers
+from tokenprune.towers import Towers
 
 Factory = TypeVar("Factory", bound=Callable[..., Method])
 AdapterType = TypeVar("AdapterType", bound=type)

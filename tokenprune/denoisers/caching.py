@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.denoisers.caching_sites import MlpSite, TokenSite
@@ -24,6 +23,7 @@ from tokenprune.denoisers.run import Run, finish, forget, running
 from tokenprune.denoisers.site import grid_of
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
+from tokenprune.flop_count import FlopCount
 from tokenprune.method import Method
 
 Count = Callable[[str, int, float, float], int]
@@ -210,9 +210,9 @@ def _observing(observe: Callable[[AttentionRecord], Tensor], tokens: int, heads:
     states = torch.empty(1, heads, tokens, round(scale**-2), device="meta")
     origin = torch.empty(1, tokens, dtype=torch.long, device="meta")
     record = AttentionRecord(states[:, 0], origin, 0, 0, 1, None, False, scale, states, states)
-    with FlopCounterMode(display=False) as counter:
+    with (count := FlopCount()):
         observe(record)
-    return int(counter.get_total_flops()) // 2
+    return count.multiply_adds
 
 
 def _active(kept: Tensor, tokens: int, grid: tuple[int, int] | None, prediction: Tensor) -> Tensor:

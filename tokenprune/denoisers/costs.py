@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.costs import Curve
+from tokenprune.flop_count import FlopCount
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Probe:
     """Counts one forward of a ghost with keep[stack] tokens; notes each stack's tokens and multiply-adds."""
 
     keep: Mapping[str, int]
-    counter: FlopCounterMode | None = None
+    count: FlopCount | None = None
     tokens: dict[str, int] = field(default_factory=dict)
     spent: dict[str, int] = field(default_factory=dict)
 
     def mark(self, stack: str, point: str, x: Tensor) -> None:
         """Note the multiply-adds so far."""
-        assert self.counter is not None
-        now = self.counter.get_total_flops() // 2
+        assert self.count is not None
+        now = self.count.multiply_adds
         self.tokens[stack] = x.shape[1]
         self.spent[stack] = now - self.spent[stack] if point == "leave" else now
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.budget import Budget
 from tokenprune.denoisers.costs import DenoiserCosts, Probe, count_costs
@@ -25,6 +24,7 @@ from tokenprune.denoisers.site import BlockSite
 from tokenprune.denoisers.steps import Steps, parse_steps
 from tokenprune.errors import BudgetError, UnsupportedMethod
 from tokenprune.family import Request
+from tokenprune.flop_count import FlopCount
 from tokenprune.ghost import ghost
 from tokenprune.method import Method
 from tokenprune.recording import Recording
@@ -152,10 +152,10 @@ class DenoiserPatch:
         def run(probe: Probe) -> int:
             shadow.probe = probe
             probe.keep = {stack: keep for stack, keep in probe.keep.items() if stack not in self.barred}
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                probe.counter = counter
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), (count := FlopCount()):
+                probe.count = count
                 copy(**inputs)
-            return int(counter.get_total_flops()) // 2
+            return count.multiply_adds
 
         return count_costs(run, batch, self.fewest)
 

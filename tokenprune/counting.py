@@ -1,0 +1,119 @@
+"""Counting: what a model costs under a patch, counted on its ghost, and what becomes of the patch by that."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+from tokenprune.costs import CostModel, Curve, Probe, cost_model, count_flops, probe_sizes
+from tokenprune.ghost import ghost
+from tokenprune.host import Adapter, Host
+from tokenprune.patch import Patch, attach
+from tokenprune.self_check import check_front
+from tokenprune.solver import Counts
+
+
+def ghosted(host: Host, adapter: Adapter, patch: Patch, probe: Probe | None) -> Host:
+    """The host's ghost with a patch of its own attached, that counts or really reduces."""
+    copy = adapter.host(ghost(host.model, on_meta=True))
+    for block, checked in zip(copy.blocks, host.blocks, strict=True):
+        if checked.mid is None:
+            block.mid = None
+        if not checked.front_swaps:
+            block.front_swaps = ()
+    shadow = Patch(copy, patch.adapter, patch.method, patch.budget)
+    shadow.costs, shadow.solved, shadow.probe = patch.costs, dict(patch.solved), probe
+    shadow.active, shadow.prefix_only_last = patch.active, patch.prefix_only_last
+    attach(copy, shadow)
+    return copy
+
+
+def count_patched(host: Host, adapter: Adapter, patch: Patch) -> int:
+    """Multiply-adds of the patched forward at the model's usual input."""
+    copy = ghosted(host, adapter, patch, None)
+    return count_flops(copy.model, copy.example)
+
+
+def count_costs(host: Host, adapter: Adapter, patch: Patch) -> CostModel:
+    """The costs of the patched forward as a function of the token counts."""
+    if not patch.active:  # nothing to solve, one count serves the report
+        bare = adapter.host(ghost(host.model, on_meta=True))
+        total = count_flops(bare.model, bare.example)
+        return CostModel(host.tokens, total, (), Curve(((host.tokens, 0),)), head_sees_all=True)
+    restored = bool(patch.restored_blocks(host.model, {}))
+    regressed = host.blocks[-1].width if restored and not patch.method.merges else 0
+    runs = _probed(host, adapter, patch)
+    return cost_model(host.tokens, len(host.blocks), runs, head_sees_all=restored, regressed=regressed)
+
+
+def _probed(host: Host, adapter: Adapter, patch: Patch, *, last_alone: bool = False) -> list[tuple[Probe, int]]:
+    """Counted runs at different token counts. last_alone: the blocks before the last one only hand on their input."""
+    runs = []
+    schedule = patch.method.schedule
+    for tokens in probe_sizes(host.tokens):
+        probe = Probe(tokens, lambda n: max(schedule.fewest(n, patch.layout), n - n // 8))
+        copy = ghosted(host, adapter, patch, probe)
+        if last_alone:
+            for block in copy.blocks[:-1]:
+                block.module.forward = _hand_on
+        runs.append((probe, count_flops(copy.model, copy.example, probe)))
+    return runs
+
+
+def _hand_on(*args: Any, **kwargs: Any) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def corrected(host: Host, adapter: Adapter, patch: Patch, counts: Counts) -> tuple[Counts, int]:
+    """Counts whose really counted cost is nearest to the budget, and that: the aim is moved by the error that was
+    counted."""
+    assert patch.costs is not None
+    base = patch.costs.total(host.tokens)
+    aim = target = patch.budget.value * base
+    tried = []
+    for _ in range(3):
+        patch.solved[host.tokens] = counts
+        counted = count_patched(host, adapter, patch)
+        error = counted - target
+        tried.append((abs(error), counts, counted))
+        if abs(error) <= abs(patch.costs.total(host.tokens, counts) - target) + 1e-4 * base:
+            break
+        aim -= error
+        counts = patch._solve(host.tokens, aim)
+    _, counts, counted = min(tried, key=operator.itemgetter(0))
+    return counts, counted
+
+
+def reads_prefix_only(host: Host, patch: Patch) -> bool:
+    keeps_all = not patch.active or (patch.shares is not None and min(patch.shares.values()) == 1.0)
+    if keeps_all or not host.num_prefix_tokens or host.prefix_tail is None:
+        return False
+    return host.prefix_tail(host.model) is not None
+
+
+def compute_prefix_only(host: Host, adapter: Adapter, patch: Patch) -> None:
+    """Switch `prefix_only_last` on where it can be, and say in the notes what becomes of it."""
+    last = host.blocks[-1]
+    if patch.method.adaptive or last.mid is None:
+        why = "its packed images stay whole" if patch.method.adaptive else last.mid_refused
+        patch.notes.append(f"{last.name}: runs on all its tokens, though only prefix tokens are read behind it: {why}")
+        return
+    check_front(host)
+    whole, budget = patch.costs, patch.budget
+    assert whole is not None
+    patch.prefix_only_last = True
+    runs = _probed(host, adapter, patch, last_alone=True)
+    alone = cost_model(host.tokens, len(host.blocks), runs, head_sees_all=False, regressed=0)
+    costs = replace(whole, blocks=(*whole.blocks[:-1], alone.blocks[-1]), head=alone.head, unpatched=whole)
+    # A budget so near to 1 that this alone would undercut it is met by tokens, as the method means it.
+    if budget.kind == "flops" and costs.total(host.tokens, {}) < (budget.value + 0.02) * whole.total(host.tokens):
+        patch.prefix_only_last = False
+        patch.notes.append(f"{last.name}: runs on all its tokens: on prefix tokens alone it would undercut {budget}")
+        return
+    patch.costs = costs
+    parts = "queries and MLP" if last.front_swaps else "MLP"
+    patch.notes.append(
+        f"{last.name}: {parts} run on the {host.num_prefix_tokens} prefix tokens alone where no others are read behind"
+        " it (prefix_only_last=False switches that off)"
+    )

@@ -1,0 +1,102 @@
+"""Towers: the family of image towers, and how a patch of one is prepared."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tokenprune.budget import Budget
+from tokenprune.counting import compute_prefix_only, corrected, count_costs, count_patched, reads_prefix_only
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
+from tokenprune.family import Request
+from tokenprune.host import Adapter, BlockHost, Host
+from tokenprune.method import Method
+from tokenprune.patch import Patch, attach
+from tokenprune.self_check import check_blocks, check_packing
+
+
+class Towers:
+    """The family (`tokenprune.family.Family`) of the models of one adapter: image towers, from facts about a Host."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.name = adapter.name
+
+    def find(self, target: object) -> nn.Module | None:
+        """The adapter's model in `target`, or None."""
+        return self.adapter.find(target)
+
+    def prepare(self, model: nn.Module, method: Method, request: Request) -> Patch:
+        """The patch of an image tower."""
+        if request.steps is not None:
+            raise UnsupportedMethod(
+                f"steps= is for denoising runs, and {type(model).__name__} has none; use schedule={{block: share}}"
+            )
+        return prepare(
+            self.adapter.host(model), self.adapter, method, request.budget, prefix_only_last=request.prefix_only_last
+        )
+
+    def attach(self, model: nn.Module, patch: Patch) -> None:
+        """Put a patch on the tower."""
+        attach(self.adapter.host(model), patch)
+
+
+def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, prefix_only_last: bool) -> Patch:
+    """The patch of `host`, its budget solved at the model's usual input; nothing is attached yet.
+
+    prefix_only_last: see `tokenprune.patch`.
+
+    Raises:
+        UnsupportedModel: a block stands at several places.
+        UnsupportedMethod: the method needs what the model does not have.
+        BudgetError: the budget cannot be met.
+    """
+    if len({id(block.module) for block in host.blocks}) < len(host.blocks):
+        raise UnsupportedModel(
+            f"blocks of {type(host.model).__name__} are one and the same module, run several times in a forward; give"
+            " each place a module of its own (copy.deepcopy)"
+        )
+    patch = Patch(host, adapter.name, method, budget)
+    if method.proportional and not all(block.takes_bias for block in host.blocks):
+        raise UnsupportedMethod(
+            f"{method.name} adds log(size) to the attention logits, and {type(host.blocks[0].module).__name__} takes no"
+            f" bias; patch(model, {method.name!r}, proportional=False, ...) works"
+        )
+    if patch.active and method.adaptive:
+        _check_adaptive(host, method, budget)
+    if patch.active:
+        missing = method.needs - {kind for block in host.blocks for kind in _caught(block)}
+        if missing:
+            raise UnsupportedMethod(
+                f"{method.name} needs {', '.join(sorted(missing))}, which this model does not expose"
+            )
+    check_blocks(host)
+    patch.costs = count_costs(host, adapter, patch)
+    if prefix_only_last and reads_prefix_only(host, patch):
+        compute_prefix_only(host, adapter, patch)
+    if patch.active:
+        counts = patch.counts(host.tokens)
+        if budget.kind == "flops":
+            patch.solved[host.tokens], patch.counted = corrected(host, adapter, patch, counts)
+        elif not method.adaptive:  # what an image costs is known when it is there
+            patch.counted = count_patched(host, adapter, patch)
+    return patch
+
+
+def _check_adaptive(host: Host, method: Method, budget: Budget) -> None:
+    if budget.kind == "flops":
+        raise BudgetError(
+            f"{method.name} keeps a different number of tokens in each image, and what that costs on average is not"
+            f" known without calibration, which is not there yet: {budget} cannot be met. keep=, tokens= and schedule="
+            f" work, as the most that is kept of an image, and so do the method's own options"
+        )
+    if not host.ragged_head or not all(block.ragged_swaps for block in host.blocks):
+        raise UnsupportedMethod(
+            f"{method.name} keeps a different number of tokens in each image, which {type(host.model).__name__} cannot"
+            " run; a method with a fixed number works, such as 'top_k'"
+        )
+    check_packing(host)
+
+
+def _caught(block: BlockHost) -> set[str]:
+    kinds = {kind for kind, _ in block.taps}
+    return kinds | ({"queries", "keys"} if "inputs" in kinds else set()) | ({"values"} if block.values else set())
