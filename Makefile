@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # The versions that the suites were counted with; `make test CONSTRAINTS=/dev/null` takes the newest instead.
 CONSTRAINTS ?= tests/constraints.txt
 
-.PHONY: demo demo-diffusion bench-kernels bench-speed bench-gpu test test-full test-hosts lint install clean
+.PHONY: demo demo-diffusion bench-kernels bench-speed bench-denoisers bench-gpu test test-full test-hosts lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
@@ -19,6 +19,10 @@ bench-speed: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.dinov2_speed
 	$(BIN)/python -m tokenprune.evals.dinov2_speed --compile
 	$(BIN)/python -m tokenprune.evals.ragged
+
+bench-denoisers: $(VENV)/.installed
+	$(BIN)/python -m tokenprune.evals.denoiser_speed
+	$(BIN)/python -m tokenprune.evals.region_speed
 
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.gpu_bench --output bench-output $(BENCH_OPTIONS)

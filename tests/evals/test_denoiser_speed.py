@@ -1,0 +1,75 @@
+"""The timings of denoisers: what is timed is what is named, and the masks are as large as asked."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import tokenprune
+from tokenprune.evals import denoiser_speed, region_speed
+from tokenprune.evals.digits_denoisers import untrained
+
+SMALL = denoiser_speed.Level("tiny", 8, 32, 3, 4, 16)
+
+
+class Slow(nn.Module):
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return x
+
+
+def test_the_stopwatch_runs_while_its_module_does() -> None:
+    model, clock = nn.Sequential(Slow(0.05), Slow(0.01)), denoiser_speed.Stopwatch()
+    clock.watch(model[1])
+    before = clock()
+    for _ in range(3):
+        model(torch.zeros(1))
+    assert 0.03 <= clock() - before < 0.1
+
+
+def test_the_stack_is_the_level() -> None:
+    model = denoiser_speed.unet(SMALL)
+    stack = model.get_submodule("down_blocks.0.attentions.0")
+    assert len(stack.transformer_blocks) == SMALL.depth
+    assert stack.transformer_blocks[0].attn1.heads == SMALL.heads
+    assert sum(type(module).__name__ == "Transformer2DModel" for module in model.modules()) == 1
+    tokens = []
+    stack.transformer_blocks[0].register_forward_hook(lambda module, args, output: tokens.append(output.shape))
+    model(torch.randn(1, 4, 8, 8), torch.tensor(100), torch.randn(1, 77, 16))
+    assert tokens == [(1, SMALL.side**2, SMALL.channels)]
+
+
+@pytest.mark.parametrize(("method", "options"), [("uniform", {"keep": 0.5}), ("at_edm", {})])
+def test_the_patch_acts_in_the_timed_stack(method: str, options: dict[str, float]) -> None:
+    seen: list[int] = []
+
+    def patch(model: nn.Module) -> None:
+        tokenprune.patch(model, method, steps={}, **options)
+        inner = model.get_submodule("down_blocks.0.attentions.0.transformer_blocks.1.ff")
+        inner.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+
+    stack = "down_blocks.0.attentions.0"
+    timing = denoiser_speed.compare(SMALL, patch, f"{stack}.transformer_blocks.1", rounds=20, attempts=1)
+    assert timing.seconds > 0
+    assert set(seen) == {32 if method == "uniform" else 24}
+
+
+@pytest.mark.parametrize("share", region_speed.SHARES)
+def test_masks_cover_their_share(share: float) -> None:
+    assert region_speed.square(64, share).mean().item() == pytest.approx(share, abs=0.02)
+
+
+def test_a_smaller_mask_is_faster() -> None:
+    latents = torch.randn(16, 3, 36, 36, generator=torch.Generator().manual_seed(0))
+    table = region_speed.region_table(
+        untrained("dit-digits"), region_speed.digits, latents, shares=(0.05, 0.8), steps=4, attempts=1
+    )
+    small, large = (row["time"] for row in table.rows)
+    assert small < 0.8 * large < large
