@@ -269,3 +269,11 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """The prediction."""
     with torch.no_grad():
         return model(**inputs, return_dict=False)[0]
+
+
+def traces(model: nn.Module) -> list[tuple[type, list[str], int, int]]:
+    """What a patch could leave on a model."""
+    return [
+        (type(module), sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for module in model.modules()
+    ]

@@ -245,7 +245,7 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
             f"{name} adds positions by a token's place in the sequence, so that none can be left out"
         )
     attention: Any = getattr(block, row.attention)
-    queries, keys = _output_of(attention, "q"), _output_of(attention, "k")
+    fused = is_fused(attention)
     heads = attention.heads
     before = before_basic if cls.__name__ == "BasicTransformerBlock" and _plain(block) else None
     facts = BlockFacts(
@@ -256,8 +256,8 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
         text="encoder_hidden_states" if row.text else None,
         returned=row.returned,
         slices=row.slices,
-        queries=queries,
-        keys=keys,
+        queries=None if fused else _output_of(attention, "q"),
+        keys=None if fused else _output_of(attention, "k"),
         heads=heads,
         scale=_scale(attention),
         text_first=row.text_first,
@@ -325,9 +325,8 @@ def _cross(block: Any, row: Row) -> CrossFacts | None:
     attention = getattr(block, row.cross, None) if row.cross is not None else None
     if attention is None or not getattr(attention, "is_cross_attention", True):
         return None
-    return CrossFacts(
-        _output_of(attention, "q"), _output_of(attention, "k"), attention.heads, _scale(attention), row.text_bias
-    )
+    keys = None if is_fused(attention) else _output_of(attention, "k")
+    return CrossFacts(_output_of(attention, "q"), keys, attention.heads, _scale(attention), row.text_bias)
 
 
 def _scale(attention: Any) -> float:

@@ -20,7 +20,7 @@ from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
 from tokenprune.denoisers.over_steps import Memory
 from tokenprune.denoisers.rotary import for_either
 from tokenprune.denoisers.run import Pass, running
-from tokenprune.denoisers.site import _HERE, BlockSite, Catch, _check_caught, _together
+from tokenprune.denoisers.site import BlockSite, Catch, _check_caught, _together, here
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.kernels.merge import gather
 from tokenprune.reduction import Reduction
@@ -46,6 +46,11 @@ class CachingSite(BlockSite):
             raise UnsupportedMethod(
                 f"{self.patch.method.name} takes values of earlier steps, which are gone when a checkpointed block runs"
                 " again in backward; use model.disable_gradient_checkpointing()"
+            )
+        if module._compiled_call_impl is not None:
+            raise UnsupportedMethod(
+                f"{self.patch.method.name} keeps what comes out inside of its blocks, which compiled blocks do not say;"
+                " run the model without compile_repeated_blocks()"
             )
         output = super().run(module, forward, args, kwargs)
         one = self.here()
@@ -75,6 +80,7 @@ class CachingSite(BlockSite):
                 one.sets[self.stack] = known
             else:
                 self._choose(one, keep, bound[self.hidden], bound, None, None)
+        self._note(one, self.stack, one.sets[self.stack].reduction, bound[self.hidden])
         return self._on_chosen(forward, bound, one.sets[self.stack])
 
     def _choose(
@@ -214,7 +220,7 @@ class MlpSite(CachingSite):
         if self.over.observe is None or self.patch.probe is not None:
             return
         _check_caught(self.patch)
-        record = self._record(one, output, {}, 0, _HERE.queries, _HERE.keys)
+        record = self._record(one, output, {}, 0, here().queries, here().keys)
         one.run.kept[one.run.call, self.name, "observed"] = self.over.observe(record)
 
 
@@ -228,12 +234,12 @@ class Part:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook: the part starts."""
-        _HERE.clear()
-        _HERE.site = self
+        here().clear()
+        here().site = self
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: it has ended, by a result or an exception."""
-        _HERE.clear()
+        here().clear()
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
         """The part on what has to be computed of it."""

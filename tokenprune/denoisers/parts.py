@@ -40,6 +40,10 @@ def refuse_parts(stack: Stack, method: Method) -> str | None:
 class PartsSite(BlockSite):
     """A block of which some parts run on fewer tokens."""
 
+    @staticmethod
+    def narrowed(facts: BlockFacts, method: Method) -> list[nn.Module]:
+        return [facts.parts[part] for part in method.parts if part in facts.parts and part != "keys"]
+
     def attach(self, facts: BlockFacts) -> None:
         super().attach(facts)
         self.fused = facts.fused
@@ -47,6 +51,7 @@ class PartsSite(BlockSite):
             module = facts.parts.get(part)
             if module is None:  # it has none, or the stack is left alone
                 continue
+            self.hooks += f"{part} "
             module.register_forward_pre_hook(self.take_keys if part == "keys" else self.merge, with_kwargs=True)
             if part != "keys":
                 module.register_forward_hook(self.unmerge)
@@ -98,6 +103,7 @@ class PartsSite(BlockSite):
     ) -> Any:
         x: Tensor = bound[self.hidden]
         chosen = Chosen(self._reduction(one, keep, x.detach()), None)
+        self._note(one, self.name, chosen.reduction, x)
         if torch.is_grad_enabled() or x.requires_grad:
             remember(x, chosen)
         return self._on_chosen(forward, bound, chosen)

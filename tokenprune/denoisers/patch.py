@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -16,18 +17,19 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.budget import Budget
+from tokenprune.denoisers.caches import Watched, refuse_caches, watched
 from tokenprune.denoisers.costs import DenoiserCosts, Probe, count_costs
-from tokenprune.denoisers.host import Arguments, DenoiserHost, Stack
+from tokenprune.denoisers.host import Arguments, BlockFacts, DenoiserHost, Stack
 from tokenprune.denoisers.parts import PartsSite, refuse_parts
 from tokenprune.denoisers.plan import Plan, solve
 from tokenprune.denoisers.run import Pass, Run, finish, position_of, positions_from, run_of, start
 from tokenprune.denoisers.site import BlockSite
 from tokenprune.denoisers.steps import Steps, parse_steps
-from tokenprune.errors import BudgetError, UnsupportedMethod
-from tokenprune.family import Request
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
+from tokenprune.family import Request, detach, patch_of
 from tokenprune.ghost import ghost
 from tokenprune.method import Method
-from tokenprune.recording import Recording
+from tokenprune.recording import Forward, Recording
 from tokenprune.schedule import Layout
 
 Describe = Callable[[nn.Module], DenoiserHost]
@@ -57,6 +59,9 @@ class DenoiserPatch:
         self.edges = frozenset(stack.name for stack in stacks if stack.edge)
         self.shares = _shares(request.budget.shares, stacks) if request.budget.kind == "schedule" else None
         self.notes, self.barred = _barred(stacks, method)
+        self.remembers = host.remembers
+        reduced = [block for stack in stacks if stack.name not in self.barred for block in stack.blocks]
+        self.watch = self._watched(host.model, reduced)
         self.notes += host.notes
         self.pipeline = _reference(request.target)
         self.whole: tuple[Tensor, list[float]] | None = None
@@ -65,6 +70,7 @@ class DenoiserPatch:
         self.latest: tuple[Plan, tuple[float, ...]] | None = None
         self.probe: Probe | None = None
         self.recordings: list[Recording] = []
+        self.inside: tuple[str, ...] = ()
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         """Hook: a forward of the whole model starts."""
@@ -74,17 +80,39 @@ class DenoiserPatch:
         if self.probe is not None:
             run = Run(self.last_timestep, tuple(latents.shape), (), 1)
             start(Pass(self, run, dict(self.probe.keep), grid, reuse=False, step=torch.tensor(0)))
-        elif self.active:
-            timestep, whole = _value(bound.get(self.timestep), self.last_timestep), self._scheduled()
+            return
+        if not (self.active or self.recordings):
+            return
+        timestep = _value(bound.get(self.timestep), self.last_timestep)
+        forward = Forward(grid, timestep=timestep) if self.recordings else None
+        if forward is not None:
+            for recording in self.recordings:
+                recording.forwards.append(forward)
+        if self.active:
+            self._follow(model)
+            refuse_caches(model, self.watch, self.remembers, self.method.name)
+            whole = self._scheduled()
             run, reuse = run_of(self.key, latents, timestep, whole, self.last_timestep)
             plan = self.plan(model, bound, run.positions)
             keep = self.computed(run, plan, position_of(timestep, whole, self.last_timestep))
             due = self.method.reuse.due(run.index) if self.method.reuse is not None else "select"
-            start(Pass(self, run, keep, grid, reuse, torch.tensor(round(1e6 * timestep)), due))
+            start(Pass(self, run, keep, grid, reuse, torch.tensor(round(1e6 * timestep)), due, forward))
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook: it has ended, by a result or an exception."""
         finish(self)
+
+    def _watched(self, model: nn.Module, blocks: list[BlockFacts]) -> Watched:
+        return watched(model, blocks, partial(self.site.narrowed, method=self.method))
+
+    def _follow(self, model: nn.Module) -> None:
+        """Attach anew where a module that has a hook inside of a block was replaced (LoRA loaded or unloaded)."""
+        if all(_is_hooked(model, name, self) for name in self.inside):
+            return
+        detach(model, {"": self})
+        self.costs.clear()
+        self.plans.clear()
+        attach(self.describe(model), self)
 
     def computed(self, run: Run, plan: Plan, position: float) -> dict[str, int]:
         """{stack: tokens computed} in the forward that starts; those that are left whole are not in it."""
@@ -237,6 +265,9 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
         raise UnsupportedMethod(
             f"{method.name} can be applied nowhere: " + "; ".join(map(" ".join, patch.barred.items()))
         )
+    if patch.active:
+        _check_projections(divided(host, method), method)
+        refuse_caches(model, patch.watch, patch.remembers, method.name)
     if patch.active and host.example is not None:
         whole = patch._scheduled()
         first = whole[0] if whole else patch.last_timestep
@@ -252,6 +283,18 @@ def _kind(method: Method) -> type[DenoiserPatch]:
     return CachingPatch
 
 
+def _check_projections(stacks: list[Stack], method: Method) -> None:
+    for stack in stacks:
+        first = stack.blocks[0]
+        wanted = len(stack.blocks) > 1 and bool(method.needs & {"queries", "keys"})
+        crossed = "cross" in method.needs and first.cross is not None
+        if (wanted and first.queries is None) or (crossed and first.cross.keys is None):  # type: ignore[union-attr]
+            raise UnsupportedMethod(
+                f"{method.name} needs queries and keys, which {first.name} does not put out on their own (fused"
+                " projections); unfuse them, or take a method that needs none, such as 'random'"
+            )
+
+
 def _check_own(method: Method, budget: Budget) -> None:
     """Raise where the method's own option says how many tokens leave the blocks of an image tower."""
     ignored = budget.option == "r" or (budget.option == "rate" and budget.value != method.stack_share)
@@ -263,14 +306,36 @@ def _check_own(method: Method, budget: Budget) -> None:
 
 
 def attach(host: DenoiserHost, patch: DenoiserPatch) -> None:
-    """Put the patch on the host's model."""
+    """Put the patch on the host's model.
+
+    Raises:
+        UnsupportedModel: the forward of a block is replaced or compiled in a way that is not known.
+    """
     stacks = divided(host, patch.method)
-    for place, stack in enumerate(stacks):
-        for index, facts in enumerate(stack.blocks):
-            facts.swapped._tokenprune_exchange(facts.module)  # type: ignore[attr-defined]
-            patch.site(patch, stack, index, place, len(stacks)).attach(facts)
+    try:
+        for place, stack in enumerate(stacks):
+            for index, facts in enumerate(stack.blocks):
+                facts.swapped._tokenprune_exchange(facts.module)  # type: ignore[attr-defined]
+                patch.site(patch, stack, index, place, len(stacks)).attach(facts)
+    except UnsupportedModel:
+        detach(host.model, {"": patch})
+        raise
+    blocks = {id(facts.module) for stack in stacks for facts in stack.blocks}
+    names = [name for name, module in host.model.named_modules() if id(module) not in blocks]
+    patch.inside = tuple(name for name in names if _is_hooked(host.model, name, patch))
     host.model.register_forward_pre_hook(patch.begin, with_kwargs=True, prepend=True)
     host.model.register_forward_hook(patch.end, always_call=True)
+
+
+def _is_hooked(model: nn.Module, name: str, patch: DenoiserPatch) -> bool:
+    """Whether there is a module of that name, with a hook of the patch."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return False
+    return any(
+        patch_of(hook) is patch for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
 
 
 def divided(host: DenoiserHost, method: Method) -> list[Stack]:

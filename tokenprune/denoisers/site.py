@@ -21,6 +21,8 @@ from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
 from tokenprune.denoisers.run import Chosen, Pass, running
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.kernels.merge import gather
+from tokenprune.method import Method
+from tokenprune.recording import PlaceRecord
 from tokenprune.reduction import Reduction
 from tokenprune.restore import attended_stand_ins, stand_ins
 from tokenprune.state import TokenState, in_backward, recall, remember
@@ -36,8 +38,9 @@ class Running(Protocol):
         """The module on the tokens that are chosen for it."""
 
 
-class _Here(threading.local):
-    """The site of the block that runs now in this thread, and what it has caught; changed in place."""
+class _Here:
+    """The site of the block that runs now in a thread, and what it has caught. hooks: names of what it hooks inside of
+    the block."""
 
     def __init__(self) -> None:
         self.site: Running | None = None
@@ -47,22 +50,40 @@ class _Here(threading.local):
         self.cross_keys: Tensor | None = None
         self.reduction: Reduction | None = None
         self.tokens = 0
+        self.hooks = ""
 
     def clear(self) -> None:
+        self.hooks = ""
         self.site = self.queries = self.keys = self.cross_queries = self.cross_keys = self.reduction = None
 
+    @property
+    def caught(self) -> tuple[Tensor | None, ...]:
+        """What is caught, of each kind."""
+        return self.queries, self.keys, self.cross_queries, self.cross_keys
 
-_HERE = _Here()
+    @caught.setter
+    def caught(self, caught: tuple[Tensor | None, ...]) -> None:
+        self.queries, self.keys, self.cross_queries, self.cross_keys = caught
+
+
+class _OfThread(threading.local):
+    """Made once and changed in place: torch.compile does not see what is set anew in a thread's storage."""
+
+    def __init__(self) -> None:
+        self.here = _Here()
+
+
+_THREAD = _OfThread()
 
 
 def here() -> _Here:
     """What this thread runs."""
-    return _HERE
+    return _THREAD.here
 
 
 def run_here(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
     """Run a block's own `forward` on the tokens that are chosen for it."""
-    site = _HERE.site
+    site = here().site
     return forward(*args, **kwargs) if site is None else site.run(module, forward, args, kwargs)
 
 
@@ -76,7 +97,7 @@ class Catch:
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Hook."""
-        setattr(_HERE, self.kind, output.detach().clone())
+        setattr(here(), self.kind, output.detach().clone())
 
 
 class BlockSite:
@@ -94,6 +115,12 @@ class BlockSite:
         self.returned, self.slices = facts.returned, facts.slices
         self.heads, self.scale, self.text_first = facts.heads, facts.scale, facts.text_first
         self.before, self.rotate, self.cross = facts.before, facts.rotate, facts.cross
+        self.hooks = ""
+
+    @staticmethod
+    def narrowed(facts: BlockFacts, method: Method) -> list[nn.Module]:
+        """Modules in the block that put out fewer tokens than it does."""
+        return list(facts.module.children())
 
     def attach(self, facts: BlockFacts) -> None:
         """Put the hooks on the block."""
@@ -109,29 +136,31 @@ class BlockSite:
         for kind, module in caught.items():
             if module is not None:
                 module.register_forward_hook(Catch(self.patch, kind).keep)
+                self.hooks += f"{kind} "
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook: the block starts."""
-        _HERE.clear()
-        _HERE.site = self
+        here().clear()
+        here().site, here().hooks = self, self.hooks
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: it has ended, by a result or an exception."""
-        _HERE.clear()
+        here().clear()
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
-        """The block on the chosen tokens, its output with all of them."""
+        """The block on the chosen tokens, its output with all of them. Its own forward is called in one way always, so
+        that compiled blocks share their graphs."""
         bound = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         x: Tensor = bound[self.hidden]
         if in_backward():
             chosen: Chosen | None = recall(x)
-            return forward(*args, **kwargs) if chosen is None else self._on_chosen(forward, bound, chosen)
+            return forward(**bound) if chosen is None else self._on_chosen(forward, bound, chosen)
         one = running()
         keep = one.keep.get(self.stack) if one is not None and one.patch is self.patch else None
         if one is not None and self.first:
             self.patch.mark(self.stack, "enter", x)
         if one is None or keep is None:
-            output = forward(*args, **kwargs)
+            output = forward(**bound)
         else:
             output = self._pruned(module, forward, args, kwargs, bound, one, keep)
         if one is not None and self.last:
@@ -152,19 +181,37 @@ class BlockSite:
         if self.first and one.reuse and self.stack in one.run.sets:
             one.sets[self.stack] = one.run.sets[self.stack]  # chosen by the same step's other call
         if self.first and self.depth > 1 and self.stack not in one.sets:
-            output = forward(*args, **kwargs)
+            output = forward(**bound)
             _check_caught(self.patch)
-            self._choose(one, keep, self._image(output), bound, _HERE.queries, _HERE.keys)
+            self._choose(one, keep, self._image(output), bound, here().queries, here().keys)
             return output
         if self.stack not in one.sets:
             queries, keys = self._project(module, bound)
             self._choose(one, keep, x, bound, queries, keys)
         if self.first and self.depth > 1:
-            return forward(*args, **kwargs)
+            return forward(**bound)
         chosen = one.sets[self.stack]
+        self._note(one, self.stack, chosen.reduction, x)
         if torch.is_grad_enabled() or x.requires_grad:
             remember(x, chosen)
         return self._on_chosen(forward, bound, chosen)
+
+    def _note(self, one: Pass, name: str, reduction: Reduction, x: Tensor) -> None:
+        """Record which of the tokens of x [B, N, C] are computed, where that is asked for."""
+        if one.forward is None or any(place.name == name for place in one.forward.places):
+            return
+        batch, tokens = x.shape[:2]
+        origin = torch.arange(tokens, device=x.device).expand(batch, -1)
+        merged = reduction.moved is not None or reduction.matrix is not None
+        one.forward.places.append(
+            PlaceRecord(
+                name,
+                reduction.follow(origin),
+                reduction.source(tokens),
+                reduction.merged_sizes(torch.ones(batch, tokens, device=x.device)) if merged else None,
+                grid_of(one.grid, tokens),
+            )
+        )
 
     def _on_chosen(self, forward: Callable[..., Any], bound: Arguments, chosen: Chosen) -> Any:
         x: Tensor = bound[self.hidden]
@@ -253,21 +300,21 @@ class BlockSite:
         return score(record) if score is not None else None
 
     def _crossed(self, bound: Arguments) -> CrossAttention | None:
-        if self.cross is None or _HERE.cross_queries is None or _HERE.cross_keys is None:
+        queries, keys = here().cross_queries, here().cross_keys
+        if self.cross is None or queries is None or keys is None:
             return None
-        queries, keys = _HERE.cross_queries.detach(), _HERE.cross_keys.detach()
         bias = bound.get(self.cross.bias) if self.cross.bias is not None else None
         return CrossAttention(
-            _split(queries, self.cross.heads),
-            _split(keys, self.cross.heads),
+            _split(queries.detach(), self.cross.heads),
+            _split(keys.detach(), self.cross.heads),
             self.cross.scale,
             None if bias is None else bias.unsqueeze(1),
         )
 
 
 def _check_caught(patch: DenoiserPatch) -> None:
-    cross = _HERE.cross_keys if _HERE.cross_queries is not None else None
-    for kind, caught in (("queries", _HERE.queries), ("keys", _HERE.keys), ("cross", cross)):
+    cross = here().cross_keys if here().cross_queries is not None else None
+    for kind, caught in (("queries", here().queries), ("keys", here().keys), ("cross", cross)):
         if kind in patch.method.needs and caught is None:
             what = "the cross-attention's queries and keys" if kind == "cross" else kind
             raise UnsupportedMethod(
