@@ -3,7 +3,7 @@
 import diffusers
 import pytest
 import torch
-from denoisers_zoo import build, run, traces
+from denoisers_zoo import build, nothing_is_left, run
 from diffusers.hooks import HookRegistry, apply_pyramid_attention_broadcast
 
 import tokenprune
@@ -96,7 +96,7 @@ def by_hand(cache, model, inputs):
 )
 def test_caches_of_whole_blocks_are_exact_in_either_order(cache, method):
     model, inputs = build("flux")
-    before, plain = traces(model), run(model, step(inputs, 0))
+    plain = run(model, step(inputs, 0))
     tokenprune.patch(model, method, **BUDGETS[method])
     expected = by_hand(cache, model, inputs)
     skipped = 2 if cache == "taylor_lite" else 1
@@ -119,7 +119,7 @@ def test_caches_of_whole_blocks_are_exact_in_either_order(cache, method):
             tokenprune.unpatch(model)
             model.disable_cache()
         assert torch.equal(run(model, step(inputs, 0)), plain)
-    assert [kind for kind, *_ in traces(model)] == [kind for kind, *_ in before]
+    assert nothing_is_left(model)
 
 
 @pytest.mark.parametrize("config", [broadcast, taylor, pytest.param(faster, marks=pytest.mark.full)])
@@ -170,7 +170,7 @@ def test_two_that_keep_something_over_steps_are_refused(method, order):
 def test_attention_of_all_tokens_is_broadcast(method, cross, order):
     # `todo` takes keys and values from fewer tokens, and the output of the attention is that of all.
     model, inputs = build("pixart")
-    before, plain = traces(model), run(model, step(inputs, 0))
+    plain = run(model, step(inputs, 0))
     tokenprune.patch(model, method, **BUDGETS[method])
     kept, replay = {}, {}
 
@@ -196,7 +196,7 @@ def test_attention_of_all_tokens_is_broadcast(method, cross, order):
     tokenprune.unpatch(model)
     HookRegistry.check_if_exists_or_initialize(model).remove_hook("pyramid_attention_broadcast", recurse=True)
     assert torch.equal(run(model, step(inputs, 0)), plain)
-    assert [kind for kind, *_ in traces(model)] == [kind for kind, *_ in before]
+    assert nothing_is_left(model)
 
 
 @pytest.mark.parametrize("order", ["patch", "cache"])

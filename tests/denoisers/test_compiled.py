@@ -51,7 +51,7 @@ def forget_compiled(model):
 @pytest.mark.parametrize(
     ("name", "method", "sizes"),
     [
-        ("flux", "at_edm", 1),
+        ("qwenimage", "at_edm", 1),
         *(
             pytest.param(name, method, 3, marks=pytest.mark.full)
             for name, method in (

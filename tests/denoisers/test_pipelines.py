@@ -31,13 +31,12 @@ CASES = [
     ("image_to_image", RANDOM),
     ("inpainting", EDM),
     ("controlled", RANDOM),
-    ("sdxl", EDM),
     ("dit", EDM),
     ("pixart", EDM),
     ("sd3", EDM),
     ("flux", EDM),
 ]
-MORE = [("image_to_image", EDM), ("controlled", EDM), ("sdxl", RANDOM), ("dit", RANDOM)]
+MORE = [("image_to_image", EDM), ("controlled", EDM), ("sdxl", RANDOM), ("sdxl", EDM), ("dit", RANDOM)]
 
 
 @pytest.mark.parametrize(

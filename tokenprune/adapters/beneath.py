@@ -17,7 +17,7 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
 from tokenprune.adapters.swapping import Mixin, mixed
-from tokenprune.denoisers.site import here, run_here
+from tokenprune.denoisers.here import here, run_here
 from tokenprune.errors import UnsupportedModel
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from tokenprune.adapters.diffusers_blocks import block_facts
 from tokenprune.adapters.diffusers_caches import cache_on
 from tokenprune.denoisers.host import DenoiserHost, Stack
-from tokenprune.denoisers.patch import DenoiserPatch, attach, prepare
+from tokenprune.denoisers.patch import DenoiserPatch, attach
+from tokenprune.denoisers.prepare import prepare
 from tokenprune.errors import UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.method import Method

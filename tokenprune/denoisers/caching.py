@@ -19,10 +19,11 @@ from tokenprune.denoisers.caching_sites import MlpSite, TokenSite
 from tokenprune.denoisers.costs import DenoiserCosts
 from tokenprune.denoisers.host import BlockFacts, DenoiserHost
 from tokenprune.denoisers.over_steps import Level
-from tokenprune.denoisers.patch import DenoiserPatch, Describe, divided
+from tokenprune.denoisers.patch import DenoiserPatch, Describe
 from tokenprune.denoisers.plan import Plan, solve
+from tokenprune.denoisers.records import grid_of
 from tokenprune.denoisers.run import Run, finish, forget, running
-from tokenprune.denoisers.site import grid_of
+from tokenprune.denoisers.stacks import divided
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.method import Method

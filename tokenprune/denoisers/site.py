@@ -8,16 +8,16 @@ class is exchanged, and a native hook hands the site over.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.attention_record import AttentionRecord, CrossAttention
+from tokenprune.denoisers.here import Catch, here
 from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
+from tokenprune.denoisers.records import grid_of, image_heads, split_heads, together
 from tokenprune.denoisers.run import Chosen, Pass, running
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.kernels.merge import gather
@@ -29,75 +29,6 @@ from tokenprune.state import TokenState, in_backward, recall, remember
 
 if TYPE_CHECKING:
     from tokenprune.denoisers.patch import DenoiserPatch
-
-
-class Running(Protocol):
-    """What stands in front of a block or of a part of one."""
-
-    def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
-        """The module on the tokens that are chosen for it."""
-
-
-class _Here:
-    """The site of the block that runs now in a thread, and what it has caught. hooks: names of what it hooks inside of
-    the block."""
-
-    def __init__(self) -> None:
-        self.site: Running | None = None
-        self.queries: Tensor | None = None
-        self.keys: Tensor | None = None
-        self.cross_queries: Tensor | None = None
-        self.cross_keys: Tensor | None = None
-        self.reduction: Reduction | None = None
-        self.tokens = 0
-        self.hooks = ""
-
-    def clear(self) -> None:
-        self.hooks = ""
-        self.site = self.queries = self.keys = self.cross_queries = self.cross_keys = self.reduction = None
-
-    @property
-    def caught(self) -> tuple[Tensor | None, ...]:
-        """What is caught, of each kind."""
-        return self.queries, self.keys, self.cross_queries, self.cross_keys
-
-    @caught.setter
-    def caught(self, caught: tuple[Tensor | None, ...]) -> None:
-        self.queries, self.keys, self.cross_queries, self.cross_keys = caught
-
-
-class _OfThread(threading.local):
-    """Made once and changed in place: torch.compile does not see what is set anew in a thread's storage."""
-
-    def __init__(self) -> None:
-        self.here = _Here()
-
-
-_THREAD = _OfThread()
-
-
-def here() -> _Here:
-    """What this thread runs."""
-    return _THREAD.here
-
-
-def run_here(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
-    """Run a block's own `forward` on the tokens that are chosen for it."""
-    site = here().site
-    return forward(*args, **kwargs) if site is None else site.run(module, forward, args, kwargs)
-
-
-class Catch:
-    """Hook on a projection: keeps its output as `kind` until the block ends. A copy, as CogVideoX and CogView4 write
-    the rotary embedding into it."""
-
-    def __init__(self, patch: DenoiserPatch, kind: str) -> None:
-        self.patch = patch
-        self.kind = kind
-
-    def keep(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Hook."""
-        setattr(here(), self.kind, output.detach().clone())
 
 
 class BlockSite:
@@ -162,27 +93,18 @@ class BlockSite:
         if one is None or keep is None:
             output = forward(**bound)
         else:
-            output = self._pruned(module, forward, args, kwargs, bound, one, keep)
+            output = self._pruned(module, forward, bound, one, keep)
         if one is not None and self.last:
             self.patch.mark(self.stack, "leave", x)
         return output
 
-    def _pruned(
-        self,
-        module: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Arguments,
-        bound: Arguments,
-        one: Pass,
-        keep: int,
-    ) -> Any:
+    def _pruned(self, module: nn.Module, forward: Callable[..., Any], bound: Arguments, one: Pass, keep: int) -> Any:
         x: Tensor = bound[self.hidden]
         if self.first and one.reuse and self.stack in one.run.sets:
             one.sets[self.stack] = one.run.sets[self.stack]  # chosen by the same step's other call
         if self.first and self.depth > 1 and self.stack not in one.sets:
             output = forward(**bound)
-            _check_caught(self.patch)
+            check_caught(self.patch)
             self._choose(one, keep, self._image(output), bound, here().queries, here().keys)
             return output
         if self.stack not in one.sets:
@@ -259,7 +181,7 @@ class BlockSite:
         scores = self._scores(one, record)
         if copies > 1 and scores is not None:
             scores = scores.view(copies, batch // copies, -1).mean(0)
-        reduction = method.select(scores, _together(record, copies), keep)
+        reduction = method.select(scores, together(record, copies), keep)
         assert isinstance(reduction, Reduction)
         reduction = reduction.tiled(copies)
         near = None
@@ -288,8 +210,8 @@ class BlockSite:
             grid=grid_of(one.grid, tokens),
             has_class_token=False,
             scale=self.scale,
-            queries=_heads(queries, self.heads, tokens, start),
-            keys=_heads(keys, self.heads, tokens, start),
+            queries=image_heads(queries, self.heads, tokens, start),
+            keys=image_heads(keys, self.heads, tokens, start),
             rotate=self.rotate(bound, tokens),
             cross=self._crossed(bound),
             step=one.step,
@@ -305,14 +227,14 @@ class BlockSite:
             return None
         bias = bound.get(self.cross.bias) if self.cross.bias is not None else None
         return CrossAttention(
-            _split(queries.detach(), self.cross.heads),
-            _split(keys.detach(), self.cross.heads),
+            split_heads(queries.detach(), self.cross.heads),
+            split_heads(keys.detach(), self.cross.heads),
             self.cross.scale,
             None if bias is None else bias.unsqueeze(1),
         )
 
 
-def _check_caught(patch: DenoiserPatch) -> None:
+def check_caught(patch: DenoiserPatch) -> None:
     cross = here().cross_keys if here().cross_queries is not None else None
     for kind, caught in (("queries", here().queries), ("keys", here().keys), ("cross", cross)):
         if kind in patch.method.needs and caught is None:
@@ -321,53 +243,3 @@ def _check_caught(patch: DenoiserPatch) -> None:
                 f"{patch.method.name} needs {what}, and the attention no longer puts them out on their own (fused"
                 " projections?); unfuse them, or take a method that needs none, such as 'random'"
             )
-
-
-def _heads(x: Tensor | None, heads: int, tokens: int, start: int) -> Tensor | None:
-    """[B, H, N, D] of the image tokens, which begin at `start` of what a projection put out where it holds text too."""
-    if x is None:
-        return None
-    x = _split(x, heads)
-    start = 0 if x.shape[2] == tokens else start
-    return x[:, :, start : start + tokens].detach()
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    """[B, H, N, D] of what a projection or a norm behind it put out."""
-    if x.ndim == 3:
-        return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
-    return x.transpose(1, 2) if x.shape[2] == heads else x
-
-
-def _together(record: AttentionRecord, copies: int) -> AttentionRecord:
-    """The record of each image once, its features those of all its copies side by side."""
-    if copies == 1:
-        return record
-
-    def beside(x: Tensor) -> Tensor:
-        return torch.cat(x.chunk(copies), -1)
-
-    def each_rotated(x: Tensor) -> Tensor:
-        assert record.rotate is not None
-        return beside(record.rotate(torch.cat(x.chunk(copies, -1))))
-
-    return replace(
-        record,
-        hidden=beside(record.hidden),
-        origin=record.origin[: record.origin.shape[0] // copies],
-        scale=record.scale / copies,
-        queries=None if record.queries is None else beside(record.queries),
-        keys=None if record.keys is None else beside(record.keys),
-        rotate=None if record.rotate is None else each_rotated,
-        cross=None,
-    )
-
-
-def grid_of(latents: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:
-    """(rows, columns) of the tokens, halved from the latents' as often as it takes; None where they fill no grid."""
-    if latents is None:
-        return None
-    rows, columns = latents
-    while rows * columns > tokens:
-        rows, columns = (rows + 1) // 2, (columns + 1) // 2
-    return (rows, columns) if rows * columns == tokens else None
