@@ -60,11 +60,11 @@ def unfuse(model):
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        ("pixart", "random"),
         ("flux", "at_edm"),
         *(
             pytest.param(name, method, marks=pytest.mark.full)
             for name, method in (
+                ("pixart", "random"),
                 ("flux", "random"),
                 ("sd3", "random"),
                 ("pixart", "tomesd"),
@@ -83,7 +83,11 @@ def test_fused_projections(name, method):
 @pytest.mark.parametrize("order", ["patch", "fuse"])
 @pytest.mark.parametrize(
     ("name", "cross"),
-    [("pixart", True), ("pixart", False), pytest.param("unet_sdxl", False, marks=pytest.mark.full)],
+    [
+        ("pixart", False),
+        pytest.param("pixart", True, marks=pytest.mark.full),
+        pytest.param("unet_sdxl", False, marks=pytest.mark.full),
+    ],
 )
 def test_at_edm_refuses_fused_projections_and_works_again_without(name, cross, order):
     model, inputs = build(name)
@@ -105,7 +109,7 @@ def test_at_edm_refuses_fused_projections_and_works_again_without(name, cross, o
     ("name", "method", "backend"),
     [
         ("flux", "at_edm", "_native_math"),
-        ("flux", "region", "_native_math"),
+        pytest.param("flux", "region", "_native_math", marks=pytest.mark.full),
         pytest.param("wan", "random", "_native_math", marks=pytest.mark.full),
         pytest.param("qwenimage", "at_edm", "_native_math", marks=pytest.mark.full),
         pytest.param("flux", "random", "flex", marks=pytest.mark.full),

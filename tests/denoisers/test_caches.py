@@ -91,7 +91,7 @@ def by_hand(cache, model, inputs):
         ("mag", "at_edm"),
         pytest.param("first_block", "at_edm", marks=pytest.mark.full),
         pytest.param("mag", "random", marks=pytest.mark.full),
-        ("taylor_lite", "random"),
+        pytest.param("taylor_lite", "random", marks=pytest.mark.full),
     ],
 )
 def test_caches_of_whole_blocks_are_exact_in_either_order(cache, method):
@@ -122,7 +122,9 @@ def test_caches_of_whole_blocks_are_exact_in_either_order(cache, method):
     assert nothing_is_left(model)
 
 
-@pytest.mark.parametrize("config", [broadcast, taylor, pytest.param(faster, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "config", [broadcast, *(pytest.param(one, marks=pytest.mark.full) for one in (taylor, faster))]
+)
 @pytest.mark.parametrize("order", ["patch", "cache"])
 def test_caches_inside_of_blocks_are_refused(config, order):
     model, inputs = build("flux")
@@ -151,7 +153,7 @@ def test_a_full_budget_refuses_no_cache():
 
 
 @pytest.mark.parametrize("order", ["patch", "cache"])
-@pytest.mark.parametrize("method", ["region", "ras"])
+@pytest.mark.parametrize("method", ["region", pytest.param("ras", marks=pytest.mark.full)])
 def test_two_that_keep_something_over_steps_are_refused(method, order):
     model, inputs = build("flux")
     for config in (BLOCK_CACHES["first_block"], broadcast):
@@ -166,7 +168,10 @@ def test_two_that_keep_something_over_steps_are_refused(method, order):
 
 
 @pytest.mark.parametrize("order", ["patch", "cache"])
-@pytest.mark.parametrize(("method", "cross"), [("todo", False), ("todo", True), ("tomesd", True)])
+@pytest.mark.parametrize(
+    ("method", "cross"),
+    [("todo", False), *(pytest.param(method, True, marks=pytest.mark.full) for method in ("todo", "tomesd"))],
+)
 def test_attention_of_all_tokens_is_broadcast(method, cross, order):
     # `todo` takes keys and values from fewer tokens, and the output of the attention is that of all.
     model, inputs = build("pixart")
@@ -200,7 +205,9 @@ def test_attention_of_all_tokens_is_broadcast(method, cross, order):
 
 
 @pytest.mark.parametrize("order", ["patch", "cache"])
-@pytest.mark.parametrize("method", ["tomesd", "toca", "random"])
+@pytest.mark.parametrize(
+    "method", ["tomesd", *(pytest.param(method, marks=pytest.mark.full) for method in ("toca", "random"))]
+)
 def test_attention_of_some_tokens_is_not_broadcast(method, order):
     model, inputs = build("pixart")
     if order == "patch":

@@ -43,10 +43,10 @@ def switched(model, mode, on=True):
     ("name", "method", "reentrant"),
     [
         ("pixart", "at_edm", False),
-        ("flux", "random", True),
         *(
             pytest.param(*case, marks=pytest.mark.full)
             for case in (
+                ("flux", "random", True),
                 ("unet_sdxl", "at_edm", False),
                 ("unet_sdxl", "at_edm", True),
                 ("unet_sd", "at_edm", False),
@@ -86,7 +86,9 @@ def test_gradients_are_those_without_checkpointing(name, method, reentrant, orde
         assert one is None or torch.allclose(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
 
 
-@pytest.mark.parametrize("method", ["region", "ras", "toca"])
+@pytest.mark.parametrize(
+    "method", ["region", *(pytest.param(method, marks=pytest.mark.full) for method in ("ras", "toca"))]
+)
 def test_methods_over_steps_refuse_checkpointing(method):
     model, inputs = build("pixart")
     options = {"mask": torch.eye(8, 6).bool()} if method == "region" else {}

@@ -22,8 +22,9 @@ def load(model):
 
 
 EDM, MASK = {"method": "at_edm", "keep": 0.4, "steps": {}}, torch.eye(8, 6).bool()
-CASES = [("flux", EDM), ("flux", {"method": "region", "mask": MASK})]
+CASES = [("flux", EDM)]
 MORE = [
+    ("flux", {"method": "region", "mask": MASK}),
     ("unet_sdxl", EDM),
     ("unet_sd", EDM),
     ("unet_sd", {"method": "region", "mask": MASK}),

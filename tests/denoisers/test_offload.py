@@ -60,10 +60,7 @@ def case(offload, name, method, **arguments):
 DEFAULT = {
     (sequential, "pixart", "at_edm"),
     (sequential, "dit", "toca"),
-    (whole, "flux", "random"),
-    (to_disk, "pixart", "region"),
     (in_groups, "flux", "at_edm"),
-    (by_layers, "sd3", "random"),
 }
 EDM, MASK = {"keep": 0.4, "steps": {}}, torch.eye(8, 6).bool()
 METHODS = {

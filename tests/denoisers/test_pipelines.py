@@ -29,14 +29,20 @@ def built(name):
 CASES = [
     ("text_to_image", EDM),
     ("image_to_image", RANDOM),
-    ("inpainting", EDM),
     ("controlled", RANDOM),
-    ("dit", EDM),
-    ("pixart", EDM),
     ("sd3", EDM),
     ("flux", EDM),
 ]
-MORE = [("image_to_image", EDM), ("controlled", EDM), ("sdxl", RANDOM), ("sdxl", EDM), ("dit", RANDOM)]
+MORE = [
+    ("inpainting", EDM),
+    ("dit", EDM),
+    ("pixart", EDM),
+    ("image_to_image", EDM),
+    ("controlled", EDM),
+    ("sdxl", RANDOM),
+    ("sdxl", EDM),
+    ("dit", RANDOM),
+]
 
 
 @pytest.mark.parametrize(
