@@ -30,7 +30,6 @@ CASES = [
     ("text_to_image", EDM),
     ("image_to_image", RANDOM),
     ("controlled", RANDOM),
-    ("sd3", EDM),
     ("flux", EDM),
 ]
 MORE = [
@@ -42,6 +41,7 @@ MORE = [
     ("sdxl", RANDOM),
     ("sdxl", EDM),
     ("dit", RANDOM),
+    ("sd3", EDM),
 ]
 
 
