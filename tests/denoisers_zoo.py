@@ -269,3 +269,18 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """The prediction."""
     with torch.no_grad():
         return model(**inputs, return_dict=False)[0]
+
+
+def traces(model: nn.Module) -> list[tuple[type, list[str], int, int]]:
+    """What a patch could leave on a model."""
+    return [
+        (type(module), sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for module in model.modules()
+    ]
+
+
+def nothing_is_left(model: nn.Module) -> bool:
+    """Whether no class and no hook of a patch is on a model that has no other hooks, whatever else was done to it."""
+    modules = list(model.modules())
+    hooks = [hook for module in modules for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
+    return not hooks and not any(hasattr(type(module), "_tokenprune_original") for module in modules)

@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from denoisers_zoo import ZOO, build, run
+from denoisers_zoo import ZOO, build, run, traces
 
 import tokenprune
 from tokenprune import registry
@@ -23,14 +23,6 @@ torch.set_num_threads(1)
 def denoiser(request):
     model, inputs = build(request.param)
     return request.param, model, inputs
-
-
-def traces(model):
-    """What a patch could leave on a model."""
-    return [
-        (type(module), sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
-        for module in model.modules()
-    ]
 
 
 def stacks(model, method="random"):

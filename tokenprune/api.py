@@ -84,14 +84,16 @@ def patch(
             family.prepare(model, named, request) if named is not None else _prepare_default(family, model, request)
             for model, family, _ in found
         ]
+        for (model, family, _), one in zip(found, prepared, strict=True):
+            family.attach(model, one)
     except BaseException:
         for model, family, earlier in found:
+            detach(model, active_patches(model))
             _reattach(model, family, earlier)
         raise
-    for (model, family, earlier), one in zip(found, prepared, strict=True):
+    for (_, _, earlier), one in zip(found, prepared, strict=True):
         for replaced in earlier.values():
             one.recordings += replaced.recordings
-        family.attach(model, one)
     _forget_compiled()
     return target
 

@@ -63,7 +63,7 @@ def active_patches(module: nn.Module) -> dict[str, AppliedPatch]:
     found: dict[str, AppliedPatch] = {}
     for name, child in module.named_modules():
         for hook in child._forward_pre_hooks.values():
-            patch = _patch_of(hook)
+            patch = patch_of(hook)
             if patch is not None and all(patch is not known for known in found.values()):
                 found[name] = patch
     return found
@@ -89,7 +89,8 @@ def restore_class(module: nn.Module) -> None:
         module.__class__ = cls._tokenprune_original
 
 
-def _patch_of(hook: Any) -> Any:
+def patch_of(hook: Any) -> Any:
+    """The patch that a hook belongs to, None for a hook of another kind."""
     owner = getattr(hook, "__self__", None)
     patch = getattr(owner, "patch", owner)
     return patch if hasattr(patch, "summary") and hasattr(patch, "recordings") else None
@@ -97,6 +98,6 @@ def _patch_of(hook: Any) -> Any:
 
 def _remove_hooks(hooks: dict[int, Any], owned: set[int], *extra: dict[int, Any]) -> None:
     for key, hook in list(hooks.items()):
-        if id(_patch_of(hook)) in owned:
+        if id(patch_of(hook)) in owned:
             for table in (hooks, *extra):
                 table.pop(key, None)

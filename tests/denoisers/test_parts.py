@@ -348,18 +348,6 @@ def test_levels_are_named_and_what_cannot_be_is_refused():
             tokenprune.patch(build(name)[0], method)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("method", METHODS)
-def test_compiled_blocks_agree(method):
-    model, inputs = build("pixart")
-    x = inputs(2, 16, 12)
-    tokenprune.patch(model, method, keep=0.5)
-    eager = run(model, x)
-    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(run(model, x), eager)
-    run(model, {**x, "timestep": x["timestep"] - 1})
-
-
 def test_an_option_that_is_a_budget_stands_alone():
     model, _ = build("unet_sd")
     for name, option in (("tomesd", {"ratio": 0.5}), ("toma", {"ratio": 0.5}), ("todo", {"factor": 2})):

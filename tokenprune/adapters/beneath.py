@@ -7,23 +7,45 @@ where the old class's method is held by such a chain, the new class's takes its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import MethodType
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
 from tokenprune.adapters.swapping import Mixin, mixed
-from tokenprune.denoisers.site import run_here
+from tokenprune.denoisers.here import here, run_here
 from tokenprune.errors import UnsupportedModel
 
 
 class TokenBlock(Mixin):
-    """A block in front of which stands the site of a patch."""
+    """A block in front of which stands the site of a patch.
+
+    What torch.compile compiles of it is its own forward, beneath the site: so the blocks share their graphs.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return run_here(self, super().forward, args, kwargs)
+        own: Any = self._compiled_call_impl or super().forward
+        return run_here(self, own, args, kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        _set(self, "_compiled_call_impl", Compiled(self, partial(torch.compile, *args, **kwargs)))
+
+    def _own(self, **arguments: Any) -> Any:
+        return super().forward(**arguments)
+
+    def _own_hooked(self, hooks: str, reduction: Any, arguments: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+        # Graphs are shared among blocks, and guarded neither by their hooks nor by what is in a thread's storage: that
+        # comes and goes by value.
+        if hooks:
+            here().reduction, here().tokens = reduction, arguments["hidden_states"].shape[1]
+        return super().forward(**arguments), here().caught
 
     @classmethod
     def _tokenprune_exchange(cls, module: nn.Module) -> None:
@@ -34,14 +56,37 @@ class TokenBlock(Mixin):
         _exchange(module, original_class(module))
 
 
+class Compiled:
+    """A block's own forward under torch.compile: plain, and with hooks of the site inside."""
+
+    def __init__(self, block: TokenBlock, compiler: Callable[..., Any]) -> None:
+        self.compiler = compiler
+        self.plain, self.hooked = compiler(block._own), compiler(block._own_hooked)
+
+    def __call__(self, **arguments: Any) -> Any:
+        state = here()
+        if not state.hooks:
+            return self.plain(**arguments)
+        output, state.caught = self.hooked(state.hooks, state.reduction, arguments)
+        return output
+
+
 def token_block(original: type[nn.Module]) -> type[nn.Module]:
     """The block class with a site in front, known to diffusers' caches as what the original is."""
     cls = mixed(TokenBlock, original)
+    for method in (TokenBlock._own, TokenBlock._own_hooked):
+        if method.__name__ not in vars(cls):  # torch.compile limits the graphs of a code object
+            setattr(cls, method.__name__, _with_code_of_its_own(method))
     registry = TransformerBlockRegistry
     registry._register()
     if original in registry._registry:
         registry._registry[cls] = registry._registry[original]
     return cls
+
+
+def _with_code_of_its_own(function: Any) -> FunctionType:
+    code = function.__code__.replace(co_varnames=function.__code__.co_varnames)
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
 
 
 def expose(module: nn.Module) -> None:
@@ -52,6 +97,8 @@ def expose(module: nn.Module) -> None:
 def _exchange(module: nn.Module, cls: type[nn.Module]) -> None:
     if type(module) is cls:
         return
+    compiled = getattr(module, "_compiled_call_impl", None)
+    compiler = _compiler_of(compiled, module) if compiled is not None else None
     old, held = type(module).forward, list(_holders(module))
     replaced = False
     for holder, name in held:
@@ -65,6 +112,23 @@ def _exchange(module: nn.Module, cls: type[nn.Module]) -> None:
             " patch the model first, then switch that on"
         )
     module.__class__ = cls
+    if compiler is not None:
+        again = Compiled(module, compiler) if isinstance(module, TokenBlock) else compiler(module._call_impl)
+        _set(module, "_compiled_call_impl", again)
+
+
+def _compiler_of(compiled: Any, module: nn.Module) -> Callable[..., Any]:
+    """What compiled a module, to compile another function in the same way."""
+    if isinstance(compiled, Compiled):
+        return compiled.compiler
+    code: Any = getattr(compiled, "__code__", None)
+    names = code.co_freevars if code is not None else ()
+    if "self" not in names:
+        raise UnsupportedModel(
+            f"a {type(module).__name__} was compiled in a way that is not known; patch the model first, then compile it"
+        )
+    context: Callable[..., Any] = compiled.__closure__[names.index("self")].cell_contents
+    return context
 
 
 def _holders(module: nn.Module) -> Iterator[tuple[Any, str]]:

@@ -245,7 +245,6 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
             f"{name} adds positions by a token's place in the sequence, so that none can be left out"
         )
     attention: Any = getattr(block, row.attention)
-    queries, keys = _output_of(attention, "q"), _output_of(attention, "k")
     heads = attention.heads
     before = before_basic if cls.__name__ == "BasicTransformerBlock" and _plain(block) else None
     facts = BlockFacts(
@@ -256,8 +255,8 @@ def block_facts(name: str, block: nn.Module) -> tuple[BlockFacts, bool]:
         text="encoder_hidden_states" if row.text else None,
         returned=row.returned,
         slices=row.slices,
-        queries=queries,
-        keys=keys,
+        queries=_output_of(attention, "q"),
+        keys=_output_of(attention, "k"),
         heads=heads,
         scale=_scale(attention),
         text_first=row.text_first,
@@ -340,7 +339,10 @@ def _plain(block: Any) -> bool:
     return known and not block.only_cross_attention and getattr(block.attn1, "norm_q", None) is None
 
 
-def _output_of(attention: Any, which: str) -> nn.Module:
-    """Where queries or keys come out: behind their norm, where there is one."""
+def _output_of(attention: Any, which: str) -> nn.Module | None:
+    """Where queries or keys come out on their own: behind their norm, where there is one; None where a fused projection
+    puts them out with others."""
     norm = getattr(attention, f"norm_{which}", None)
-    return norm if isinstance(norm, nn.Module) else getattr(attention, f"to_{which}")
+    if isinstance(norm, nn.Module):
+        return norm
+    return None if is_fused(attention) else getattr(attention, f"to_{which}")

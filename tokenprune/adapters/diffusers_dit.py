@@ -8,8 +8,10 @@ import diffusers
 from torch import nn
 
 from tokenprune.adapters.diffusers_blocks import block_facts
+from tokenprune.adapters.diffusers_caches import cache_on
 from tokenprune.denoisers.host import DenoiserHost, Stack
-from tokenprune.denoisers.patch import DenoiserPatch, attach, prepare
+from tokenprune.denoisers.patch import DenoiserPatch, attach
+from tokenprune.denoisers.prepare import prepare
 from tokenprune.errors import UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.method import Method
@@ -60,6 +62,7 @@ def describe(model: nn.Module) -> DenoiserHost:
         last_timestep=MODELS[name],
         shared=shared,
         convolves=False,
+        remembers=cache_on,
         divisible=True,
     )
 

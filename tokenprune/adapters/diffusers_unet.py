@@ -10,8 +10,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from tokenprune.adapters.diffusers_blocks import block_facts
+from tokenprune.adapters.diffusers_caches import cache_on
 from tokenprune.denoisers.host import DenoiserHost, Stack
-from tokenprune.denoisers.patch import DenoiserPatch, attach, prepare
+from tokenprune.denoisers.patch import DenoiserPatch, attach
+from tokenprune.denoisers.prepare import prepare
 from tokenprune.errors import UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.method import Method
@@ -43,6 +45,7 @@ def describe(model: nn.Module) -> DenoiserHost:
         last_timestep=1000.0,
         shared=False,
         convolves=True,
+        remembers=cache_on,
     )
 
 

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.denoisers.caches import Watched, watched
 from tokenprune.denoisers.caching_sites import MlpSite, TokenSite
 from tokenprune.denoisers.costs import DenoiserCosts
-from tokenprune.denoisers.host import DenoiserHost
+from tokenprune.denoisers.host import BlockFacts, DenoiserHost
 from tokenprune.denoisers.over_steps import Level
-from tokenprune.denoisers.patch import DenoiserPatch, Describe, divided
+from tokenprune.denoisers.patch import DenoiserPatch, Describe
 from tokenprune.denoisers.plan import Plan, solve
+from tokenprune.denoisers.records import grid_of
 from tokenprune.denoisers.run import Run, finish, forget, running
-from tokenprune.denoisers.site import grid_of
+from tokenprune.denoisers.stacks import divided
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.flop_count import FlopCount
@@ -74,6 +76,9 @@ class CachingPatch(DenoiserPatch):
         self.stacks = [stack.name for stack in divided(host, method)]
         self.attentions = [(block.heads, block.scale) for stack in host.stacks for block in stack.blocks]
         self._forget_with()
+
+    def _watched(self, model: nn.Module, blocks: list[BlockFacts]) -> Watched:
+        return watched(model, blocks, lambda facts: None)
 
     def computed(self, run: Run, plan: Plan, position: float) -> dict[str, int]:
         """See `DenoiserPatch.computed`."""
@@ -181,6 +186,10 @@ def _check(host: DenoiserHost, method: Method, request: Request) -> None:
         name = next(block.name for block in blocks if block.mlp is None or not block.attentions)
         raise UnsupportedMethod(
             f"{method.name} needs blocks whose attention and MLP are modules of their own, which {name} is not"
+        )
+    if over.observe is not None and any(block.queries is None for block in blocks):
+        raise UnsupportedMethod(
+            f"{method.name} needs queries and keys, which are not put out on their own (fused projections); unfuse them"
         )
     if over.count is not None and request.budget.kind == "schedule":
         raise BudgetError(f"{method.name} shares its tokens out among the blocks by its own rule; use keep= or flops=")

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.denoisers.here import Catch, here
 from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
 from tokenprune.denoisers.over_steps import Memory
+from tokenprune.denoisers.records import together
 from tokenprune.denoisers.rotary import for_either
 from tokenprune.denoisers.run import Pass, running
-from tokenprune.denoisers.site import _HERE, BlockSite, Catch, _check_caught, _together
+from tokenprune.denoisers.site import BlockSite, check_caught
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.kernels.merge import gather
 from tokenprune.reduction import Reduction
@@ -47,6 +49,11 @@ class CachingSite(BlockSite):
                 f"{self.patch.method.name} takes values of earlier steps, which are gone when a checkpointed block runs"
                 " again in backward; use model.disable_gradient_checkpointing()"
             )
+        if module._compiled_call_impl is not None:
+            raise UnsupportedMethod(
+                f"{self.patch.method.name} keeps what comes out inside of its blocks, which compiled blocks do not say;"
+                " run the model without compile_repeated_blocks()"
+            )
         output = super().run(module, forward, args, kwargs)
         one = self.here()
         if one is not None:
@@ -59,22 +66,14 @@ class CachingSite(BlockSite):
         one = running()
         return one if one is not None and one.patch is self.patch else None
 
-    def _pruned(
-        self,
-        module: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Arguments,
-        bound: Arguments,
-        one: Pass,
-        keep: int,
-    ) -> Any:
+    def _pruned(self, module: nn.Module, forward: Callable[..., Any], bound: Arguments, one: Pass, keep: int) -> Any:
         if self.stack not in one.sets:
             known = one.run.kept.get((self.stack, "fixed")) or (one.run.sets.get(self.stack) if one.reuse else None)
             if known is not None:
                 one.sets[self.stack] = known
             else:
                 self._choose(one, keep, bound[self.hidden], bound, None, None)
+        self._note(one, self.stack, one.sets[self.stack].reduction, bound[self.hidden])
         return self._on_chosen(forward, bound, one.sets[self.stack])
 
     def _choose(
@@ -105,7 +104,7 @@ class CachingSite(BlockSite):
         memory = Memory(
             tuple(predictions), one.run.shape[1], dropped, stale, torch.stack(observed).mean(0) if observed else None
         )
-        return self.over.score(_together(record, copies), memory).repeat(copies, 1)
+        return self.over.score(together(record, copies), memory).repeat(copies, 1)
 
     def _waited(self, one: Pass, x: Tensor) -> tuple[Tensor, Tensor]:
         zero = torch.zeros(x.shape[:2], device=x.device)
@@ -213,8 +212,8 @@ class MlpSite(CachingSite):
         """At a dense step, behind the self-attention that put out [B, N, C]."""
         if self.over.observe is None or self.patch.probe is not None:
             return
-        _check_caught(self.patch)
-        record = self._record(one, output, {}, 0, _HERE.queries, _HERE.keys)
+        check_caught(self.patch)
+        record = self._record(one, output, {}, 0, here().queries, here().keys)
         one.run.kept[one.run.call, self.name, "observed"] = self.over.observe(record)
 
 
@@ -228,12 +227,12 @@ class Part:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook: the part starts."""
-        _HERE.clear()
-        _HERE.site = self
+        here().clear()
+        here().site = self
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: it has ended, by a result or an exception."""
-        _HERE.clear()
+        here().clear()
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
         """The part on what has to be computed of it."""

@@ -16,10 +16,11 @@ Slice = Callable[[Any, Tensor, int, int], Any]
 @dataclass(frozen=True)
 class CrossFacts:
     """The cross-attention of a block: modules that put out its queries and keys, its heads and scale, and the block's
-    argument with the bias [B, 1, T] of its keys, None where it takes none."""
+    argument with the bias [B, 1, T] of its keys, None where it takes none. A module is None while a fused projection
+    puts out its part with others."""
 
-    queries: nn.Module
-    keys: nn.Module
+    queries: nn.Module | None
+    keys: nn.Module | None
     heads: int
     scale: float
     bias: str | None
@@ -31,20 +32,20 @@ class BlockFacts:
 
     module: the block. arguments: names of its forward's parameters in order. hidden: the one that holds the image
     tokens [B, N, C]; text: the one with the text tokens [B, T, C'], None where there is none that is concatenated.
-    returned: where the image tokens are in the block's output, None where they are the output. slices: (argument,
-    how its value is taken at the computed tokens) of all else that is indexed by token. queries, keys: modules that
-    put out [B, N, H D], [B, N, H, D] or [B, H, N, D]; heads, scale: of the attention. text_first: whether the text
-    stands before the image where both come out. before: (block, its arguments) -> the same outputs, before the block
-    has run, None where it cannot be said. rotate: (the block's arguments, image tokens) -> what the attention does to
-    queries and keys [B, H, N, D] of the image tokens, None where nothing. cross: the cross-attention, if it has one.
-    parts: modules that a method may run on fewer tokens than the block, their first argument the tokens: "attention",
-    "cross", "mlp"; and "keys", the attention again where its keys and values may come from other tokens than its
-    queries. fused: the attention -> whether it projects queries, keys and values at once now, so that they may not.
-    swapped: the block's class with the site in front. context: modules that put out keys or values of its
-    self-attentions [B, N, C'] (joint ones of text and image [B, T + N, C']), which may stand for more tokens than the
-    queries do; empty where queries and keys must be of the same tokens. rotary: the argument with rows for both, which
-    then has to fit either. attentions, mlp: parts whose output for all tokens can be kept from step to step, None where
-    they are not modules of their own; expose: puts a site in front of such a part.
+    returned: where the image tokens are in the block's output, None where they are the output. slices: (argument, how
+    its value is taken at the computed tokens) of all else that is indexed by token. queries, keys: modules that put out
+    [B, N, H D], [B, N, H, D] or [B, H, N, D], None while a fused projection puts them out with others; heads, scale: of
+    the attention. text_first: whether the text stands before the image where both come out. before: (block, its
+    arguments) -> the same outputs, before the block has run, None where it cannot be said. rotate: (the block's
+    arguments, image tokens) -> what the attention does to queries and keys [B, H, N, D] of the image tokens, None where
+    nothing. cross: the cross-attention, if it has one. parts: modules that a method may run on fewer tokens than the
+    block, their first argument the tokens: "attention", "cross", "mlp"; and "keys", the attention again where its keys
+    and values may come from other tokens than its queries. fused: the attention -> whether it projects queries, keys
+    and values at once now, so that they may not. swapped: the block's class with the site in front. context: modules
+    that put out keys or values of its self-attentions [B, N, C'] (joint ones of text and image [B, T + N, C']), which
+    may stand for more tokens than the queries do; empty where queries and keys must be of the same tokens. rotary: the
+    argument with rows for both, which then has to fit either. attentions, mlp: parts whose output for all tokens can be
+    kept from step to step, None where they are not modules of their own; expose: puts a site in front of such a part.
     """
 
     name: str
@@ -93,7 +94,8 @@ class DenoiserHost:
     timestep of pure noise (1000, or 1 where noise levels are given). shared: whether all images of a batch must
     compute the same tokens (a rotary table has no batch). convolves: whether what follows a stack mixes neighbouring
     tokens. divisible: whether a stack is a mere row of blocks that a method may divide. example: () -> keyword
-    arguments of the usual forward on the meta device, None where they are not known.
+    arguments of the usual forward on the meta device, None where they are not known. remembers: a module -> what on it
+    gives outputs of an earlier step (a cache of the host's), None where nothing does.
     """
 
     model: nn.Module
@@ -104,6 +106,7 @@ class DenoiserHost:
     last_timestep: float
     shared: bool
     convolves: bool
+    remembers: Callable[[nn.Module], str | None]
     divisible: bool = False
     example: Callable[[], Arguments] | None = None
     notes: list[str] = field(default_factory=list)

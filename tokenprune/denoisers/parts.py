@@ -14,31 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.attention_record import AttentionRecord
-from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
+from tokenprune.denoisers.here import here
+from tokenprune.denoisers.host import Arguments, BlockFacts
+from tokenprune.denoisers.records import grid_of
 from tokenprune.denoisers.run import Chosen, Pass
-from tokenprune.denoisers.site import BlockSite, grid_of, here
+from tokenprune.denoisers.site import BlockSite
+from tokenprune.denoisers.stacks import FUSED
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.method import Method
 from tokenprune.reduction import Reduction
 from tokenprune.state import remember
 
-_FUSED = "queries, keys and values are projected at once there; unfuse the projections"
-
-
-def refuse_parts(stack: Stack, method: Method) -> str | None:
-    """Why the method cannot run parts of this stack's blocks on fewer tokens; None if it can."""
-    for facts in stack.blocks:
-        # A block without cross-attention has just its other parts to run on fewer tokens.
-        missing = [part for part in method.parts if part not in facts.parts and part != "cross"]
-        if missing:
-            return f"{facts.name} has no part {missing[0]!r} that can run on fewer tokens than the block"
-        if "keys" in method.parts and facts.fused(facts.parts["keys"]):
-            return _FUSED
-    return None
-
 
 class PartsSite(BlockSite):
     """A block of which some parts run on fewer tokens."""
+
+    @staticmethod
+    def narrowed(facts: BlockFacts, method: Method) -> list[nn.Module]:
+        return [facts.parts[part] for part in method.parts if part in facts.parts and part != "keys"]
 
     def attach(self, facts: BlockFacts) -> None:
         super().attach(facts)
@@ -47,6 +40,7 @@ class PartsSite(BlockSite):
             module = facts.parts.get(part)
             if module is None:  # it has none, or the stack is left alone
                 continue
+            self.hooks += f"{part} "
             module.register_forward_pre_hook(self.take_keys if part == "keys" else self.merge, with_kwargs=True)
             if part != "keys":
                 module.register_forward_hook(self.unmerge)
@@ -74,7 +68,7 @@ class PartsSite(BlockSite):
         if reduction is None:
             return None
         if self.fused(module):
-            raise UnsupportedMethod(f"{self.patch.method.name} in {self.name}: {_FUSED}")
+            raise UnsupportedMethod(f"{self.patch.method.name} in {self.name}: {FUSED}")
         return args, {**kwargs, "encoder_hidden_states": reduction(self._tokens(args, kwargs))}
 
     def _tokens(self, args: tuple[Any, ...], kwargs: Arguments) -> Tensor:
@@ -86,18 +80,10 @@ class PartsSite(BlockSite):
         x: Tensor = args[0]
         return x
 
-    def _pruned(
-        self,
-        module: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Arguments,
-        bound: Arguments,
-        one: Pass,
-        keep: int,
-    ) -> Any:
+    def _pruned(self, module: nn.Module, forward: Callable[..., Any], bound: Arguments, one: Pass, keep: int) -> Any:
         x: Tensor = bound[self.hidden]
         chosen = Chosen(self._reduction(one, keep, x.detach()), None)
+        self._note(one, self.name, chosen.reduction, x)
         if torch.is_grad_enabled() or x.requires_grad:
             remember(x, chosen)
         return self._on_chosen(forward, bound, chosen)

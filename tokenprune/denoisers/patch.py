@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from itertools import pairwise
-from statistics import fmean
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -14,20 +13,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from tokenprune.budget import Budget
+from tokenprune.denoisers.caches import Watched, refuse_caches, watched
 from tokenprune.denoisers.costs import DenoiserCosts, Probe, count_costs
-from tokenprune.denoisers.host import Arguments, DenoiserHost, Stack
-from tokenprune.denoisers.parts import PartsSite, refuse_parts
-from tokenprune.denoisers.plan import Plan, solve
-from tokenprune.denoisers.run import Pass, Run, finish, position_of, positions_from, run_of, start
+from tokenprune.denoisers.host import Arguments, BlockFacts, DenoiserHost
+from tokenprune.denoisers.parts import PartsSite
+from tokenprune.denoisers.plan import Plan, places, solve
+from tokenprune.denoisers.run import Pass, Run, finish, position_of, run_of, start
 from tokenprune.denoisers.site import BlockSite
+from tokenprune.denoisers.stacks import barred_stacks, divided, shares_of
 from tokenprune.denoisers.steps import Steps, parse_steps
-from tokenprune.errors import BudgetError, UnsupportedMethod
-from tokenprune.family import Request
+from tokenprune.errors import UnsupportedModel
+from tokenprune.family import Request, detach, patch_of
 from tokenprune.flop_count import FlopCount
 from tokenprune.ghost import ghost
 from tokenprune.method import Method
-from tokenprune.recording import Recording
+from tokenprune.recording import Forward, Recording
 from tokenprune.schedule import Layout
 
 Describe = Callable[[nn.Module], DenoiserHost]
@@ -55,8 +55,11 @@ class DenoiserPatch:
         self.recover = method.recover or ("similar" if host.convolves else "residual")
         stacks = divided(host, method)
         self.edges = frozenset(stack.name for stack in stacks if stack.edge)
-        self.shares = _shares(request.budget.shares, stacks) if request.budget.kind == "schedule" else None
-        self.notes, self.barred = _barred(stacks, method)
+        self.shares = shares_of(request.budget.shares, stacks) if request.budget.kind == "schedule" else None
+        self.notes, self.barred = barred_stacks(stacks, method)
+        self.remembers = host.remembers
+        reduced = [block for stack in stacks if stack.name not in self.barred for block in stack.blocks]
+        self.watch = self._watched(host.model, reduced)
         self.notes += host.notes
         self.pipeline = _reference(request.target)
         self.whole: tuple[Tensor, list[float]] | None = None
@@ -65,6 +68,7 @@ class DenoiserPatch:
         self.latest: tuple[Plan, tuple[float, ...]] | None = None
         self.probe: Probe | None = None
         self.recordings: list[Recording] = []
+        self.inside: tuple[str, ...] = ()
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         """Hook: a forward of the whole model starts."""
@@ -74,17 +78,39 @@ class DenoiserPatch:
         if self.probe is not None:
             run = Run(self.last_timestep, tuple(latents.shape), (), 1)
             start(Pass(self, run, dict(self.probe.keep), grid, reuse=False, step=torch.tensor(0)))
-        elif self.active:
-            timestep, whole = _value(bound.get(self.timestep), self.last_timestep), self._scheduled()
+            return
+        if not (self.active or self.recordings):
+            return
+        timestep = _value(bound.get(self.timestep), self.last_timestep)
+        forward = Forward(grid, timestep=timestep) if self.recordings else None
+        if forward is not None:
+            for recording in self.recordings:
+                recording.forwards.append(forward)
+        if self.active:
+            self._follow(model)
+            refuse_caches(model, self.watch, self.remembers, self.method.name)
+            whole = self.scheduled()
             run, reuse = run_of(self.key, latents, timestep, whole, self.last_timestep)
             plan = self.plan(model, bound, run.positions)
             keep = self.computed(run, plan, position_of(timestep, whole, self.last_timestep))
             due = self.method.reuse.due(run.index) if self.method.reuse is not None else "select"
-            start(Pass(self, run, keep, grid, reuse, torch.tensor(round(1e6 * timestep)), due))
+            start(Pass(self, run, keep, grid, reuse, torch.tensor(round(1e6 * timestep)), due, forward))
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook: it has ended, by a result or an exception."""
         finish(self)
+
+    def _watched(self, model: nn.Module, blocks: list[BlockFacts]) -> Watched:
+        return watched(model, blocks, partial(self.site.narrowed, method=self.method))
+
+    def _follow(self, model: nn.Module) -> None:
+        """Attach anew where a module that has a hook inside of a block was replaced (LoRA loaded or unloaded)."""
+        if all(_is_hooked(model, name, self) for name in self.inside):
+            return
+        detach(model, {"": self})
+        self.costs.clear()
+        self.plans.clear()
+        attach(self.describe(model), self)
 
     def computed(self, run: Run, plan: Plan, position: float) -> dict[str, int]:
         """{stack: tokens computed} in the forward that starts; those that are left whole are not in it."""
@@ -159,7 +185,7 @@ class DenoiserPatch:
 
         return count_costs(run, batch, self.fewest)
 
-    def _scheduled(self) -> list[float] | None:
+    def scheduled(self) -> list[float] | None:
         """Timesteps of the pipeline's whole run, on the model's scale; None where no pipeline was patched."""
         pipeline = self.pipeline() if self.pipeline is not None else None
         scheduler = getattr(pipeline, "scheduler", None)
@@ -195,7 +221,7 @@ class DenoiserPatch:
         data.update(
             flops_before=round(plan.costs.total), flops_after=round(after), flops_ratio=after / plan.costs.total
         )
-        data.update(places=_places(plan, positions), skipped=plan.skipped(positions))
+        data.update(places=places(plan, positions), skipped=plan.skipped(positions))
         return data
 
     def __getstate__(self) -> dict[str, Any]:
@@ -208,148 +234,37 @@ class DenoiserPatch:
         return copy
 
 
-def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, request: Request) -> DenoiserPatch:
-    """The patch of a denoiser, its budget solved where the usual input is known; nothing is attached yet.
+def attach(host: DenoiserHost, patch: DenoiserPatch) -> None:
+    """Put the patch on the host's model.
 
     Raises:
-        UnsupportedMethod: the method needs what a denoiser does not have.
-        BudgetError: the budget cannot be met.
+        UnsupportedModel: the forward of a block is replaced or compiled in a way that is not known.
     """
-    host = describe(model)
-    if method.adaptive:
-        raise UnsupportedMethod(
-            f"{method.name} keeps a different number of tokens in each image, which no denoiser runs"
-        )
-    if method.proportional:
-        raise UnsupportedMethod(
-            f"{method.name} adds log(size) to the attention logits, and these attentions take no bias;"
-            f" patch(pipe, {method.name!r}, proportional=False, ...) works"
-        )
-    missing = method.needs - {"queries", "keys", "cross", "stacks", "grid", "steps"}
-    if missing:
-        raise UnsupportedMethod(f"{method.name} needs {', '.join(sorted(missing))}, which a denoiser does not expose")
-    if request.budget.kind == "tokens":
-        raise BudgetError(f"{request.budget}: behind each stack all tokens are there again; use keep= or flops=")
-    _check_own(method, request.budget)
-    _check_shares(method, request.budget)
-    patch = _kind(method)(describe, host, adapter, method, request)
-    if patch.active and len(patch.barred) == len(divided(host, method)):
-        raise UnsupportedMethod(
-            f"{method.name} can be applied nowhere: " + "; ".join(map(" ".join, patch.barred.items()))
-        )
-    if patch.active and host.example is not None:
-        whole = patch._scheduled()
-        first = whole[0] if whole else patch.last_timestep
-        patch.plan(model, host.example(), positions_from(first, whole, patch.last_timestep))
-    return patch
-
-
-def _kind(method: Method) -> type[DenoiserPatch]:
-    if method.over_steps is None:
-        return DenoiserPatch
-    from tokenprune.denoisers.caching import CachingPatch  # it builds on this module
-
-    return CachingPatch
-
-
-def _check_own(method: Method, budget: Budget) -> None:
-    """Raise where the method's own option says how many tokens leave the blocks of an image tower."""
-    ignored = budget.option == "r" or (budget.option == "rate" and budget.value != method.stack_share)
-    if budget.kind == "own" and ignored:
-        raise BudgetError(
-            f"{budget} counts tokens that leave the blocks of an image tower, and behind a denoiser's stacks all are"
-            f" there again; patch(pipe, {method.name!r}, keep={method.stack_share:g}) works"
-        )
-
-
-def attach(host: DenoiserHost, patch: DenoiserPatch) -> None:
-    """Put the patch on the host's model."""
     stacks = divided(host, patch.method)
-    for place, stack in enumerate(stacks):
-        for index, facts in enumerate(stack.blocks):
-            facts.swapped._tokenprune_exchange(facts.module)  # type: ignore[attr-defined]
-            patch.site(patch, stack, index, place, len(stacks)).attach(facts)
+    try:
+        for place, stack in enumerate(stacks):
+            for index, facts in enumerate(stack.blocks):
+                facts.swapped._tokenprune_exchange(facts.module)  # type: ignore[attr-defined]
+                patch.site(patch, stack, index, place, len(stacks)).attach(facts)
+    except UnsupportedModel:
+        detach(host.model, {"": patch})
+        raise
+    blocks = {id(facts.module) for stack in stacks for facts in stack.blocks}
+    names = [name for name, module in host.model.named_modules() if id(module) not in blocks]
+    patch.inside = tuple(name for name in names if _is_hooked(host.model, name, patch))
     host.model.register_forward_pre_hook(patch.begin, with_kwargs=True, prepend=True)
     host.model.register_forward_hook(patch.end, always_call=True)
 
 
-def divided(host: DenoiserHost, method: Method) -> list[Stack]:
-    """The host's stacks, a mere row of blocks divided into stacks of the method's depth."""
-    if not host.divisible:
-        return list(host.stacks)
-    stacks = []
-    for row in host.stacks:
-        for first in range(0, len(row.blocks), method.stack_depth):
-            blocks = row.blocks[first : first + method.stack_depth]
-            stacks.append(Stack(f"{row.name}.{first}-{first + len(blocks) - 1}", blocks, row.edge))
-    return stacks
-
-
-def _barred(stacks: list[Stack], method: Method) -> tuple[list[str], dict[str, str]]:
-    """What the report says of stacks one block deep, and those that the method cannot work in."""
-    if method.over_steps is not None:
-        return [], {}
-    if method.parts:
-        refused = {stack.name: refuse_parts(stack, method) for stack in stacks}
-        return [], {name: f"left alone: {why}" for name, why in refused.items() if why is not None}
-    barred = {}
-    if "cross" in method.needs:
-        barred = {s.name: "left alone: it has no cross-attention" for s in stacks if s.blocks[0].cross is None}
-    shallow = [stack for stack in stacks if len(stack.blocks) == 1 and stack.name not in barred]
-    if not shallow or not method.needs & {"queries", "keys", "cross"}:
-        return [], barred
-    for stack in shallow:
-        if "cross" in method.needs:
-            barred[stack.name] = "left alone: one block deep, and its cross-attention is not known before it"
-        elif stack.blocks[0].before is None:
-            barred[stack.name] = "left alone: one block deep, and its queries are not known before it"
-    scored = [stack.name for stack in shallow if stack.name not in barred]
-    notes = [f"one block deep, scored before the block from its own queries and keys: {', '.join(scored)}"]
-    return notes if scored else [], barred
-
-
-def _check_shares(method: Method, budget: Budget) -> None:
-    many = 10**6
-    least = method.schedule.fewest(many, Layout(1, 0)) / many
-    asked = [budget.value] if budget.kind == "keep" else [share for _, share in budget.shares]
-    if any(share < least for share in asked):
-        raise BudgetError(
-            f"{budget} asks {method.name} to compute fewer than the {least:.3g} of a stack's tokens that it must leave;"
-            f" use keep={least:.3g} or more"
-        )
-
-
-def _shares(asked: tuple[tuple[str, float], ...], stacks: list[Stack]) -> dict[str, float]:
-    names = [stack.name for stack in stacks]
-    shares = {}
-    for place, share in asked:
-        name = names[int(place)] if place.lstrip("-").isdigit() and -len(names) <= int(place) < len(names) else place
-        if name not in names:
-            raise BudgetError(f"schedule names the stack {place!r}; the model has {', '.join(names)}")
-        shares[name] = share
-    return shares
-
-
-def _places(plan: Plan, positions: tuple[float, ...]) -> list[dict[str, Any]]:
-    """(name, tokens in, tokens out, steps) of each stack in each part of the run, tokens out in the mean."""
-    borders, rows = plan.steps.borders(), []
-    for stack, cost in plan.costs.stacks.items():
-        told: list[tuple[float, float, float]] = []
-        for first, end in pairwise(borders):
-            kept = [plan.keep(p).get(stack, cost.tokens) for p in positions if first <= p < end]
-            if not kept:
-                continue
-            mean = kept[0] if len(set(kept)) == 1 else round(fmean(kept), 1)
-            if told and told[-1][2] == mean:
-                told[-1] = (told[-1][0], end, mean)
-            else:
-                told.append((first, end, mean))
-        if all(mean == cost.tokens for _, _, mean in told):
-            continue
-        for first, end, mean in told:
-            steps = "every step" if len(told) == 1 else f"{first:.0%} to {end:.0%} of the run"
-            rows.append({"name": stack, "tokens_in": cost.tokens, "tokens_out": mean, "steps": steps})
-    return rows
+def _is_hooked(model: nn.Module, name: str, patch: DenoiserPatch) -> bool:
+    """Whether there is a module of that name, with a hook of the patch."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return False
+    return any(
+        patch_of(hook) is patch for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
 
 
 def _of_one(x: Tensor, batch: int) -> tuple[str | int, ...]:

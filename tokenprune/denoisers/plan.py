@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 from tokenprune.budget import Budget
 from tokenprune.denoisers.costs import DenoiserCosts
@@ -98,3 +100,25 @@ def _by_cost(budget: Budget, plan: Callable[[float], Plan], positions: Sequence[
 
 def _reasons(plan: Plan, positions: Sequence[float]) -> str:
     return "; ".join(f"{stack} is {why}" for stack, why in list(plan.skipped(positions).items())[:3])
+
+
+def places(plan: Plan, positions: tuple[float, ...]) -> list[dict[str, Any]]:
+    """(name, tokens in, tokens out, steps) of each stack in each part of the run, tokens out in the mean."""
+    borders, rows = plan.steps.borders(), []
+    for stack, cost in plan.costs.stacks.items():
+        told: list[tuple[float, float, float]] = []
+        for first, end in pairwise(borders):
+            kept = [plan.keep(p).get(stack, cost.tokens) for p in positions if first <= p < end]
+            if not kept:
+                continue
+            mean = kept[0] if len(set(kept)) == 1 else round(fmean(kept), 1)
+            if told and told[-1][2] == mean:
+                told[-1] = (told[-1][0], end, mean)
+            else:
+                told.append((first, end, mean))
+        if all(mean == cost.tokens for _, _, mean in told):
+            continue
+        for first, end, mean in told:
+            steps = "every step" if len(told) == 1 else f"{first:.0%} to {end:.0%} of the run"
+            rows.append({"name": stack, "tokens_in": cost.tokens, "tokens_out": mean, "steps": steps})
+    return rows

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.recording import Forward
 from tokenprune.reduction import Reduction
 
 UNKNOWN_STEPS = 50
@@ -57,7 +58,7 @@ class Run:
 class Pass:
     """One forward of the denoiser. keep: {stack: how many tokens it computes}, those left whole are not in it. sets:
     {stack: the tokens}. grid: (rows, columns) of the latents. step: see AttentionRecord. due: what a method that holds
-    a choice over steps is to do at this one."""
+    a choice over steps is to do at this one. forward: the recording of it, where one is wanted."""
 
     patch: Any
     run: Run
@@ -66,6 +67,7 @@ class Pass:
     reuse: bool
     step: Tensor
     due: str = "select"
+    forward: Forward | None = None
     sets: dict[str, Chosen] = field(default_factory=dict)
 
 

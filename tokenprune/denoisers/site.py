@@ -8,75 +8,27 @@ class is exchanged, and a native hook hands the site over.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.attention_record import AttentionRecord, CrossAttention
+from tokenprune.denoisers.here import Catch, here
 from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
+from tokenprune.denoisers.records import grid_of, image_heads, split_heads, together
 from tokenprune.denoisers.run import Chosen, Pass, running
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.kernels.merge import gather
+from tokenprune.method import Method
+from tokenprune.recording import PlaceRecord
 from tokenprune.reduction import Reduction
 from tokenprune.restore import attended_stand_ins, stand_ins
 from tokenprune.state import TokenState, in_backward, recall, remember
 
 if TYPE_CHECKING:
     from tokenprune.denoisers.patch import DenoiserPatch
-
-
-class Running(Protocol):
-    """What stands in front of a block or of a part of one."""
-
-    def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
-        """The module on the tokens that are chosen for it."""
-
-
-class _Here(threading.local):
-    """The site of the block that runs now in this thread, and what it has caught; changed in place."""
-
-    def __init__(self) -> None:
-        self.site: Running | None = None
-        self.queries: Tensor | None = None
-        self.keys: Tensor | None = None
-        self.cross_queries: Tensor | None = None
-        self.cross_keys: Tensor | None = None
-        self.reduction: Reduction | None = None
-        self.tokens = 0
-
-    def clear(self) -> None:
-        self.site = self.queries = self.keys = self.cross_queries = self.cross_keys = self.reduction = None
-
-
-_HERE = _Here()
-
-
-def here() -> _Here:
-    """What this thread runs."""
-    return _HERE
-
-
-def run_here(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
-    """Run a block's own `forward` on the tokens that are chosen for it."""
-    site = _HERE.site
-    return forward(*args, **kwargs) if site is None else site.run(module, forward, args, kwargs)
-
-
-class Catch:
-    """Hook on a projection: keeps its output as `kind` until the block ends. A copy, as CogVideoX and CogView4 write
-    the rotary embedding into it."""
-
-    def __init__(self, patch: DenoiserPatch, kind: str) -> None:
-        self.patch = patch
-        self.kind = kind
-
-    def keep(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Hook."""
-        setattr(_HERE, self.kind, output.detach().clone())
 
 
 class BlockSite:
@@ -94,6 +46,12 @@ class BlockSite:
         self.returned, self.slices = facts.returned, facts.slices
         self.heads, self.scale, self.text_first = facts.heads, facts.scale, facts.text_first
         self.before, self.rotate, self.cross = facts.before, facts.rotate, facts.cross
+        self.hooks = ""
+
+    @staticmethod
+    def narrowed(facts: BlockFacts, method: Method) -> list[nn.Module]:
+        """Modules in the block that put out fewer tokens than it does."""
+        return list(facts.module.children())
 
     def attach(self, facts: BlockFacts) -> None:
         """Put the hooks on the block."""
@@ -109,62 +67,73 @@ class BlockSite:
         for kind, module in caught.items():
             if module is not None:
                 module.register_forward_hook(Catch(self.patch, kind).keep)
+                self.hooks += f"{kind} "
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook: the block starts."""
-        _HERE.clear()
-        _HERE.site = self
+        here().clear()
+        here().site, here().hooks = self, self.hooks
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: it has ended, by a result or an exception."""
-        _HERE.clear()
+        here().clear()
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:
-        """The block on the chosen tokens, its output with all of them."""
+        """The block on the chosen tokens, its output with all of them. Its own forward is called in one way always, so
+        that compiled blocks share their graphs."""
         bound = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         x: Tensor = bound[self.hidden]
         if in_backward():
             chosen: Chosen | None = recall(x)
-            return forward(*args, **kwargs) if chosen is None else self._on_chosen(forward, bound, chosen)
+            return forward(**bound) if chosen is None else self._on_chosen(forward, bound, chosen)
         one = running()
         keep = one.keep.get(self.stack) if one is not None and one.patch is self.patch else None
         if one is not None and self.first:
             self.patch.mark(self.stack, "enter", x)
         if one is None or keep is None:
-            output = forward(*args, **kwargs)
+            output = forward(**bound)
         else:
-            output = self._pruned(module, forward, args, kwargs, bound, one, keep)
+            output = self._pruned(module, forward, bound, one, keep)
         if one is not None and self.last:
             self.patch.mark(self.stack, "leave", x)
         return output
 
-    def _pruned(
-        self,
-        module: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Arguments,
-        bound: Arguments,
-        one: Pass,
-        keep: int,
-    ) -> Any:
+    def _pruned(self, module: nn.Module, forward: Callable[..., Any], bound: Arguments, one: Pass, keep: int) -> Any:
         x: Tensor = bound[self.hidden]
         if self.first and one.reuse and self.stack in one.run.sets:
             one.sets[self.stack] = one.run.sets[self.stack]  # chosen by the same step's other call
         if self.first and self.depth > 1 and self.stack not in one.sets:
-            output = forward(*args, **kwargs)
-            _check_caught(self.patch)
-            self._choose(one, keep, self._image(output), bound, _HERE.queries, _HERE.keys)
+            output = forward(**bound)
+            check_caught(self.patch)
+            self._choose(one, keep, self._image(output), bound, here().queries, here().keys)
             return output
         if self.stack not in one.sets:
             queries, keys = self._project(module, bound)
             self._choose(one, keep, x, bound, queries, keys)
         if self.first and self.depth > 1:
-            return forward(*args, **kwargs)
+            return forward(**bound)
         chosen = one.sets[self.stack]
+        self._note(one, self.stack, chosen.reduction, x)
         if torch.is_grad_enabled() or x.requires_grad:
             remember(x, chosen)
         return self._on_chosen(forward, bound, chosen)
+
+    def _note(self, one: Pass, name: str, reduction: Reduction, x: Tensor) -> None:
+        """Record which of the tokens of x [B, N, C] are computed, where that is asked for."""
+        if one.forward is None or any(place.name == name for place in one.forward.places):
+            return
+        batch, tokens = x.shape[:2]
+        origin = torch.arange(tokens, device=x.device).expand(batch, -1)
+        merged = reduction.moved is not None or reduction.matrix is not None
+        one.forward.places.append(
+            PlaceRecord(
+                name,
+                reduction.follow(origin),
+                reduction.source(tokens),
+                reduction.merged_sizes(torch.ones(batch, tokens, device=x.device)) if merged else None,
+                grid_of(one.grid, tokens),
+            )
+        )
 
     def _on_chosen(self, forward: Callable[..., Any], bound: Arguments, chosen: Chosen) -> Any:
         x: Tensor = bound[self.hidden]
@@ -212,7 +181,7 @@ class BlockSite:
         scores = self._scores(one, record)
         if copies > 1 and scores is not None:
             scores = scores.view(copies, batch // copies, -1).mean(0)
-        reduction = method.select(scores, _together(record, copies), keep)
+        reduction = method.select(scores, together(record, copies), keep)
         assert isinstance(reduction, Reduction)
         reduction = reduction.tiled(copies)
         near = None
@@ -241,8 +210,8 @@ class BlockSite:
             grid=grid_of(one.grid, tokens),
             has_class_token=False,
             scale=self.scale,
-            queries=_heads(queries, self.heads, tokens, start),
-            keys=_heads(keys, self.heads, tokens, start),
+            queries=image_heads(queries, self.heads, tokens, start),
+            keys=image_heads(keys, self.heads, tokens, start),
             rotate=self.rotate(bound, tokens),
             cross=self._crossed(bound),
             step=one.step,
@@ -253,74 +222,24 @@ class BlockSite:
         return score(record) if score is not None else None
 
     def _crossed(self, bound: Arguments) -> CrossAttention | None:
-        if self.cross is None or _HERE.cross_queries is None or _HERE.cross_keys is None:
+        queries, keys = here().cross_queries, here().cross_keys
+        if self.cross is None or queries is None or keys is None:
             return None
-        queries, keys = _HERE.cross_queries.detach(), _HERE.cross_keys.detach()
         bias = bound.get(self.cross.bias) if self.cross.bias is not None else None
         return CrossAttention(
-            _split(queries, self.cross.heads),
-            _split(keys, self.cross.heads),
+            split_heads(queries.detach(), self.cross.heads),
+            split_heads(keys.detach(), self.cross.heads),
             self.cross.scale,
             None if bias is None else bias.unsqueeze(1),
         )
 
 
-def _check_caught(patch: DenoiserPatch) -> None:
-    cross = _HERE.cross_keys if _HERE.cross_queries is not None else None
-    for kind, caught in (("queries", _HERE.queries), ("keys", _HERE.keys), ("cross", cross)):
+def check_caught(patch: DenoiserPatch) -> None:
+    cross = here().cross_keys if here().cross_queries is not None else None
+    for kind, caught in (("queries", here().queries), ("keys", here().keys), ("cross", cross)):
         if kind in patch.method.needs and caught is None:
             what = "the cross-attention's queries and keys" if kind == "cross" else kind
             raise UnsupportedMethod(
                 f"{patch.method.name} needs {what}, and the attention no longer puts them out on their own (fused"
                 " projections?); unfuse them, or take a method that needs none, such as 'random'"
             )
-
-
-def _heads(x: Tensor | None, heads: int, tokens: int, start: int) -> Tensor | None:
-    """[B, H, N, D] of the image tokens, which begin at `start` of what a projection put out where it holds text too."""
-    if x is None:
-        return None
-    x = _split(x, heads)
-    start = 0 if x.shape[2] == tokens else start
-    return x[:, :, start : start + tokens].detach()
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    """[B, H, N, D] of what a projection or a norm behind it put out."""
-    if x.ndim == 3:
-        return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
-    return x.transpose(1, 2) if x.shape[2] == heads else x
-
-
-def _together(record: AttentionRecord, copies: int) -> AttentionRecord:
-    """The record of each image once, its features those of all its copies side by side."""
-    if copies == 1:
-        return record
-
-    def beside(x: Tensor) -> Tensor:
-        return torch.cat(x.chunk(copies), -1)
-
-    def each_rotated(x: Tensor) -> Tensor:
-        assert record.rotate is not None
-        return beside(record.rotate(torch.cat(x.chunk(copies, -1))))
-
-    return replace(
-        record,
-        hidden=beside(record.hidden),
-        origin=record.origin[: record.origin.shape[0] // copies],
-        scale=record.scale / copies,
-        queries=None if record.queries is None else beside(record.queries),
-        keys=None if record.keys is None else beside(record.keys),
-        rotate=None if record.rotate is None else each_rotated,
-        cross=None,
-    )
-
-
-def grid_of(latents: tuple[int, int] | None, tokens: int) -> tuple[int, int] | None:
-    """(rows, columns) of the tokens, halved from the latents' as often as it takes; None where they fill no grid."""
-    if latents is None:
-        return None
-    rows, columns = latents
-    while rows * columns > tokens:
-        rows, columns = (rows + 1) // 2, (columns + 1) // 2
-    return (rows, columns) if rows * columns == tokens else None

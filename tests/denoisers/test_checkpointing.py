@@ -1,0 +1,100 @@
+"""Gradient checkpointing of patched denoisers: the gradients are those without it."""
+
+from functools import partial
+
+import pytest
+import torch
+from denoisers_zoo import build
+from torch.utils.checkpoint import checkpoint
+
+import tokenprune
+
+torch.set_num_threads(1)
+ARGUMENTS = {
+    "at_edm": {"keep": 0.4, "steps": {}},
+    "random": {"keep": 0.4},
+    "tomesd": {"keep": 0.5},
+    "todo": {"keep": 0.5},
+    "toma": {"keep": 0.5},
+}
+
+
+def gradients(model, calls):
+    """Of the latents of each call and of all parameters, after one backward through all calls."""
+    key = "sample" if "sample" in calls[0] else "hidden_states"
+    latents = [x[key].clone().requires_grad_() for x in calls]
+    losses = [
+        model(**{**x, key: one}, return_dict=False)[0].square().mean() for x, one in zip(calls, latents, strict=True)
+    ]
+    sum(losses).backward()
+    found = [one.grad for one in latents] + [weight.grad for weight in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def switched(model, mode, on=True):
+    model.disable_gradient_checkpointing()
+    if on:
+        model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=mode))
+
+
+@pytest.mark.parametrize("order", ["patch", "checkpointing"])
+@pytest.mark.parametrize(
+    ("name", "method", "reentrant"),
+    [
+        ("pixart", "at_edm", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                ("flux", "random", True),
+                ("unet_sdxl", "at_edm", False),
+                ("unet_sdxl", "at_edm", True),
+                ("unet_sd", "at_edm", False),
+                ("flux", "at_edm", False),
+                ("sd3", "random", False),
+                ("pixart", "toma", False),
+                ("pixart", "tomesd", True),
+                ("dit", "todo", False),
+                ("wan", "random", False),
+            )
+        ),
+    ],
+)
+def test_gradients_are_those_without_checkpointing(name, method, reentrant, order):
+    model, inputs = build(name)
+    model.train()
+    calls = [inputs(1, 16, 16), inputs(2, 8, 8)] if name == "dit" else [inputs(1, 16, 12), inputs(2, 8, 12)]
+    plain = gradients(model, calls)
+    if order == "patch":
+        tokenprune.patch(model, method, **ARGUMENTS[method])
+        expected = gradients(model, calls)
+    switched(model, reentrant)
+    if order == "checkpointing":
+        tokenprune.patch(model, method, **ARGUMENTS[method])
+    found = gradients(model, calls)
+    switched(model, reentrant, on=False)
+    if order == "checkpointing":
+        expected = gradients(model, calls)
+    assert not torch.allclose(expected[0], plain[0], rtol=1e-2)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+    tokenprune.unpatch(model)
+    switched(model, reentrant)
+    for one, other in zip(gradients(model, calls), plain, strict=True):
+        assert one is None or torch.allclose(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+
+
+@pytest.mark.parametrize(
+    "method", ["region", *(pytest.param(method, marks=pytest.mark.full) for method in ("ras", "toca"))]
+)
+def test_methods_over_steps_refuse_checkpointing(method):
+    model, inputs = build("pixart")
+    options = {"mask": torch.eye(8, 6).bool()} if method == "region" else {}
+    tokenprune.patch(model, method, **options)
+    model.train()
+    model.enable_gradient_checkpointing()
+    x = inputs(1, 16, 12)
+    with pytest.raises(tokenprune.UnsupportedMethod, match=r"model.disable_gradient_checkpointing\(\)"):
+        gradients(model, [x])
