@@ -28,7 +28,7 @@ def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) ->
     block = max(1, min(rows, work // (others * dtype.itemsize)))
     if window is not None:  # as many rows as a window is wide, which see two windows' width together
         block = max(1, min(block, (2 * window + 1) * rows // others))
-    images = min(batch, max(1, work // (block * others * dtype.itemsize)))
+    images = max(1, min(batch, work // (block * others * dtype.itemsize)))
     buffer = a.new_empty(images * block * others)
     for image in range(0, batch, images):
         for start in range(0, rows, block):
