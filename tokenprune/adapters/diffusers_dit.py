@@ -73,6 +73,8 @@ class DiffusersTransformer:
 
     name = "diffusers_dit"
 
+    describe = staticmethod(describe)
+
     def find(self, target: object) -> nn.Module | None:
         known = isinstance(target, diffusers.ModelMixin) and any(hasattr(target, name) for name in _LISTS)
         return target if known and isinstance(target, nn.Module) else None

@@ -64,6 +64,8 @@ class DiffusersUNet:
 
     name = "diffusers_unet"
 
+    describe = staticmethod(describe)
+
     def find(self, target: object) -> nn.Module | None:
         return target if isinstance(target, UNet2DConditionModel) else None
 
