@@ -14,7 +14,7 @@ from tokenprune import registry
 from tokenprune.budget import parse_budget
 from tokenprune.defaults import default_methods
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
-from tokenprune.family import AppliedPatch, Family, Request, active_patches, detach
+from tokenprune.family import AppliedPatch, Family, Request, active_patches, detach, replaced_by
 from tokenprune.recording import Recording
 from tokenprune.registry import MethodInfo
 from tokenprune.report import Report
@@ -35,6 +35,7 @@ def patch(
     schedule: Mapping[int | str, float] | None = None,
     prefix_only_last: bool = True,
     steps: Any = None,
+    positions: str | None = None,
     **options: Any,
 ) -> Target:
     """Make `target` compute fewer tokens, in place, and return it.
@@ -59,6 +60,9 @@ def patch(
     None is the method's own. Of a denoiser `keep` is the share computed in each stack of blocks, behind which all
     tokens are back; `flops` is meant over the whole run, and `schedule` names stacks.
 
+    positions: of the visual tokens that a vision-language model keeps: their "original" ones (the default), or
+    "reindex" to count through. There `tokens` are those of each image, and `flops` is of a prompt's prefill.
+
     options: of the method, see `methods()`; one of them is a budget of its own (`r` of tome, `rate` of the others), and
     then the only one. An earlier patch of the same model is replaced. At another input size the
     budget is solved anew, at the first forward of that size.
@@ -75,8 +79,8 @@ def patch(
     budget = parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule, own=own)
     if schedule is not None and options.get("places") is not None:
         raise BudgetError("schedule= names the places itself; leave out places=")
-    request = Request(budget, steps, target, prefix_only_last)
-    found = [(model, family, active_patches(model)) for model, family in _find(target)]
+    request = Request(budget, steps, target, prefix_only_last, positions)
+    found = [(model, family, replaced_by(family, model)) for model, family in _find(target)]
     for model, _, earlier in found:
         detach(model, earlier)
     try:
@@ -111,14 +115,15 @@ def unpatch(target: Target) -> Target:
 @contextmanager
 def patched(target: Target, method: str | None = None, **arguments: Any) -> Iterator[Target]:
     """`patch` for the length of a with block; an earlier patch is put back behind it."""
-    found = [(model, family, active_patches(model)) for model, family in _find(target)]
+    found = [(model, family, replaced_by(family, model)) for model, family in _find(target)]
     patch(target, method, **arguments)
     try:
         yield target
     finally:
-        unpatch(target)
         for model, family, earlier in found:
+            detach(model, replaced_by(family, model))
             _reattach(model, family, earlier)
+        _forget_compiled()
 
 
 def report(target: object) -> Report:
@@ -169,7 +174,7 @@ def methods(target: object | None = None) -> list[MethodInfo]:
     if target is None:
         return [registry.method_info(name, families) for name in registry.method_names()]
     model, family = _find(target)[0]
-    earlier = active_patches(model)
+    earlier = replaced_by(family, model)
     detach(model, earlier)
     request, usable = Request(parse_budget(keep=0.5), target=target, prefix_only_last=False), []
     try:

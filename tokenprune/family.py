@@ -2,7 +2,8 @@
 
 A family prepares, attaches and describes patches of its own kind; finding and removing them is the same for all. A
 patch is carried by native hooks whose owner is the patch or has it as `.patch`, and by classes with
-`_tokenprune_original`.
+`_tokenprune_original`. A patch that `composes` leaves alone what is patched in a part of its model, and the classes that
+it exchanged have its adapter as `_tokenprune_adapter`: such a patch and that of the part come off one by one.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from tokenprune.recording import Recording
 @dataclass(frozen=True)
 class Request:
     """What `patch` was asked for, beside the method. steps: over the steps of a denoising run, as given. target: what
-    the caller patched, a module or a pipeline. prefix_only_last: see `tokenprune.patch`, of image towers."""
+    the caller patched, a module or a pipeline. prefix_only_last: see `tokenprune.patch`, of image towers. positions: of
+    the visual tokens that a vision-language model keeps, None for its default."""
 
     budget: Budget
     steps: Any = None
     target: object = None
     prefix_only_last: bool = True
+    positions: str | None = None
 
 
 class AppliedPatch(Protocol):
@@ -69,13 +72,27 @@ def active_patches(module: nn.Module) -> dict[str, AppliedPatch]:
     return found
 
 
+def replaced_by(family: Family, module: nn.Module) -> dict[str, AppliedPatch]:
+    """Those of `active_patches` that a patch of `family` takes the place of."""
+    return {name: p for name, p in active_patches(module).items() if _composes(p) == _composes(family)}
+
+
+def _composes(one: object) -> bool:
+    return bool(getattr(one, "composes", False))
+
+
 def detach(module: nn.Module, patches: Mapping[str, AppliedPatch]) -> None:
     """Remove every hook and class of `patches` from `module` and inside it."""
     owned = {id(patch) for patch in patches.values()}
+    marked = {patch.adapter for patch in patches.values() if _composes(patch)}
+    unmarked = not marked or any(not _composes(patch) for patch in patches.values())
     for child in module.modules():
         _remove_hooks(child._forward_pre_hooks, owned, child._forward_pre_hooks_with_kwargs)
         _remove_hooks(child._forward_hooks, owned, child._forward_hooks_with_kwargs, child._forward_hooks_always_called)
-        if getattr(type(child), "_tokenprune_original", None) is not None:
+        if getattr(type(child), "_tokenprune_original", None) is None:
+            continue
+        owner = getattr(type(child), "_tokenprune_adapter", None)
+        if unmarked if owner is None else owner in marked:
             restore_class(child)
 
 

@@ -27,7 +27,7 @@ _BUILTIN_METHODS = (
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {
     "timm": ("tokenprune.adapters.timm_vit",),
-    "transformers": ("tokenprune.adapters.hf_vision",),
+    "transformers": ("tokenprune.adapters.hf_vision", "tokenprune.adapters.hf_lvlm"),
     "diffusers": ("tokenprune.adapters.diffusers_unet", "tokenprune.adapters.diffusers_dit"),
 }
 _loaded: set[str] = set()

@@ -1,0 +1,184 @@
+"""transformers' vision-language models: LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL,
+Gemma 3, PaliGemma, Idefics3 and SmolVLM.
+
+Classes are known by name, so that nothing of transformers is imported for a model that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from tokenprune.adapters.hf_lvlm_towers import (
+    SCORED,
+    connector_groups,
+    gemma_groups,
+    grid_of_packed,
+    grid_of_tile,
+    internvl_groups,
+    lift_merged,
+    lift_tiles,
+    tiles_behind_prefix,
+    tiles_in_a_row,
+)
+from tokenprune.adapters.hf_vision import entry_of
+from tokenprune.adapters.swapping import Mixin, mixed
+from tokenprune.errors import UnsupportedModel
+from tokenprune.family import Request
+from tokenprune.lvlm.encoded import pack_here
+from tokenprune.lvlm.host import LvlmHost
+from tokenprune.lvlm.patch import LvlmPatch, attach, prepare
+from tokenprune.method import Method
+from tokenprune.registry import register_adapter
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model class. groups: (model, patches [T, n, 1]) -> [T, n', patches of each placeholder]; None where a patch
+    is a placeholder. merged: whether the tower itself merges patches, whose images lie in a row. packed: whether tiles
+    of an image are packed by the model."""
+
+    tower: str = "vision_tower"
+    text: str = "language_model"
+    groups: Callable[[Any, Any], Any] | None = None
+    merged: bool = False
+    packed: bool = False
+    masks_first: bool = False
+    video: bool = False
+
+
+_QWEN = Family(tower="visual", merged=True, video=True)
+_IDEFICS = Family(tower="vision_model", text="text_model", groups=connector_groups)
+FAMILIES = {
+    "llava.LlavaModel": Family(),
+    "llava_next.LlavaNextModel": Family(packed=True),
+    "llava_onevision.LlavaOnevisionModel": Family(packed=True),
+    "qwen2_vl.Qwen2VLModel": _QWEN,
+    "qwen2_5_vl.Qwen2_5_VLModel": _QWEN,
+    "qwen3_vl.Qwen3VLModel": _QWEN,
+    "internvl.InternVLModel": Family(groups=internvl_groups),
+    "gemma3.Gemma3Model": Family(groups=gemma_groups, masks_first=True),
+    "paligemma.PaliGemmaModel": Family(masks_first=True),
+    "idefics3.Idefics3Model": _IDEFICS,
+    "smolvlm.SmolVLMModel": _IDEFICS,
+}
+
+
+class PackingModel(Mixin):
+    """A model that packs the tiles of an image, with separators at the end of rows."""
+
+    _tokenprune_adapter = "hf_lvlm"
+
+    def pack_image_features(self, image_features: Any, *args: Any, **kwargs: Any) -> Any:
+        return pack_here(self, super().pack_image_features, image_features, args, kwargs)  # type: ignore[misc]
+
+
+@register_adapter
+class TransformersLvlm:
+    """See `tokenprune.family.Family`."""
+
+    name = "hf_lvlm"
+    composes = True
+
+    def find(self, target: object) -> nn.Module | None:
+        assert isinstance(target, nn.Module)
+        found = [(name, module) for name, module in target.named_modules() if _family(module) is not None]
+        if not found:
+            return None
+        if len(found) > 1:
+            raise UnsupportedModel(
+                f"{type(target).__name__} holds {len(found)} vision-language models; patch each by itself:"
+                f" {', '.join(f'model.{name}' for name, _ in found)}"
+            )
+        name, model = found[0]
+        path = [module for outer, module in target.named_modules() if _holds(outer, name)]
+        wholes = [module for module in path if getattr(module, "model", None) is model]
+        return wholes[0] if wholes else model
+
+    def prepare(self, model: nn.Module, method: Method, request: Request) -> LvlmPatch:
+        """The patch of a vision-language model."""
+        return prepare(describe, model, self.name, method, request)
+
+    def attach(self, model: nn.Module, patch: LvlmPatch) -> None:
+        """Put a patch on the model."""
+        attach(describe(model), patch)
+
+
+def describe(outer: nn.Module) -> LvlmHost:
+    """The facts of a vision-language model."""
+    model: Any = outer if _family(outer) is not None else outer.model
+    family = _family(model)
+    assert family is not None
+    tower, text = getattr(model, family.tower), getattr(model, family.text)
+    config = model.config
+    tokens = {"image": int(config.image_token_id)}
+    inputs = ["pixel_values", "mm_encoder_outputs"]
+    if getattr(config, "video_token_id", None) is not None:
+        inputs.insert(1, "pixel_values_videos")
+        if family.video:
+            tokens["video"] = int(config.video_token_id)
+    scored = _scored(tower)
+    prefix = scored.prefix(tower) if scored is not None else 0
+    if getattr(config, "vision_feature_select_strategy", None) == "full" and prefix:
+        raise UnsupportedModel(
+            "with vision_feature_select_strategy='full' the tower's class token is one of the visual tokens; use"
+            " 'default'"
+        )
+    lift = None
+    if family.merged:
+        lift = partial(lift_merged, model)
+    elif not family.packed:
+        lift = partial(lift_tiles, partial(family.groups, model) if family.groups is not None else None)
+    return LvlmHost(
+        outer=outer,
+        model=model,
+        text=text,
+        tower=tower,
+        tokens=tokens,
+        inputs=tuple(inputs),
+        masks_first=family.masks_first,
+        scored=partial(scored.at, model, tower) if scored is not None else lambda layer: None,
+        lift=lift,
+        tiles=tiles_in_a_row if family.merged else partial(tiles_behind_prefix, prefix),
+        grid=partial(grid_of_packed, model) if family.merged else grid_of_tile,
+        packs=mixed(PackingModel, _original(model)) if family.packed else None,
+        window=_window(text),
+        refused=_no_video if not family.video else lambda bound: "",
+    )
+
+
+def _family(module: nn.Module) -> Family | None:
+    found = (entry_of(cls, FAMILIES) for cls in type(module).__mro__)
+    return next((family for family in found if family is not None), None)
+
+
+def _scored(tower: nn.Module) -> Any:
+    found = (entry_of(cls, SCORED) for cls in type(tower).__mro__)
+    return next((facts for facts in found if facts is not None), None)
+
+
+def _original(model: nn.Module) -> type[nn.Module]:
+    return getattr(type(model), "_tokenprune_original", type(model))
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return outer == "" or inner.startswith(f"{outer}.")
+
+
+def _window(text: Any) -> int | None:
+    """Tokens of the sliding window, where any layer has one."""
+    types = getattr(text.config, "layer_types", None) or ()
+    window = getattr(text.config, "sliding_window", None)
+    return int(window) if window and any("sliding" in kind for kind in types) else None
+
+
+def _no_video(bound: Mapping[str, Any]) -> str:
+    outputs = bound.get("mm_encoder_outputs")
+    encoded = outputs.get("video") if isinstance(outputs, Mapping) else None
+    if bound.get("pixel_values_videos") is None and encoded is None:
+        return ""
+    return "videos of this model are pooled frame by frame, which is not followed; unpatch it for videos"

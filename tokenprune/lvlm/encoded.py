@@ -1,0 +1,140 @@
+"""What is known of the images when the prompt that they belong to reaches the language model.
+
+Generation encodes images before the prompt runs, a plain forward inside of it. Either way the tower's output object is
+handed on, and carries an `Encoded`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.errors import UnsupportedModel
+from tokenprune.lvlm.host import LvlmHost, Scored, TowerCall, patch_ones
+
+if TYPE_CHECKING:
+    from tokenprune.lvlm.patch import LvlmPatch
+
+_ATTRIBUTE = "_tokenprune_encoded"
+
+
+@dataclass
+class Encoded:
+    """The images of one call of the tower.
+
+    values: [tiles, patches, 1 + ..] of the patches: ones, scores and keys (mean over heads), those that the method
+    needs, until they are lifted. images: the same for the placeholders of each image, [n, 1 + ..]; a separator's row is
+    of zeros. grids: (rows, columns) of each. key: of the patch that made it.
+    """
+
+    key: str
+    values: Tensor
+    scored: bool
+    images: list[Tensor] | None = None
+    grids: Sequence[tuple[int, int] | None] = ()
+
+    def take(self, image: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of the placeholders of an image: whether each is of the image [n], scores [n] and keys [n, d] of those."""
+        assert self.images is not None
+        rows = self.images[image]
+        own = rows[:, 0] > 0.5
+        scores = rows[own, 1] if self.scored else None
+        metric = rows[own, 1 + int(self.scored) :]
+        return own, scores, metric if metric.shape[1] else None
+
+
+def encoded_of(output: Any) -> Encoded | None:
+    """What an output of the tower carries."""
+    return getattr(output, _ATTRIBUTE, None)
+
+
+class TowerSite:
+    """Hooks on the tower and on the layer of it that is scored."""
+
+    def __init__(self, patch: LvlmPatch, host: LvlmHost, scored: Scored | None) -> None:
+        self.patch = patch
+        self.arguments = patch.names.tower
+        self.records = scored.records if scored is not None else None
+        self.lift, self.tiles, self.grid = host.lift, host.tiles, host.grid
+
+    def attach(self, host: LvlmHost, scored: Scored | None) -> None:
+        """Put the hooks on the tower, the one behind it innermost."""
+        host.tower.register_forward_pre_hook(self.enter, with_kwargs=True)
+        host.tower.register_forward_hook(self.leave, with_kwargs=True, prepend=True)
+        for kind, module in scored.taps if scored is not None else ():
+            tap = _Tap(self, kind)
+            if kind.endswith("_inputs"):
+                module.register_forward_pre_hook(tap.inputs, with_kwargs=True)
+            else:
+                module.register_forward_hook(tap.output)
+
+    def enter(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook: the tower starts."""
+        self.patch.local.caught = {}
+
+    def leave(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Hook: it has ended."""
+        caught, self.patch.local.caught = self.patch.local.caught, {}
+        call = TowerCall({**dict(zip(self.arguments, args, strict=False)), **kwargs}, output, caught)
+        tiles, patches = self.tiles(call)
+        values = [patch_ones(tiles, patches, output.last_hidden_state)]
+        scored = self.patch.after.score is not None
+        if self.records is not None:
+            with torch.no_grad():
+                values += self._values(self.records(call), patches)
+        encoded = Encoded(self.patch.key, torch.cat(values, -1), scored)
+        if self.lift is not None:
+            encoded.images = self.lift(encoded.values, call)
+            encoded.grids = [self.grid(len(image), place, call) for place, image in enumerate(encoded.images)]
+        setattr(output, _ATTRIBUTE, encoded)
+        self.patch.local.encoded.append(encoded)
+
+    def _values(self, records: Sequence[Any], patches: int) -> list[Tensor]:
+        after, found = self.patch.after, []
+        lengths = [record.tokens for record in records]
+        if any(length != lengths[0] for length in lengths) and patches != sum(lengths):
+            raise UnsupportedModel("the tower's tiles have different numbers of patches")
+        if sum(r.tokens * r.hidden.shape[0] for r in records) % patches:
+            raise UnsupportedModel(
+                "the image tower is patched itself, and the layer that is scored has fewer tokens than the images have"
+                " patches; unpatch the tower, or use a method that does not look at its attention, such as 'uniform'"
+            )
+        if after.score is not None:
+            found.append(torch.cat([after.score(record).reshape(-1, 1).float() for record in records]))
+        if after.keys:
+            found.append(torch.cat([record.metric.flatten(0, 1).float() for record in records]))
+        return [value.view(-1, patches, value.shape[-1]) for value in found]
+
+
+class _Tap:
+    """A hook that keeps what a module put out, or was given."""
+
+    def __init__(self, site: TowerSite, kind: str) -> None:
+        self.patch = site.patch
+        self.kind = kind
+
+    def output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.patch.local.caught[self.kind] = output
+
+    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.patch.local.caught[self.kind] = kwargs
+
+
+def pack_here(model: nn.Module, pack: Any, features: Sequence[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Pack features as `pack(features, *args, **kwargs)` does, and in the same way what is known of their patches.
+
+    Called by the class that stands for `model`'s where a patch is on it.
+    """
+    packed = pack(features, *args, **kwargs)
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    patch: LvlmPatch = next(owner for owner in owners if hasattr(owner, "local"))  # type: ignore[assignment]
+    encoded: Encoded = patch.local.encoded[-1]
+    values = torch.split(encoded.values, [len(tiles) for tiles in features])
+    separator = {"image_newline": encoded.values.new_zeros(encoded.values.shape[-1])}
+    encoded.images = pack(values, *args, **{**kwargs, **separator})[0]
+    encoded.grids = [None] * len(values)
+    return packed
