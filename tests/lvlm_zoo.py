@@ -5,28 +5,35 @@ Nothing here is ours: the loop prunes what the unpatched model gives its languag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
 IMAGE, VIDEO, START, END = 110, 111, 112, 113
-VISION: dict[str, Any] = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
-SQUARE: dict[str, Any] = dict(image_size=56, patch_size=14)
-TEXT: dict[str, Any] = dict(
-    vocab_size=120, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+SQUARE: dict[str, Any] = {"image_size": 56, "patch_size": 14}
+TEXT: dict[str, Any] = {
+    "vocab_size": 120, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 LLAMA, QWEN2 = dict(model_type="llama", **TEXT), dict(model_type="qwen2", **TEXT)
 CLIP = dict(model_type="clip_vision_model", projection_dim=32, **SQUARE, **VISION)
 SIGLIP = dict(model_type="siglip_vision_model", vision_use_head=False, **SQUARE, **VISION)
-ANYRES = dict(image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]], image_token_index=IMAGE)
+ANYRES = {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]], "image_token_index": IMAGE}
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-QWEN_IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
-QWEN_VISION = dict(num_heads=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, in_channels=3)
+QWEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
+QWEN_VISION = {"num_heads": 4, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
 
 
 @dataclass(frozen=True)
@@ -155,10 +162,10 @@ def _gemma3() -> nn.Module:
 
 
 def _paligemma() -> nn.Module:
-    text = dict(
-        model_type="gemma", vocab_size=120, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=1, head_dim=8, pad_token_id=0,
-    )  # fmt: skip
+    text = {
+        "model_type": "gemma", "vocab_size": 120, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0,
+    }  # fmt: skip
     config = hf.PaliGemmaConfig(vision_config=SIGLIP, text_config=text, image_token_index=IMAGE, projection_dim=32)
     return hf.PaliGemmaForConditionalGeneration(config)
 
@@ -308,8 +315,7 @@ def by_hand(model: Any, inputs: dict[str, Tensor], gone: Sequence[int], tokens: 
 
 def narrowed(given: dict[str, Any], keep: list[int]) -> dict[str, Any]:
     """A language model's arguments at the tokens `keep`."""
-    out = {key: given[key] for key in ("past_key_values", "inputs_embeds") if given.get(key) is not None}
-    out["inputs_embeds"] = given["inputs_embeds"][:, keep]
+    out: dict[str, Any] = {"inputs_embeds": given["inputs_embeds"][:, keep]}
     positions = given.get("position_ids")
     length = given["inputs_embeds"].shape[1]
     out["position_ids"] = torch.arange(length)[None][:, keep] if positions is None else positions[..., keep]
@@ -326,3 +332,24 @@ def narrowed(given: dict[str, Any], keep: list[int]) -> dict[str, Any]:
         out["visual_pos_masks"] = visual[:, keep]
         out["deepstack_visual_embeds"] = [deep[torch.tensor(stays)] for deep in given["deepstack_visual_embeds"]]
     return out
+
+
+def most_in_full(*few: str, names: Iterable[str] = KINDS) -> list[Any]:
+    """All families, those beside `few` only in the full tier."""
+    return [name if name in few else pytest.param(name, marks=pytest.mark.full) for name in names]
+
+
+def evenly_gone(example: Example, share: float) -> list[int]:
+    """What `uniform` leaves out, by its formula."""
+    gone: list[int] = []
+    for places in example.images:
+        keep = math.ceil(share * len(places) - 1e-6)
+        kept = {(2 * j + 1) * len(places) // (2 * keep) for j in range(keep)}
+        gone += [place for i, place in enumerate(places) if i not in kept]
+    return gone
+
+
+def close(mine: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
+    """The same tokens, and scores within 2e-6 of the largest."""
+    assert torch.equal(mine[0], other[0])
+    assert (mine[1] - other[1]).abs().max() <= 2e-6 * other[1].abs().max()

@@ -133,6 +133,9 @@ def report(target: object) -> Report:
         UnsupportedModel: `target` is not patched, or holds several models that are.
     """
     found = _active(target)
+    if len(found) > 1 and isinstance(target, nn.Module):  # a patch of the whole stands before those of its parts
+        model, family = _find(target)[0]
+        found = list(replaced_by(family, model).values()) or found
     if len(found) > 1 and isinstance(target, nn.Module):
         raise UnsupportedModel(
             f"{type(target).__name__} holds {len(found)} patched models; ask for the report of each by itself"

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Any
-
 import pytest
 import torch
-from lvlm_zoo import KINDS, Example, build, by_hand, generate, language_model, left_padded, prompt
+from lvlm_zoo import build, by_hand, close, evenly_gone, generate, language_model, left_padded, most_in_full, prompt
 from torch import Tensor, nn
 
 import tokenprune
 
 ATTENTION = ["sdpa", pytest.param("eager", marks=pytest.mark.full)]
-
-
-def most_in_full(*few: str, names: Iterable[str] = KINDS) -> list[Any]:
-    """All families, those beside `few` only in the full tier."""
-    return [name if name in few else pytest.param(name, marks=pytest.mark.full) for name in names]
-
-
-def evenly_gone(example: Example, share: float) -> list[int]:
-    """What `uniform` leaves out, by its formula."""
-    gone: list[int] = []
-    for places in example.images:
-        keep = math.ceil(share * len(places) - 1e-6)
-        kept = {(2 * j + 1) * len(places) // (2 * keep) for j in range(keep)}
-        gone += [place for i, place in enumerate(places) if i not in kept]
-    return gone
-
-
-def close(mine: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
-    """The same tokens, and scores within 2e-6 of the largest."""
-    assert torch.equal(mine[0], other[0])
-    assert (mine[1] - other[1]).abs().max() <= 2e-6 * other[1].abs().max()
 
 
 def same(mine: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:

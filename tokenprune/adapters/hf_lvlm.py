@@ -147,7 +147,7 @@ def describe(outer: nn.Module) -> LvlmHost:
         grid=partial(grid_of_packed, model) if family.merged else grid_of_tile,
         packs=mixed(PackingModel, _original(model)) if family.packed else None,
         window=_window(text),
-        refused=_no_video if not family.video else lambda bound: "",
+        refused=partial(_refused, family),
     )
 
 
@@ -176,9 +176,14 @@ def _window(text: Any) -> int | None:
     return int(window) if window and any("sliding" in kind for kind in types) else None
 
 
-def _no_video(bound: Mapping[str, Any]) -> str:
+def _refused(family: Family, bound: Mapping[str, Any]) -> str:
     outputs = bound.get("mm_encoder_outputs")
     encoded = outputs.get("video") if isinstance(outputs, Mapping) else None
-    if bound.get("pixel_values_videos") is None and encoded is None:
-        return ""
-    return "videos of this model are pooled frame by frame, which is not followed; unpatch it for videos"
+    if not family.video and (bound.get("pixel_values_videos") is not None or encoded is not None):
+        return "a video's frames are pooled by this model, which is not followed; unpatch it for videos"
+    if family.masks_first and getattr(bound.get("past_key_values"), "is_compileable", False):
+        return (
+            "with a static cache this model's masks are made for the whole prompt before it is pruned; use the dynamic"
+            " one, or unpatch the model"
+        )
+    return ""

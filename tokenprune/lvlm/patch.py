@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
@@ -102,6 +103,7 @@ class LvlmPatch:
         self.refused = host.refused
         self.whole = host.outer is not host.model
         self.notes = list(host.notes)
+        self.handle: RemovableHandle | None = None
         self.seen: tuple[tuple[int, int], ...] = ()
         self.recordings: list[Recording] = []
 
@@ -170,8 +172,8 @@ class LvlmPatch:
                 found[modality] = (embeds == model.get_input_embeddings()(place)).all(-1)
         return found if any(bool(where.any()) for where in found.values()) else None
 
-    def enter_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Hook: the language model is called, with the embeddings of text and images."""
+    def enter_text(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Arguments of the language model for the tokens that are kept, None where they stay as they are."""
         call = self.local.call
         if call is None:
             return None
@@ -273,13 +275,16 @@ class LvlmPatch:
 
     def _ignore_labels(self, visual: Mapping[str, Tensor], keep: Tensor) -> None:
         labels = self.local.labels
-        if labels is not None:
-            gone = ~keep
-            seen = torch.stack(list(visual.values())).any(0)
-            labels[:, -keep.shape[1] :].masked_fill_(gone & seen, -100)
+        if labels is None:
+            return
+        gone = ~keep & torch.stack(list(visual.values())).any(0)
+        # Nothing predicts the first token that is kept, but the one before it would hold its own state.
+        first = keep & (keep.cumsum(1) == 1)
+        first[:, 1:] &= gone[:, :-1]
+        labels[:, -keep.shape[1] :].masked_fill_(gone | first, -100)
 
-    def leave_text(self, text: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Hook: the language model has ended. Its last hidden state gets the prompt's length back."""
+    def leave_text(self, output: Any) -> Any:
+        """The language model's output, its last hidden state with the prompt's length again."""
         call, self.local.call = self.local.call, None
         self.local.labels = None
         if call is None or call.prompt is None or call.map is None or output is None:
@@ -296,6 +301,11 @@ class LvlmPatch:
     def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: `model` has ended, by a result or an exception."""
         self.local.call, self.local.encoded = None, []
+
+    def release(self) -> None:
+        """Remove the hook outside of `model`."""
+        if self.handle is not None:
+            self.handle.remove()
 
     def summary(self) -> dict[str, Any]:
         """The data of the report."""
@@ -321,13 +331,28 @@ class LvlmPatch:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "recordings": [], "key": uuid4().hex}
+        return {**self.__dict__, "recordings": [], "handle": None, "key": uuid4().hex}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LvlmPatch:
         copy: LvlmPatch = object.__new__(type(self))
         memo[id(self)] = copy
         copy.__dict__.update(self.__getstate__())
         return copy
+
+
+class TextSite:
+    """Hooks around the language model."""
+
+    def __init__(self, patch: LvlmPatch) -> None:
+        self.patch = patch
+
+    def enter(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hook: it is called, with the embeddings of text and images."""
+        return self.patch.enter_text(args, kwargs)
+
+    def leave(self, text: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Hook: it has ended."""
+        return self.patch.leave_text(output)
 
 
 def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, request: Request) -> LvlmPatch:
@@ -364,13 +389,14 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
 def attach(host: LvlmHost, patch: LvlmPatch) -> None:
     """Put the patch on the host's parts, innermost."""
     if patch.whole:
-        host.outer.register_forward_pre_hook(patch.enter_outer, with_kwargs=True)
+        patch.handle = host.outer.register_forward_pre_hook(patch.enter_outer, with_kwargs=True)
     host.model.register_forward_pre_hook(patch.enter, with_kwargs=True)
     host.model.register_forward_hook(patch.leave, always_call=True)
     if not patch.active:
         return
-    host.text.register_forward_pre_hook(patch.enter_text, with_kwargs=True)
-    host.text.register_forward_hook(patch.leave_text, prepend=True)
+    site = TextSite(patch)
+    host.text.register_forward_pre_hook(site.enter, with_kwargs=True)
+    host.text.register_forward_hook(site.leave, prepend=True)
     scored = _scored(host, patch)
     TowerSite(patch, host, scored).attach(host, scored)
     if host.packs is not None:
