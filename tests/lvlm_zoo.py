@@ -277,11 +277,17 @@ def language_model(model: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def by_hand(model: Any, inputs: dict[str, Tensor], gone: Sequence[int], tokens: int = 4) -> tuple[Tensor, Tensor]:
+def by_hand(
+    model: Any,
+    inputs: dict[str, Tensor],
+    gone: Sequence[int],
+    tokens: int = 4,
+    change: Callable[[Tensor], Tensor] = lambda embeds: embeds,
+) -> tuple[Tensor, Tensor]:
     """(new tokens [1, T], scores [T, 1, V]) of greedy generation without a cache, the prompt's tokens `gone` left out.
 
     Each step runs the whole unpatched model on all tokens, takes what its language model is given, and runs that on
-    those that stay, at their own positions.
+    those that stay, at their own positions. change: of the embeddings [1, L, C] before.
     """
     text, seen = language_model(model), {}
 
@@ -296,6 +302,7 @@ def by_hand(model: Any, inputs: dict[str, Tensor], gone: Sequence[int], tokens: 
         hook.remove()
         length = inputs["input_ids"].shape[1]
         keep = [i for i in range(length) if i not in set(gone)]
+        seen["inputs_embeds"] = change(seen["inputs_embeds"])
         logits = model.lm_head(text(**narrowed(seen, keep), use_cache=False).last_hidden_state[:, -1])
         soft_cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         assert soft_cap is None

@@ -22,7 +22,7 @@ _METHODS: dict[str, Callable[..., Method]] = {}
 _FAMILIES: dict[str, Family] = {}
 _BUILTIN_METHODS = (
     "baselines", "top_k", "evit", "tome", "zero_tprune", "ats", "at_edm", "tomesd", "todo", "toma", "region", "ras",
-    "toca",
+    "toca", "fopru", "visionzip", "prumerge", "divprune", "cdpruner", "pool",
 )  # fmt: skip
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {

@@ -40,7 +40,8 @@ from tokenprune.registry import register_adapter
 class Family:
     """One model class. groups: (model, patches [T, n, 1]) -> [T, n', patches of each placeholder]; None where a patch
     is a placeholder. merged: whether the tower itself merges patches, whose images lie in a row. packed: whether tiles
-    of an image are packed by the model."""
+    of an image are packed by the model. masks_first: see `LvlmHost`. video: whether a video's placeholders are its
+    patches, merged as an image's. plain: whether features [images, n, C] are projected as they are."""
 
     tower: str = "vision_tower"
     text: str = "language_model"
@@ -49,12 +50,13 @@ class Family:
     packed: bool = False
     masks_first: bool = False
     video: bool = False
+    plain: bool = False
 
 
 _QWEN = Family(tower="visual", merged=True, video=True)
 _IDEFICS = Family(tower="vision_model", text="text_model", groups=connector_groups)
 FAMILIES = {
-    "llava.LlavaModel": Family(),
+    "llava.LlavaModel": Family(plain=True),
     "llava_next.LlavaNextModel": Family(packed=True),
     "llava_onevision.LlavaOnevisionModel": Family(packed=True),
     "qwen2_vl.Qwen2VLModel": _QWEN,
@@ -62,7 +64,7 @@ FAMILIES = {
     "qwen3_vl.Qwen3VLModel": _QWEN,
     "internvl.InternVLModel": Family(groups=internvl_groups),
     "gemma3.Gemma3Model": Family(groups=gemma_groups, masks_first=True),
-    "paligemma.PaliGemmaModel": Family(masks_first=True),
+    "paligemma.PaliGemmaModel": Family(masks_first=True, plain=True),
     "idefics3.Idefics3Model": _IDEFICS,
     "smolvlm.SmolVLMModel": _IDEFICS,
 }
@@ -147,6 +149,8 @@ def describe(outer: nn.Module) -> LvlmHost:
         grid=partial(grid_of_packed, model) if family.merged else grid_of_tile,
         packs=mixed(PackingModel, _original(model)) if family.packed else None,
         window=_window(text),
+        projector=model.multi_modal_projector if family.plain else None,
+        offers=_offers(tower, prefix),
         refused=partial(_refused, family),
     )
 
@@ -159,6 +163,12 @@ def _family(module: nn.Module) -> Family | None:
 def _scored(tower: nn.Module) -> Any:
     found = (entry_of(cls, SCORED) for cls in type(tower).__mro__)
     return next((facts for facts in found if facts is not None), None)
+
+
+def _offers(tower: nn.Module, prefix: int) -> frozenset[str]:
+    twins = {"clip.CLIPVisionModel": "text tower", "siglip.SiglipVisionModel": "text tower"}
+    found = {entry_of(cls, twins) for cls in type(tower).__mro__} - {None}
+    return frozenset(found | ({"class token"} if prefix else set()))  # type: ignore[arg-type]
 
 
 def _original(model: nn.Module) -> type[nn.Module]:

@@ -32,12 +32,13 @@ def _prefix_of(prefix: int, tower: Any) -> int:
 def _by_projections(layers: str, attention: str, prefix: int, model: Any, tower: Any, layer: int | None) -> Scored:
     """Queries and keys behind projections of their own (and norms, where there are any)."""
     stack = tower.get_submodule(layers)
-    module = stack[_index(model, len(stack), layer)].get_submodule(attention)
+    index = _index(model, len(stack), layer)
+    module = stack[index].get_submodule(attention)
     parts = [("queries", "q_norm", "q_proj"), ("keys", "k_norm", "k_proj")]
     taps = tuple((kind, getattr(module, norm, None) or getattr(module, proj)) for kind, norm, proj in parts)
     scale = float(module.scaling if hasattr(module, "scaling") else module.scale)
     prefix = _prefix_of(prefix, tower)
-    return Scored(taps, partial(_tile_records, prefix, int(module.head_dim), scale))
+    return Scored(taps, partial(_tile_records, index, prefix, int(module.head_dim), scale))
 
 
 def _index(model: Any, depth: int, layer: int | None) -> int:
@@ -49,7 +50,7 @@ def _index(model: Any, depth: int, layer: int | None) -> int:
     return range(depth)[feature if feature < 0 else max(feature - 1, 0)]  # hidden state 0 is the embeddings
 
 
-def _tile_records(prefix: int, width: int, scale: float, call: TowerCall) -> list[AttentionRecord]:
+def _tile_records(index: int, prefix: int, width: int, scale: float, call: TowerCall) -> list[AttentionRecord]:
     """One record of all tiles [T, N, ..]."""
     q, k = (
         x.detach().reshape(*x.shape[:-1], -1, width).transpose(1, 2)
@@ -61,7 +62,7 @@ def _tile_records(prefix: int, width: int, scale: float, call: TowerCall) -> lis
         mask = mask.reshape(tiles, 1, 1, -1) if not bool(mask.all()) else None
     return [
         AttentionRecord(
-            hidden=call.output.last_hidden_state.detach(),
+            hidden=_behind(index, call.output).detach(),
             origin=torch.arange(tokens - prefix, device=q.device).expand(tiles, -1),
             num_prefix_tokens=prefix,
             place=0,
@@ -74,6 +75,13 @@ def _tile_records(prefix: int, width: int, scale: float, call: TowerCall) -> lis
             bias=mask,
         )
     ]
+
+
+def _behind(index: int, output: Any) -> Tensor:
+    """The state behind a layer where the model asks for it, else behind the last."""
+    states = output.get("hidden_states")
+    state = states[index + 1] if states is not None else None
+    return output.last_hidden_state if state is None else state
 
 
 def _by_packed_row(model: Any, tower: Any, layer: int | None) -> Scored:

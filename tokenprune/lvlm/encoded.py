@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModel
 from tokenprune.lvlm.host import LvlmHost, Scored, TowerCall, patch_ones
+from tokenprune.lvlm.record import record_of
 
 if TYPE_CHECKING:
     from tokenprune.lvlm.patch import LvlmPatch
@@ -26,9 +27,9 @@ _ATTRIBUTE = "_tokenprune_encoded"
 class Encoded:
     """The images of one call of the tower.
 
-    values: [tiles, patches, 1 + ..] of the patches: ones, scores and keys (mean over heads), those that the method
-    needs, until they are lifted. images: the same for the placeholders of each image, [n, 1 + ..]; a separator's row is
-    of zeros. grids: (rows, columns) of each. key: of the patch that made it.
+    values: [tiles, patches, 1 + ..] of the patches: ones, scores and keys, those that the method needs, until they are
+    lifted. merged: whether features were merged before the projector. images: the same for the placeholders of each
+    image, [n, 1 + ..]; a separator's row is of zeros. grids: (rows, columns) of each. key: of the patch that made it.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Encoded:
     scored: bool
     images: list[Tensor] | None = None
     grids: Sequence[tuple[int, int] | None] = ()
+    merged: bool = False
 
     def take(self, image: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of the placeholders of an image: whether each is of the image [n], scores [n] and keys [n, d] of those."""
@@ -105,9 +107,33 @@ class TowerSite:
             )
         if after.score is not None:
             found.append(torch.cat([after.score(record).reshape(-1, 1).float() for record in records]))
-        if after.keys:
-            found.append(torch.cat([record.metric.flatten(0, 1).float() for record in records]))
+        if after.keys is not None:
+            found.append(torch.cat([after.keys(record).flatten(0, 1).float() for record in records]))
         return [value.view(-1, patches, value.shape[-1]) for value in found]
+
+
+class MergeSite:
+    """A hook in front of the projector, where a patch is a token: what a method merges, it merges there."""
+
+    def __init__(self, patch: LvlmPatch) -> None:
+        self.patch = patch
+
+    def enter(self, projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Hook: the features [T, n, C] of all images are projected; merged ones take the places that they keep."""
+        features: Tensor = args[0]
+        encoded = self.patch.local.encoded[-1]
+        assert encoded.images is not None
+        merged = []
+        for place, x in enumerate(features):
+            _, scores, metric = encoded.take(place)
+            assert metric is not None
+            record = record_of(x.detach().unsqueeze(0), encoded.grids[place], metric.unsqueeze(0))
+            scored = scores.unsqueeze(0) if scores is not None else None
+            with torch.no_grad():
+                reduction = self.patch.after.select(scored, record, self.patch.count_alone(scores, len(x)))
+            merged.append(x.index_copy(0, reduction.kept[0], reduction(x.unsqueeze(0))[0]))
+        encoded.merged = True
+        return (torch.stack(merged), *args[1:])
 
 
 class _Tap:

@@ -45,7 +45,9 @@ class LvlmHost:
     gets. layers: name of the list of text's layers. scored: (layer asked for, -1 the last, None the one whose output
     the language model gets) -> the facts, None where the tower's attention is not known. lift: (values [tiles, n, C] of
     the patches, the call) -> the same for the placeholders of each image, a list of [n_i, C]; None where packed.
-    packs: class that is exchanged for `model`'s to see how patches of several tiles are packed, else None.
+    packs: class that is exchanged for `model`'s to see how patches of several tiles are packed, else None. projector:
+    what takes features [tiles, n, C] to the language model, where a patch is a token and a tile an image. offers:
+    "class token" and "text tower" (its twin, in whose space patches are), where the tower has them.
     tiles: the call -> patches of each tile, as [tiles, n]. grid: (placeholders of an image, its place among the images,
     the call) -> rows and columns, None where they fill none. window: of sliding attention in text, None without.
     refused: (bound arguments of `model`) -> why this call cannot be pruned, "" where it can.
@@ -63,6 +65,8 @@ class LvlmHost:
     tiles: Callable[[TowerCall], tuple[int, int]]
     grid: Callable[[int, int, TowerCall], tuple[int, int] | None]
     packs: type[nn.Module] | None = None
+    projector: nn.Module | None = None
+    offers: frozenset[str] = frozenset()
     layers: str = "layers"
     window: int | None = None
     refused: Callable[[Mapping[str, Any]], str] = lambda bound: ""

@@ -21,9 +21,10 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.lvlm.cache import CacheMap, entries_of, identity_map, map_of, remember_map
-from tokenprune.lvlm.encoded import Encoded, TowerSite, encoded_of
+from tokenprune.lvlm.encoded import Encoded, MergeSite, TowerSite, encoded_of
 from tokenprune.lvlm.funnel import causal_mask, narrow_mask, narrow_positions, pack_left, renumber, repad, spread
 from tokenprune.lvlm.host import LvlmHost, Scored
+from tokenprune.lvlm.plan import counts_of
 from tokenprune.lvlm.prompt import Prompt, choose, find_images
 from tokenprune.lvlm.recipe import AfterTower
 from tokenprune.method import Method
@@ -207,7 +208,7 @@ class LvlmPatch:
                 " which would count kept tokens only; shorten the prompt, or unpatch the model"
             )
         images = find_images(call.visual, self.local.encoded)
-        prompt = choose(self, images, embeds, call.visual, bound.get("deepstack_visual_embeds"))
+        prompt = choose(self, images, embeds, call.visual, bound.get("deepstack_visual_embeds"), call.padding)
         real = torch.ones_like(prompt.keep) if call.padding is None else call.padding[:, -length:]
         keep = prompt.keep & real
         index, valid = pack_left(keep)
@@ -302,6 +303,12 @@ class LvlmPatch:
         """Hook: `model` has ended, by a result or an exception."""
         self.local.call, self.local.encoded = None, []
 
+    def count_alone(self, scores: Tensor | None, tokens: int) -> int:
+        """How many of its tokens an image keeps where all images have as many."""
+        if self.after.count is not None and self.budget.kind == "default" and scores is not None:
+            return self.after.count(scores)
+        return counts_of(self.budget, self.share, [tokens])[0]
+
     def release(self) -> None:
         """Remove the hook outside of `model`."""
         if self.handle is not None:
@@ -377,6 +384,12 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
             f"{method.name} leaves tokens out once, behind the tower: there are no places to name; use keep=,"
             " tokens= or flops="
         )
+    missing = method.needs - {"queries", "keys", "language model", "grid"} - host.offers
+    if missing:
+        raise UnsupportedMethod(
+            f"{method.name} needs {' and '.join(f'a {part}' for part in sorted(missing))}, which the image tower"
+            f" {type(host.tower).__name__} does not have"
+        )
     patch = LvlmPatch(describe, host, adapter, method, request)
     if patch.active and patch.after.looks_at_attention and _scored(host, patch) is None:
         raise UnsupportedMethod(
@@ -399,6 +412,8 @@ def attach(host: LvlmHost, patch: LvlmPatch) -> None:
     host.text.register_forward_hook(site.leave, prepend=True)
     scored = _scored(host, patch)
     TowerSite(patch, host, scored).attach(host, scored)
+    if host.projector is not None and patch.after.merges:
+        host.projector.register_forward_pre_hook(MergeSite(patch).enter)
     if host.packs is not None:
         host.model.__class__ = host.packs
 

@@ -50,3 +50,19 @@ def refuse_nothing(budget: Budget, sizes: Sequence[int], counts: Sequence[int]) 
         raise BudgetError(
             f"{budget} of {most} tokens drops none; use keep={largest_share(most):.3f} or less, or keep=1.0"
         )
+
+
+def whole_rows(budget: Budget, count: int, grid: tuple[int, int]) -> int:
+    """The nearest number of tokens that fills rows of a grid, at least one row.
+
+    Raises:
+        BudgetError: tokens were asked for, and fill none.
+    """
+    rows, columns = grid
+    nearest = columns * min(rows, max(1, round(count / columns)))
+    if budget.kind == "tokens" and nearest != count:
+        raise BudgetError(
+            f"{budget} are no whole rows of {columns} tokens; use tokens={nearest}, another multiple of {columns}, or"
+            " keep="
+        )
+    return nearest

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.attention_record import AttentionRecord
-from tokenprune.errors import UnsupportedModel
+from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.lvlm.encoded import Encoded
-from tokenprune.lvlm.plan import counts_of, refuse_nothing
+from tokenprune.lvlm.plan import counts_of, refuse_nothing, whole_rows
+from tokenprune.lvlm.record import record_of
 from tokenprune.recording import Forward, PlaceRecord
 
 if TYPE_CHECKING:
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Image:
     """One image of a prompt. sample: row of the batch. flat: [n] places of its tokens in the flattened batch, without
-    separators. scores: [n], metric: [n, d] of them, None where not needed."""
+    separators. scores: [n], metric: [n, d] of them, None where not needed. merged: whether its features were merged
+    before they were projected."""
 
     sample: int
     flat: Tensor
     scores: Tensor | None
     metric: Tensor | None
     grid: tuple[int, int] | None
+    merged: bool
 
 
 @dataclass(eq=False)
@@ -59,7 +61,7 @@ def find_images(visual: Mapping[str, Tensor], encoded: Sequence[Encoded]) -> lis
             for place in of_sample:
                 own, scores, metric = known.take(place)
                 tokens = flat[start : start + sizes[place]]
-                images.append(Image(sample, tokens[own], scores, metric, known.grids[place]))
+                images.append(Image(sample, tokens[own], scores, metric, known.grids[place], known.merged))
                 start += sizes[place]
     return sorted(images, key=lambda image: image.sample)
 
@@ -93,8 +95,10 @@ def choose(
     embeds: Tensor,
     visual: Mapping[str, Tensor],
     deepstack: Sequence[Tensor] | None,
+    padding: Tensor | None,
 ) -> Prompt:
-    """What is kept of a batch of prompts with embeddings [B, L, C]; deepstack: of all placeholders, [V, C] each."""
+    """What is kept of a batch of prompts with embeddings [B, L, C]; deepstack: of all placeholders, [V, C] each;
+    padding: [B, tokens] False for padding, None without."""
     batch, length, width = embeds.shape
     counts = _counts(patch, images, batch)
     keep = embeds.new_ones(batch * length, dtype=torch.bool)
@@ -104,27 +108,26 @@ def choose(
         deep = [
             one.new_zeros(batch, length, one.shape[-1]).masked_scatter(seen.unsqueeze(-1), one) for one in deepstack
         ]
-    alike: dict[tuple[int, int, tuple[int, int] | None], list[Image]] = {}
+    texts = _texts(embeds, visual, padding) if patch.after.text else None
+    alike: dict[tuple[Any, ...], list[Image]] = {}
     for image, count in zip(images, counts, strict=True):
-        alike.setdefault((len(image.flat), count, image.grid), []).append(image)
-    for (size, count, grid), group in alike.items():
+        words = len(texts[image.sample]) if texts is not None else 0
+        alike.setdefault((len(image.flat), count, image.grid, words), []).append(image)
+    for (size, count, grid, _), group in alike.items():
         flat = torch.stack([image.flat for image in group])
-        record = AttentionRecord(
-            hidden=rows[flat],
-            origin=torch.arange(size, device=flat.device).expand(len(group), -1),
-            num_prefix_tokens=0,
-            place=0,
-            depth=1,
-            grid=grid,
-            has_class_token=False,
-            keys=_stacked([image.metric for image in group], 1),
+        record = record_of(
+            rows[flat].detach(),
+            grid,
+            _stacked([image.metric for image in group]),
+            torch.stack([texts[image.sample] for image in group]) if texts is not None else None,
         )
         with torch.no_grad():
             reduction = patch.after.select(_stacked([image.scores for image in group]), record, count)
         kept = flat.gather(1, reduction.kept)
         keep = keep.index_fill(0, flat.flatten(), False).index_fill(0, kept.flatten(), True)
         if reduction.matrix is not None or reduction.moved is not None:
-            rows = rows.index_copy(0, kept.flatten(), reduction(record.hidden).flatten(0, 1))
+            if not group[0].merged:
+                rows = rows.index_copy(0, kept.flatten(), reduction(rows[flat]).flatten(0, 1))
             if deep is not None:
                 deep = [_merged(one, reduction, flat, kept) for one in deep]
         for recording in patch.recordings:
@@ -132,6 +135,14 @@ def choose(
             recording.forwards.append(Forward(grid, [place]))
     patch.seen = tuple((len(image.flat), count) for image, count in zip(images, counts, strict=True))
     return Prompt(keep.view(batch, length), rows.view_as(embeds), deep)
+
+
+def _texts(embeds: Tensor, visual: Mapping[str, Tensor], padding: Tensor | None) -> list[Tensor]:
+    """Embeddings [T, C] of each sample's text."""
+    text = ~torch.stack(list(visual.values())).any(0)
+    if padding is not None:
+        text &= padding[:, -text.shape[1] :]
+    return [row[own].detach() for row, own in zip(embeds, text, strict=True)]
 
 
 def _merged(deep: Tensor, reduction: object, flat: Tensor, kept: Tensor) -> Tensor:
@@ -144,15 +155,31 @@ def _counts(patch: LvlmPatch, images: Sequence[Image], batch: int) -> list[int]:
     counts: list[int] = []
     sizes = [len(image.flat) for image in images]
     for sample in range(batch):
-        mine = [len(image.flat) for image in images if image.sample == sample]
+        mine = [image for image in images if image.sample == sample]
         if mine:
-            counts += counts_of(patch.budget, patch.share, mine)
+            counts += _of_sample(patch, mine)
     refuse_nothing(patch.budget, sizes, counts)
     return counts
 
 
-def _stacked(parts: Sequence[Tensor | None], *dims: int) -> Tensor | None:
-    if parts[0] is None:
-        return None
-    whole = torch.stack([part for part in parts if part is not None])
-    return whole.unsqueeze(dims[0]) if dims else whole
+def _of_sample(patch: LvlmPatch, images: Sequence[Image]) -> list[int]:
+    after = patch.after
+    if after.count is not None and patch.budget.kind == "default":
+        return [after.count(image.scores) for image in images if image.scores is not None]
+    counts = counts_of(patch.budget, patch.share, [len(image.flat) for image in images])
+    if after.whole_rows or "grid" in patch.method.needs:
+        for image in images:
+            if image.grid is None:
+                raise UnsupportedMethod(
+                    f"{patch.method.name} works on the rows of an image, and {len(image.flat)} tokens here are of"
+                    " several tiles or frames; 'uniform' and 'top_k' work"
+                )
+    if not after.whole_rows:
+        return counts
+    return [
+        whole_rows(patch.budget, count, image.grid) for count, image in zip(counts, images, strict=True) if image.grid
+    ]
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else torch.stack([part for part in parts if part is not None])

@@ -15,19 +15,36 @@ from tokenprune.reduction import Reduction
 class AfterTower:
     """Which visual tokens go on from the tower to the language model, chosen for each image.
 
-    select: (scores [B, n] or None, record, K) -> the Reduction to K tokens, whose `kept` are the positions they take.
-    The record holds the features [B, n, C] as the language model would get them; `metric` is the mean over heads of the
-    tower's keys where `keys`. score: record of the tower's layer -> importance [B, n] of its patches; where a
-    placeholder stands for several patches it has the mean of theirs, as it does of keys. layer: which one, -1 the last;
-    None the one whose output the language model gets.
+    select: (scores [B, n] or None, record, K) -> the Reduction to K tokens, whose `kept` are the places they take. The
+    record holds the features [B, n, C] as the language model would get them. score: record of the tower's layer ->
+    importance [B, n] of its patches; keys: the same record -> what similarity is measured on, [B, n, d], which becomes
+    `metric` of the record of features. Where a placeholder stands for several patches it has their mean. layer: which
+    layer, -1 the last; None the one whose output the language model gets. text: whether the record needs the embeddings
+    of the prompt's text. merges: whether tokens are merged, which is done before the projector where a patch is a
+    token. count: (scores of an image) -> how many it keeps where there is no budget. whole_rows: whether K is a number
+    of whole rows.
     """
 
     select: Callable[[Tensor | None, AttentionRecord, int], Reduction]
     score: Callable[[AttentionRecord], Tensor] | None = None
-    keys: bool = False
+    keys: Callable[[AttentionRecord], Tensor] | None = None
     layer: int | None = None
+    text: bool = False
+    merges: bool = False
+    count: Callable[[Tensor], int] | None = None
+    whole_rows: bool = False
 
     @property
     def looks_at_attention(self) -> bool:
-        """Whether queries and keys of the tower are needed."""
-        return self.score is not None or self.keys
+        """Whether a layer of the tower is looked into."""
+        return self.score is not None or self.keys is not None
+
+
+def mean_keys(record: AttentionRecord) -> Tensor:
+    """Keys of the patches, mean over heads [B, n, D]."""
+    return record.metric
+
+
+def joined_keys(record: AttentionRecord) -> Tensor:
+    """Keys of the patches, heads side by side [B, n, H D]."""
+    return record.k[:, :, record.num_prefix_tokens :].transpose(1, 2).flatten(2)
