@@ -12,7 +12,7 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.denoisers.over_steps import OverSteps
 from tokenprune.denoisers.steps import EVERY_STEP, Steps
 from tokenprune.errors import UnsupportedMethod
-from tokenprune.lvlm.recipe import AfterTower
+from tokenprune.lvlm.recipe import AfterTower, InsideModel
 from tokenprune.ragged import RaggedReduction
 from tokenprune.reduction import Reduction
 from tokenprune.schedule import Schedule
@@ -69,6 +69,7 @@ class Method:
     taken from an earlier step, None for a method that computes all anew.
 
     For vision-language models: after_tower: what is left out between the image tower and the language model.
+    inside_model: what leaves between layers of the language model.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Method:
     reuse: Reuse | None = None
     over_steps: OverSteps | None = None
     after_tower: AfterTower | None = None
+    inside_model: InsideModel | None = None
 
     def reduce(self, record: AttentionRecord, keep: int) -> Reduction:
         """The Reduction of the record's n prunable tokens to `keep`."""

@@ -22,7 +22,8 @@ _METHODS: dict[str, Callable[..., Method]] = {}
 _FAMILIES: dict[str, Family] = {}
 _BUILTIN_METHODS = (
     "baselines", "top_k", "evit", "tome", "zero_tprune", "ats", "at_edm", "tomesd", "todo", "toma", "region", "ras",
-    "toca", "fopru", "visionzip", "prumerge", "divprune", "cdpruner", "pool",
+    "toca", "fopru", "visionzip", "prumerge", "divprune", "cdpruner", "pool", "feather",
+    "fastv", "pyramid_drop",
 )  # fmt: skip
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {

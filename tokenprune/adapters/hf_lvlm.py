@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from tokenprune.adapters.hf_lvlm_layers import text_layer
 from tokenprune.adapters.hf_lvlm_towers import (
     SCORED,
     connector_groups,
@@ -149,6 +150,8 @@ def describe(outer: nn.Module) -> LvlmHost:
         grid=partial(grid_of_packed, model) if family.merged else grid_of_tile,
         packs=mixed(PackingModel, _original(model)) if family.packed else None,
         window=_window(text),
+        layers=tuple(text.layers),
+        layer=partial(text_layer, text) if _leaves_between(text) else None,
         projector=model.multi_modal_projector if family.plain else None,
         offers=_offers(tower, prefix),
         refused=partial(_refused, family),
@@ -177,6 +180,12 @@ def _original(model: nn.Module) -> type[nn.Module]:
 
 def _holds(outer: str, inner: str) -> bool:
     return outer == "" or inner.startswith(f"{outer}.")
+
+
+def _leaves_between(text: Any) -> bool:
+    """Whether all layers attend to everything, so that the first one's cache is what masks are made for."""
+    types = getattr(text.config, "layer_types", None) or ("full_attention",)
+    return set(types) == {"full_attention"}
 
 
 def _window(text: Any) -> int | None:

@@ -84,7 +84,7 @@ class TowerSite:
         call = TowerCall({**dict(zip(self.arguments, args, strict=False)), **kwargs}, output, caught)
         tiles, patches = self.tiles(call)
         values = [patch_ones(tiles, patches, output.last_hidden_state)]
-        scored = self.patch.after.score is not None
+        scored = self.patch.after is not None and self.patch.after.score is not None
         if self.records is not None:
             with torch.no_grad():
                 values += self._values(self.records(call), patches)
@@ -97,6 +97,7 @@ class TowerSite:
 
     def _values(self, records: Sequence[Any], patches: int) -> list[Tensor]:
         after, found = self.patch.after, []
+        assert after is not None
         lengths = [record.tokens for record in records]
         if any(length != lengths[0] for length in lengths) and patches != sum(lengths):
             raise UnsupportedModel("the tower's tiles have different numbers of patches")
@@ -121,8 +122,9 @@ class MergeSite:
     def enter(self, projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Hook: the features [T, n, C] of all images are projected; merged ones take the places that they keep."""
         features: Tensor = args[0]
-        encoded = self.patch.local.encoded[-1]
+        encoded, after = self.patch.local.encoded[-1], self.patch.after
         assert encoded.images is not None
+        assert after is not None
         merged = []
         for place, x in enumerate(features):
             _, scores, metric = encoded.take(place)
@@ -130,7 +132,7 @@ class MergeSite:
             record = record_of(x.detach().unsqueeze(0), encoded.grids[place], metric.unsqueeze(0))
             scored = scores.unsqueeze(0) if scores is not None else None
             with torch.no_grad():
-                reduction = self.patch.after.select(scored, record, self.patch.count_alone(scores, len(x)))
+                reduction = after.select(scored, record, self.patch.count_alone(scores, len(x)))
             merged.append(x.index_copy(0, reduction.kept[0], reduction(x.unsqueeze(0))[0]))
         encoded.merged = True
         return (torch.stack(merged), *args[1:])

@@ -34,6 +34,21 @@ class Scored:
     records: Callable[[TowerCall], list[AttentionRecord]]
 
 
+@dataclass(frozen=True)
+class LayerFacts:
+    """A layer of the language model.
+
+    queries, keys: (the layer, its input [B, T, C], rows of the rotary tables for these tokens or None) -> [B, H, T, D],
+    out of the layer's own modules, turned where rows are given. scale: multiplies q.k. flash: whether its attention
+    takes masks [B, T].
+    """
+
+    queries: Callable[[nn.Module, Tensor, Any], Tensor]
+    keys: Callable[[nn.Module, Tensor, Any], Tensor]
+    scale: float
+    flash: bool
+
+
 @dataclass
 class LvlmHost:
     """One vision-language model.
@@ -42,7 +57,8 @@ class LvlmHost:
     embeddings, and calls text, the language model. tower: called once for all images, and what it returns is handed
     down to `model` (`mm_encoder_outputs`) where images are encoded before. tokens: modality -> id of its placeholder.
     inputs: arguments of `model` that bring images. masks_first: whether `model` makes the masks [B, 1, Q, K] that text
-    gets. layers: name of the list of text's layers. scored: (layer asked for, -1 the last, None the one whose output
+    gets. layers: of text; layer: number of one -> its facts, None where tokens
+    cannot leave between them. scored: (layer asked for, -1 the last, None the one whose output
     the language model gets) -> the facts, None where the tower's attention is not known. lift: (values [tiles, n, C] of
     the patches, the call) -> the same for the placeholders of each image, a list of [n_i, C]; None where packed.
     packs: class that is exchanged for `model`'s to see how patches of several tiles are packed, else None. projector:
@@ -67,7 +83,8 @@ class LvlmHost:
     packs: type[nn.Module] | None = None
     projector: nn.Module | None = None
     offers: frozenset[str] = frozenset()
-    layers: str = "layers"
+    layers: Sequence[nn.Module] = ()
+    layer: Callable[[int], LayerFacts] | None = None
     window: int | None = None
     refused: Callable[[Mapping[str, Any]], str] = lambda bound: ""
     notes: list[str] = field(default_factory=list)

@@ -24,9 +24,11 @@ from tokenprune.lvlm.cache import CacheMap, entries_of, identity_map, map_of, re
 from tokenprune.lvlm.encoded import Encoded, MergeSite, TowerSite, encoded_of
 from tokenprune.lvlm.funnel import causal_mask, narrow_mask, narrow_positions, pack_left, renumber, repad, spread
 from tokenprune.lvlm.host import LvlmHost, Scored
+from tokenprune.lvlm.inside import Inside, LayerSite, remember_stages, stages_of
 from tokenprune.lvlm.plan import counts_of
 from tokenprune.lvlm.prompt import Prompt, choose, find_images
-from tokenprune.lvlm.recipe import AfterTower
+from tokenprune.lvlm.recipe import AfterTower, InsideModel
+from tokenprune.lvlm.stages import begin, refuse_inside
 from tokenprune.method import Method
 from tokenprune.recording import Recording
 
@@ -65,6 +67,7 @@ class Local:
 
     call: Call | None = None
     labels: Tensor | None = None
+    inside: Inside | None = None
     encoded: list[Encoded] = field(default_factory=list)
     caught: dict[str, Any] = field(default_factory=dict)
 
@@ -87,12 +90,13 @@ class LvlmPatch:
     composes = True
 
     def __init__(self, describe: Describe, host: LvlmHost, adapter: str, method: Method, request: Request) -> None:
-        assert method.after_tower is not None
         self.key = uuid4().hex
         self.describe = describe
         self.adapter = adapter
         self.method = method
-        self.after: AfterTower = method.after_tower
+        self.after: AfterTower | None = method.after_tower
+        self.inside: InsideModel | None = method.inside_model
+        self.places = self.inside.places(len(host.layers)) if self.inside is not None else ()
         self.budget = request.budget
         option = method.schedule.option
         self.share = float(request.budget.value if request.budget.kind == "own" else getattr(method.schedule, option))
@@ -105,7 +109,7 @@ class LvlmPatch:
         self.whole = host.outer is not host.model
         self.notes = list(host.notes)
         self.handle: RemovableHandle | None = None
-        self.seen: tuple[tuple[int, int], ...] = ()
+        self.seen: tuple[tuple[float, float], ...] = ()
         self.recordings: list[Recording] = []
 
     @property
@@ -125,7 +129,7 @@ class LvlmPatch:
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook: `model` is called. Finds the placeholders, and puts a mask and positions right for a pruned cache."""
         local = self.local
-        local.call, local.encoded = None, []
+        local.call, local.inside, local.encoded = None, None, []
         if not self.active:
             return None
         bound = _bind(self.names.model, args, kwargs)
@@ -173,12 +177,15 @@ class LvlmPatch:
                 found[modality] = (embeds == model.get_input_embeddings()(place)).all(-1)
         return found if any(bool(where.any()) for where in found.values()) else None
 
-    def enter_text(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter_text(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Arguments of the language model for the tokens that are kept, None where they stay as they are."""
         call = self.local.call
         if call is None:
             return None
         bound = _bind(self.names.text, args, kwargs)
+        if self.inside is not None:
+            self.local.inside = self._between_layers(text, call, bound)
+            return None
         if call.visual is None:
             return self._continue(call, bound)
         return (), self._prune(call, bound)
@@ -195,6 +202,17 @@ class LvlmPatch:
         if past.shift is not None:
             changed["position_ids"] = self._counted(call, bound) - past.shift
         return (), {**bound, **changed}
+
+    def _between_layers(self, text: nn.Module, call: Call, bound: Mapping[str, Any]) -> Inside | None:
+        """What the hooks in front of the layers need in this forward, None where nothing leaves."""
+        cache = bound.get("past_key_values")
+        if call.visual is None:
+            stages = stages_of(cache) if cache is not None else []
+            return Inside(stages, call.entries) if stages else None
+        refuse_inside(text, cache, call.entries, bound.get("deepstack_visual_embeds"), self.places)
+        visual = torch.stack(list(call.visual.values())).any(0)
+        real = torch.ones_like(visual) if call.padding is None else call.padding
+        return begin(self, find_images(call.visual, self.local.encoded), visual, real)
 
     def _prune(self, call: Call, bound: dict[str, Any]) -> dict[str, Any]:
         """The language model's arguments for the tokens that are kept."""
@@ -287,6 +305,9 @@ class LvlmPatch:
     def leave_text(self, output: Any) -> Any:
         """The language model's output, its last hidden state with the prompt's length again."""
         call, self.local.call = self.local.call, None
+        inside, self.local.inside = self.local.inside, None
+        if inside is not None and call is not None and call.visual is not None and output is not None:
+            return self._behind_layers(inside, call, output)
         self.local.labels = None
         if call is None or call.prompt is None or call.map is None or output is None:
             return None
@@ -299,12 +320,31 @@ class LvlmPatch:
             output.last_hidden_state = spread(output.last_hidden_state, keep, valid)
         return output
 
+    def _behind_layers(self, inside: Inside, call: Call, output: Any) -> Any:
+        assert inside.index is not None
+        assert inside.valid is not None
+        assert inside.visual is not None
+        assert call.visual is not None
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            remember_stages(cache, inside.stages)
+        keep = torch.zeros_like(inside.visual).scatter(1, inside.index, inside.valid)
+        self._ignore_labels(call.visual, keep)
+        self.local.labels = None
+        images = len(self.seen)
+        left = int((keep & inside.visual).sum())
+        self.seen = ((sum(size for size, _ in self.seen) / images, left / images),)
+        if inside.index.shape[1] < keep.shape[1]:
+            output.last_hidden_state = spread(output.last_hidden_state, keep, inside.valid)
+        return output
+
     def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: `model` has ended, by a result or an exception."""
-        self.local.call, self.local.encoded = None, []
+        self.local.call, self.local.inside, self.local.encoded = None, None, []
 
     def count_alone(self, scores: Tensor | None, tokens: int) -> int:
         """How many of its tokens an image keeps where all images have as many."""
+        assert self.after is not None
         if self.after.count is not None and self.budget.kind == "default" and scores is not None:
             return self.after.count(scores)
         return counts_of(self.budget, self.share, [tokens])[0]
@@ -322,7 +362,8 @@ class LvlmPatch:
         places = []
         if self.seen:
             before, after = (round(fmean(pair[side] for pair in self.seen), 1) for side in (0, 1))
-            places.append({"name": "after the tower", "tokens_in": before, "tokens_out": after})
+            name = ", ".join(f"layers.{place}" for place in self.places) or "after the tower"
+            places.append({"name": name, "tokens_in": before, "tokens_out": after})
         return {
             "method": self.method.name,
             "paper": self.method.paper,
@@ -355,7 +396,7 @@ class TextSite:
 
     def enter(self, text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook: it is called, with the embeddings of text and images."""
-        return self.patch.enter_text(args, kwargs)
+        return self.patch.enter_text(text, args, kwargs)
 
     def leave(self, text: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook: it has ended."""
@@ -372,13 +413,23 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
     host = describe(model)
     if request.steps is not None:
         raise UnsupportedMethod(f"steps= is for denoising runs, and {type(host.outer).__name__} has none")
-    if method.after_tower is None:
+    if method.after_tower is None and method.inside_model is None:
         raise UnsupportedMethod(
             f"{method.name} works inside an image tower; patch(model.{_name(host.model, host.tower)}, {method.name!r},"
             " ...) works, or a method for what comes behind it, such as 'top_k'"
         )
     if request.positions not in (None, "original", "reindex"):
         raise UnsupportedMethod(f"positions={request.positions!r}: use 'original' or 'reindex'")
+    if method.inside_model is not None and (request.positions == "reindex" or host.layer is None):
+        raise UnsupportedMethod(
+            f"{method.name} leaves tokens out between layers, where "
+            + (
+                "their positions are used already; leave out positions="
+                if host.layer
+                else "this model's caches differ;"
+            )
+            + " 'top_k' and others that work behind the tower take it"
+        )
     if getattr(method.schedule, "at", None) is not None or request.budget.kind == "schedule":
         raise BudgetError(
             f"{method.name} leaves tokens out once, behind the tower: there are no places to name; use keep=,"
@@ -391,7 +442,7 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
             f" {type(host.tower).__name__} does not have"
         )
     patch = LvlmPatch(describe, host, adapter, method, request)
-    if patch.active and patch.after.looks_at_attention and _scored(host, patch) is None:
+    if patch.active and patch.after and patch.after.looks_at_attention and _scored(host, patch) is None:
         raise UnsupportedMethod(
             f"{method.name} looks at the attention of the image tower, and that of a {type(host.tower).__name__} is not"
             " known; 'uniform' and 'divprune' work with any"
@@ -412,14 +463,24 @@ def attach(host: LvlmHost, patch: LvlmPatch) -> None:
     host.text.register_forward_hook(site.leave, prepend=True)
     scored = _scored(host, patch)
     TowerSite(patch, host, scored).attach(host, scored)
-    if host.projector is not None and patch.after.merges:
+    for index in _hooked(patch, len(host.layers)):
+        assert host.layer is not None
+        layer_site = LayerSite(patch, index, patch.places, host.layer(index))
+        host.layers[index].register_forward_pre_hook(layer_site.enter, with_kwargs=True)
+    if host.projector is not None and patch.after is not None and patch.after.merges:
         host.projector.register_forward_pre_hook(MergeSite(patch).enter)
     if host.packs is not None:
         host.model.__class__ = host.packs
 
 
 def _scored(host: LvlmHost, patch: LvlmPatch) -> Scored | None:
-    return host.scored(patch.after.layer) if patch.after.looks_at_attention else None
+    after = patch.after
+    return host.scored(after.layer) if after is not None and after.looks_at_attention else None
+
+
+def _hooked(patch: LvlmPatch, depth: int) -> range:
+    """Layers in front of which a hook stands: from the first that is looked at on."""
+    return range(patch.places[0] + min(0, patch.inside.scored), depth) if patch.inside is not None else range(0)
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:

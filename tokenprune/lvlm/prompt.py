@@ -100,6 +100,8 @@ def choose(
     """What is kept of a batch of prompts with embeddings [B, L, C]; deepstack: of all placeholders, [V, C] each;
     padding: [B, tokens] False for padding, None without."""
     batch, length, width = embeds.shape
+    after = patch.after
+    assert after is not None
     counts = _counts(patch, images, batch)
     keep = embeds.new_ones(batch * length, dtype=torch.bool)
     rows, deep = embeds.reshape(-1, width), None
@@ -108,7 +110,7 @@ def choose(
         deep = [
             one.new_zeros(batch, length, one.shape[-1]).masked_scatter(seen.unsqueeze(-1), one) for one in deepstack
         ]
-    texts = _texts(embeds, visual, padding) if patch.after.text else None
+    texts = _texts(embeds, visual, padding) if after.text else None
     alike: dict[tuple[Any, ...], list[Image]] = {}
     for image, count in zip(images, counts, strict=True):
         words = len(texts[image.sample]) if texts is not None else 0
@@ -122,7 +124,7 @@ def choose(
             torch.stack([texts[image.sample] for image in group]) if texts is not None else None,
         )
         with torch.no_grad():
-            reduction = patch.after.select(_stacked([image.scores for image in group]), record, count)
+            reduction = after.select(_stacked([image.scores for image in group]), record, count)
         kept = flat.gather(1, reduction.kept)
         keep = keep.index_fill(0, flat.flatten(), False).index_fill(0, kept.flatten(), True)
         if reduction.matrix is not None or reduction.moved is not None:
@@ -164,6 +166,7 @@ def _counts(patch: LvlmPatch, images: Sequence[Image], batch: int) -> list[int]:
 
 def _of_sample(patch: LvlmPatch, images: Sequence[Image]) -> list[int]:
     after = patch.after
+    assert after is not None
     if after.count is not None and patch.budget.kind == "default":
         return [after.count(image.scores) for image in images if image.scores is not None]
     counts = counts_of(patch.budget, patch.share, [len(image.flat) for image in images])

@@ -48,3 +48,23 @@ def mean_keys(record: AttentionRecord) -> Tensor:
 def joined_keys(record: AttentionRecord) -> Tensor:
     """Keys of the patches, heads side by side [B, n, H D]."""
     return record.k[:, :, record.num_prefix_tokens :].transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class InsideModel:
+    """Which visual tokens leave the language model, stage by stage, by the attention of the prompt's last text token.
+
+    places: (layers of the model) -> the layers before which tokens leave, in order. kept: (rate, stage, tokens entering
+    it, N of the prompt) -> how many of the highest scores stay. rate: (share of N behind the last stage, N, of them on
+    the uniform grid) -> that rate. scored: layer whose input is looked at, counted from a place (-1: the layer before).
+    rotary: whether queries and keys are turned to their positions. softmax: over the "visual" keys, or "all". stride:
+    of the rows and columns of each image whose tokens survive the first stage whatever their score, None for none.
+    """
+
+    places: Callable[[int], tuple[int, ...]]
+    kept: Callable[[float, int, int, int], int]
+    rate: Callable[[float, int, int], float]
+    scored: int = -1
+    rotary: bool = False
+    softmax: str = "visual"
+    stride: int | None = None
