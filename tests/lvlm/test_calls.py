@@ -332,7 +332,7 @@ def test_wrong_use() -> None:
     with tokenprune.patched(model, "uniform", keep=0.99), pytest.raises(tokenprune.BudgetError, match="drops none"):
         model(**example.inputs)
     for wrong, error, match in (
-        ({"method": "tome", "keep": 0.5}, tokenprune.UnsupportedMethod, "model.vision_tower"),
+        ({"method": "tome", "keep": 0.5}, tokenprune.UnsupportedMethod, r"model\.model\.vision_tower"),
         ({"method": "uniform", "keep": 0.5, "positions": "new"}, tokenprune.UnsupportedMethod, "'reindex'"),
         ({"method": "uniform", "keep": 0.5, "steps": {}}, tokenprune.UnsupportedMethod, "steps"),
         ({"method": "uniform", "places": (1,)}, tokenprune.BudgetError, "behind the tower"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokenprune.adapters.hf_lvlm_layers import text_layer
@@ -46,6 +47,7 @@ class Family:
 
     tower: str = "vision_tower"
     text: str = "language_model"
+    projector: str = "multi_modal_projector"
     groups: Callable[[Any, Any], Any] | None = None
     merged: bool = False
     packed: bool = False
@@ -54,8 +56,8 @@ class Family:
     plain: bool = False
 
 
-_QWEN = Family(tower="visual", merged=True, video=True)
-_IDEFICS = Family(tower="vision_model", text="text_model", groups=connector_groups)
+_QWEN = Family(tower="visual", projector="", merged=True, video=True)
+_IDEFICS = Family(tower="vision_model", text="text_model", projector="connector", groups=connector_groups)
 FAMILIES = {
     "llava.LlavaModel": Family(plain=True),
     "llava_next.LlavaNextModel": Family(packed=True),
@@ -152,7 +154,10 @@ def describe(outer: nn.Module) -> LvlmHost:
         window=_window(text),
         layers=tuple(text.layers),
         layer=partial(text_layer, text) if _leaves_between(text) else None,
-        projector=model.multi_modal_projector if family.plain else None,
+        projector=getattr(model, family.projector) if family.projector else None,
+        plain=family.plain,
+        head=getattr(outer, "lm_head", None) if outer is not model else None,
+        example=partial(_example, text),
         offers=_offers(tower, prefix),
         refused=partial(_refused, family),
     )
@@ -180,6 +185,20 @@ def _original(model: nn.Module) -> type[nn.Module]:
 
 def _holds(outer: str, inner: str) -> bool:
     return outer == "" or inner.startswith(f"{outer}.")
+
+
+def _example(text: Any, tokens: int) -> dict[str, Any]:
+    weight = next(text.parameters())
+    mask: Any = torch.zeros(1, 1, tokens, tokens, device="meta", dtype=weight.dtype)
+    kinds = getattr(text.config, "layer_types", None) or ()
+    if any("sliding" in kind for kind in kinds):
+        mask = dict.fromkeys(kinds, mask)
+    return {
+        "inputs_embeds": torch.zeros(1, tokens, text.config.hidden_size, device="meta", dtype=weight.dtype),
+        "attention_mask": mask,
+        "position_ids": torch.zeros(1, tokens, device="meta", dtype=torch.long),
+        "use_cache": False,
+    }
 
 
 def _leaves_between(text: Any) -> bool:

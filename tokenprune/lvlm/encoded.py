@@ -7,13 +7,14 @@ handed on, and carries an `Encoded`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModel
+from tokenprune.lvlm.costs import Given, given
 from tokenprune.lvlm.host import LvlmHost, Scored, TowerCall, patch_ones
 from tokenprune.lvlm.record import record_of
 
@@ -29,7 +30,8 @@ class Encoded:
 
     values: [tiles, patches, 1 + ..] of the patches: ones, scores and keys, those that the method needs, until they are
     lifted. merged: whether features were merged before the projector. images: the same for the placeholders of each
-    image, [n, 1 + ..]; a separator's row is of zeros. grids: (rows, columns) of each. key: of the patch that made it.
+    image, [n, 1 + ..]; a separator's row is of zeros. grids: (rows, columns) of each. given: of the tower and the
+    projector. key: of the patch that made it.
     """
 
     key: str
@@ -38,6 +40,7 @@ class Encoded:
     images: list[Tensor] | None = None
     grids: Sequence[tuple[int, int] | None] = ()
     merged: bool = False
+    given: list[Given] = field(default_factory=list)
 
     def take(self, image: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of the placeholders of an image: whether each is of the image [n], scores [n] and keys [n, d] of those."""
@@ -77,6 +80,7 @@ class TowerSite:
     def enter(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: the tower starts."""
         self.patch.local.caught = {}
+        self.patch.local.given = given(args, kwargs)
 
     def leave(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook: it has ended."""
@@ -85,15 +89,23 @@ class TowerSite:
         tiles, patches = self.tiles(call)
         values = [patch_ones(tiles, patches, output.last_hidden_state)]
         scored = self.patch.after is not None and self.patch.after.score is not None
+        key = self.patch.local.given.shapes
         if self.records is not None:
+            find = self.records
+
+            def look() -> list[Tensor]:
+                return self._values(find(call), patches)
+
             with torch.no_grad():
-                values += self._values(self.records(call), patches)
-        encoded = Encoded(self.patch.key, torch.cat(values, -1), scored)
+                values += self.patch.spent.choosing(("score", key), look)
+        encoded = Encoded(self.patch.key, torch.cat(values, -1), scored, given=[self.patch.local.given])
         if self.lift is not None:
             encoded.images = self.lift(encoded.values, call)
             encoded.grids = [self.grid(len(image), place, call) for place, image in enumerate(encoded.images)]
         setattr(output, _ATTRIBUTE, encoded)
-        self.patch.local.encoded.append(encoded)
+        self.patch.local.latest = encoded
+        if self.patch.local.call is not None:  # else it is found again by the output
+            self.patch.local.encoded.append(encoded)
 
     def _values(self, records: Sequence[Any], patches: int) -> list[Tensor]:
         after, found = self.patch.after, []
@@ -113,16 +125,22 @@ class TowerSite:
         return [value.view(-1, patches, value.shape[-1]) for value in found]
 
 
-class MergeSite:
-    """A hook in front of the projector, where a patch is a token: what a method merges, it merges there."""
+class ProjectorSite:
+    """A hook in front of the projector. What a method merges, it merges there, where a patch is a token."""
 
-    def __init__(self, patch: LvlmPatch) -> None:
+    def __init__(self, patch: LvlmPatch, merges: bool) -> None:
         self.patch = patch
+        self.merges = merges
 
-    def enter(self, projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Hook: the features [T, n, C] of all images are projected; merged ones take the places that they keep."""
+    def enter(self, projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hook: the features of all images are projected; merged ones [T, n, C] take the places that they keep."""
+        encoded, after = self.patch.local.latest, self.patch.after
+        if encoded is None:
+            return None
+        encoded.given.append(given(args, kwargs))
+        if not self.merges:
+            return None
         features: Tensor = args[0]
-        encoded, after = self.patch.local.encoded[-1], self.patch.after
         assert encoded.images is not None
         assert after is not None
         merged = []
@@ -135,7 +153,7 @@ class MergeSite:
                 reduction = after.select(scored, record, self.patch.count_alone(scores, len(x)))
             merged.append(x.index_copy(0, reduction.kept[0], reduction(x.unsqueeze(0))[0]))
         encoded.merged = True
-        return (torch.stack(merged), *args[1:])
+        return (torch.stack(merged), *args[1:]), kwargs
 
 
 class _Tap:
@@ -160,7 +178,8 @@ def pack_here(model: nn.Module, pack: Any, features: Sequence[Tensor], args: Any
     packed = pack(features, *args, **kwargs)
     owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
     patch: LvlmPatch = next(owner for owner in owners if hasattr(owner, "local"))  # type: ignore[assignment]
-    encoded: Encoded = patch.local.encoded[-1]
+    encoded = patch.local.latest
+    assert encoded is not None
     values = torch.split(encoded.values, [len(tiles) for tiles in features])
     separator = {"image_newline": encoded.values.new_zeros(encoded.values.shape[-1])}
     encoded.images = pack(values, *args, **{**kwargs, **separator})[0]

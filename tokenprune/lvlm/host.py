@@ -62,8 +62,10 @@ class LvlmHost:
     the language model gets) -> the facts, None where the tower's attention is not known. lift: (values [tiles, n, C] of
     the patches, the call) -> the same for the placeholders of each image, a list of [n_i, C]; None where packed.
     packs: class that is exchanged for `model`'s to see how patches of several tiles are packed, else None. projector:
-    what takes features [tiles, n, C] to the language model, where a patch is a token and a tile an image. offers:
-    "class token" and "text tower" (its twin, in whose space patches are), where the tower has them.
+    the module between tower and language model, None where the tower has it; plain: whether it is given features
+    [images, n, C] of which each becomes a token. head: what makes logits. example: number of tokens -> text's arguments
+    for a prompt of as many on the meta device. offers: "class token" and "text tower" (its twin, in whose space patches
+    are), where the tower has them.
     tiles: the call -> patches of each tile, as [tiles, n]. grid: (placeholders of an image, its place among the images,
     the call) -> rows and columns, None where they fill none. window: of sliding attention in text, None without.
     refused: (bound arguments of `model`) -> why this call cannot be pruned, "" where it can.
@@ -82,6 +84,9 @@ class LvlmHost:
     grid: Callable[[int, int, TowerCall], tuple[int, int] | None]
     packs: type[nn.Module] | None = None
     projector: nn.Module | None = None
+    plain: bool = False
+    head: nn.Module | None = None
+    example: Callable[[int], dict[str, Any]] | None = None
     offers: frozenset[str] = frozenset()
     layers: Sequence[nn.Module] = ()
     layer: Callable[[int], LayerFacts] | None = None

@@ -47,8 +47,8 @@ class Inside:
     Of a prompt: visual, real: [B, L] which tokens are an image's, and none of padding. rates: of each sample; finals:
     tokens behind the last stage, None where the rate says it. sure: [B, L] tokens that the first stage keeps. index,
     valid: [B, M] tokens that are left, None for all. pending: what the next stage keeps of these. forwards: recordings
-    of each sample. Of text behind a prompt: stages, and entries of the first layer's cache before it. memo: what was
-    made for one of the layers, kept for the others.
+    of each sample. scored: keys looked at by each, at each stage. Of text behind a prompt: stages, and entries of the
+    first layer's cache before it. memo: what was made for one of the layers, kept for the others.
     """
 
     stages: list[StageMap]
@@ -62,6 +62,7 @@ class Inside:
     valid: Tensor | None = None
     pending: Tensor | None = None
     forwards: Sequence[Forward] = ()
+    scored: list[list[int]] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -147,7 +148,7 @@ class LayerSite:
         counts = visual.sum(1).tolist()
         whole = now.visual.sum(1).tolist()
         with torch.no_grad():
-            scores = self._scores(layer, x.detach(), visual, real, kwargs)
+            scores = self._scores(now, layer, x.detach(), visual, real, kwargs)
         keep = []
         for entering, total, rate, final in zip(counts, whole, now.rates, now.finals, strict=True):
             count = self.recipe.kept(rate, self.scores, entering, total)
@@ -162,12 +163,15 @@ class LayerSite:
             chosen |= now.sure
         now.pending = (real & ~visual) | chosen
 
-    def _scores(self, layer: Any, x: Tensor, visual: Tensor, real: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    def _scores(
+        self, now: Inside, layer: Any, x: Tensor, visual: Tensor, real: Tensor, kwargs: Mapping[str, Any]
+    ) -> Tensor:
         """[B, M]: attention of the last text token, mean over heads."""
         text = real & ~visual
         last = (text.cumsum(1) * text).argmax(1, keepdim=True)
         only_visual = self.recipe.softmax == "visual"
         index, valid = pack_left(visual if only_visual else real)
+        now.scored.append(valid.sum(1).tolist())
         table = kwargs["position_embeddings"] if self.recipe.rotary else None
         queries = self.facts.queries(layer, gather(x, last), None if table is None else _rows(table, last))
         keys = self.facts.keys(layer, gather(x, index), None if table is None else _rows(table, index))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +23,13 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.lvlm.cache import CacheMap, entries_of, identity_map, map_of, remember_map
-from tokenprune.lvlm.encoded import Encoded, MergeSite, TowerSite, encoded_of
+from tokenprune.lvlm.costs import Given, Spent
+from tokenprune.lvlm.encoded import Encoded, ProjectorSite, TowerSite, encoded_of
 from tokenprune.lvlm.funnel import causal_mask, narrow_mask, narrow_positions, pack_left, renumber, repad, spread
 from tokenprune.lvlm.host import LvlmHost, Scored
 from tokenprune.lvlm.inside import Inside, LayerSite, remember_stages, stages_of
 from tokenprune.lvlm.plan import counts_of
+from tokenprune.lvlm.prefill import Prefill, mean_costs, prefills, record_left
 from tokenprune.lvlm.prompt import Prompt, choose, find_images
 from tokenprune.lvlm.recipe import AfterTower, InsideModel
 from tokenprune.lvlm.stages import begin, refuse_inside
@@ -69,12 +73,15 @@ class Local:
     labels: Tensor | None = None
     inside: Inside | None = None
     encoded: list[Encoded] = field(default_factory=list)
+    latest: Encoded | None = None
+    prompts: list[Prefill] = field(default_factory=list)
+    given: Given = field(default_factory=lambda: Given((), {}))
     caught: dict[str, Any] = field(default_factory=dict)
 
 
 class _OfThread(threading.local):
     def __init__(self) -> None:
-        self.by_patch: dict[str, Local] = {}
+        self.by_patch: MutableMapping[LvlmPatch, Local] = WeakKeyDictionary()
 
 
 _THREAD = _OfThread()
@@ -110,15 +117,19 @@ class LvlmPatch:
         self.notes = list(host.notes)
         self.handle: RemovableHandle | None = None
         self.seen: tuple[tuple[float, float], ...] = ()
+        self.spent = Spent()
+        self.prompts: list[Prefill] = []
+        self.model: weakref.ref[nn.Module] | None = None
         self.recordings: list[Recording] = []
 
     @property
     def local(self) -> Local:
         """This thread's part."""
-        return _THREAD.by_patch.setdefault(self.key, Local())
+        return _THREAD.by_patch.setdefault(self, Local())
 
     def enter_outer(self, outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook: the whole is called. Labels are copied, as those of tokens that are left out will be ignored."""
+        self.model = weakref.ref(outer)
         bound = _bind(self.names.outer, args, kwargs)
         labels = bound.get("labels")
         self.local.labels = labels.clone() if isinstance(labels, Tensor) else None
@@ -132,6 +143,8 @@ class LvlmPatch:
         local.call, local.inside, local.encoded = None, None, []
         if not self.active:
             return None
+        if not self.whole:
+            self.model = weakref.ref(model)
         bound = _bind(self.names.model, args, kwargs)
         cache = bound.get("past_key_values")
         past, mask = map_of(cache), bound.get("attention_mask")
@@ -212,7 +225,9 @@ class LvlmPatch:
         refuse_inside(text, cache, call.entries, bound.get("deepstack_visual_embeds"), self.places)
         visual = torch.stack(list(call.visual.values())).any(0)
         real = torch.ones_like(visual) if call.padding is None else call.padding
-        return begin(self, find_images(call.visual, self.local.encoded), visual, real)
+        images = find_images(call.visual, self.local.encoded)
+        self.prompts = self.local.prompts = prefills(self, images, self.local.encoded, real.sum(1).tolist())
+        return begin(self, images, visual, real)
 
     def _prune(self, call: Call, bound: dict[str, Any]) -> dict[str, Any]:
         """The language model's arguments for the tokens that are kept."""
@@ -226,8 +241,9 @@ class LvlmPatch:
                 " which would count kept tokens only; shorten the prompt, or unpatch the model"
             )
         images = find_images(call.visual, self.local.encoded)
+        real = embeds.new_ones(batch, length, dtype=torch.bool) if call.padding is None else call.padding[:, -length:]
+        self.prompts = self.local.prompts = prefills(self, images, self.local.encoded, real.sum(1).tolist())
         prompt = choose(self, images, embeds, call.visual, bound.get("deepstack_visual_embeds"), call.padding)
-        real = torch.ones_like(prompt.keep) if call.padding is None else call.padding[:, -length:]
         keep = prompt.keep & real
         index, valid = pack_left(keep)
         padded = not bool(valid.all())
@@ -334,6 +350,7 @@ class LvlmPatch:
         images = len(self.seen)
         left = int((keep & inside.visual).sum())
         self.seen = ((sum(size for size, _ in self.seen) / images, left / images),)
+        record_left(self.local.prompts, inside)
         if inside.index.shape[1] < keep.shape[1]:
             output.last_hidden_state = spread(output.last_hidden_state, keep, inside.valid)
         return output
@@ -359,6 +376,7 @@ class LvlmPatch:
         notes = list(self.notes)
         if self.active and not self.seen:
             notes.append("the budget is solved at the first prompt with an image: sizes are not known before")
+        flops = mean_costs(self)
         places = []
         if self.seen:
             before, after = (round(fmean(pair[side] for pair in self.seen), 1) for side in (0, 1))
@@ -370,16 +388,16 @@ class LvlmPatch:
             "family": self.adapter,
             "budget": str(self.budget),
             "positions": self.positions,
-            "flops_before": 0,
-            "flops_after": 0,
-            "flops_ratio": 1.0,
+            "flops_before": round(flops[0]),
+            "flops_after": round(flops[1]),
+            "flops_ratio": flops[1] / flops[0] if flops[0] else 1.0,
             "places": places,
             "skipped": {},
             "notes": notes,
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "recordings": [], "handle": None, "key": uuid4().hex}
+        return {**self.__dict__, "recordings": [], "handle": None, "model": None, "prompts": [], "key": uuid4().hex}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LvlmPatch:
         copy: LvlmPatch = object.__new__(type(self))
@@ -415,7 +433,7 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
         raise UnsupportedMethod(f"steps= is for denoising runs, and {type(host.outer).__name__} has none")
     if method.after_tower is None and method.inside_model is None:
         raise UnsupportedMethod(
-            f"{method.name} works inside an image tower; patch(model.{_name(host.model, host.tower)}, {method.name!r},"
+            f"{method.name} works inside an image tower; patch(model.{_name(host.outer, host.tower)}, {method.name!r},"
             " ...) works, or a method for what comes behind it, such as 'top_k'"
         )
     if request.positions not in (None, "original", "reindex"):
@@ -467,8 +485,9 @@ def attach(host: LvlmHost, patch: LvlmPatch) -> None:
         assert host.layer is not None
         layer_site = LayerSite(patch, index, patch.places, host.layer(index))
         host.layers[index].register_forward_pre_hook(layer_site.enter, with_kwargs=True)
-    if host.projector is not None and patch.after is not None and patch.after.merges:
-        host.projector.register_forward_pre_hook(MergeSite(patch).enter)
+    if host.projector is not None:
+        merges = host.plain and patch.after is not None and patch.after.merges
+        host.projector.register_forward_pre_hook(ProjectorSite(patch, merges).enter, with_kwargs=True)
     if host.packs is not None:
         host.model.__class__ = host.packs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.lvlm.encoded import Encoded
 from tokenprune.lvlm.plan import counts_of, refuse_nothing, whole_rows
+from tokenprune.lvlm.prefill import solve_tokens
 from tokenprune.lvlm.record import record_of
 from tokenprune.recording import Forward, PlaceRecord
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 class Image:
     """One image of a prompt. sample: row of the batch. flat: [n] places of its tokens in the flattened batch, without
     separators. scores: [n], metric: [n, d] of them, None where not needed. merged: whether its features were merged
-    before they were projected."""
+    before they were projected. places: tokens with separators."""
 
     sample: int
     flat: Tensor
@@ -31,6 +33,7 @@ class Image:
     metric: Tensor | None
     grid: tuple[int, int] | None
     merged: bool
+    places: int
 
 
 @dataclass(eq=False)
@@ -61,7 +64,9 @@ def find_images(visual: Mapping[str, Tensor], encoded: Sequence[Encoded]) -> lis
             for place in of_sample:
                 own, scores, metric = known.take(place)
                 tokens = flat[start : start + sizes[place]]
-                images.append(Image(sample, tokens[own], scores, metric, known.grids[place], known.merged))
+                images.append(
+                    Image(sample, tokens[own], scores, metric, known.grids[place], known.merged, sizes[place])
+                )
                 start += sizes[place]
     return sorted(images, key=lambda image: image.sample)
 
@@ -102,15 +107,21 @@ def choose(
     batch, length, width = embeds.shape
     after = patch.after
     assert after is not None
+    rows = embeds.reshape(-1, width)
+    texts = _texts(embeds, visual, padding) if after.text else None
+    if patch.budget.kind == "flops":
+        for image in images:
+            _count_choosing(patch, image, rows, texts)
     counts = _counts(patch, images, batch)
+    for image, count in zip(images, counts, strict=True):
+        patch.local.prompts[image.sample].keep(len(image.flat), count)
     keep = embeds.new_ones(batch * length, dtype=torch.bool)
-    rows, deep = embeds.reshape(-1, width), None
+    deep = None
     if deepstack is not None:
         seen = torch.stack(list(visual.values())).any(0)
         deep = [
             one.new_zeros(batch, length, one.shape[-1]).masked_scatter(seen.unsqueeze(-1), one) for one in deepstack
         ]
-    texts = _texts(embeds, visual, padding) if after.text else None
     alike: dict[tuple[Any, ...], list[Image]] = {}
     for image, count in zip(images, counts, strict=True):
         words = len(texts[image.sample]) if texts is not None else 0
@@ -123,8 +134,10 @@ def choose(
             _stacked([image.metric for image in group]),
             torch.stack([texts[image.sample] for image in group]) if texts is not None else None,
         )
+        scores = _stacked([image.scores for image in group])
         with torch.no_grad():
-            reduction = after.select(_stacked([image.scores for image in group]), record, count)
+            choosing = partial(after.select, scores, record, count)
+            reduction = patch.spent.choosing(("select", len(group), size, count), choosing)
         kept = flat.gather(1, reduction.kept)
         keep = keep.index_fill(0, flat.flatten(), False).index_fill(0, kept.flatten(), True)
         if reduction.matrix is not None or reduction.moved is not None:
@@ -137,6 +150,27 @@ def choose(
             recording.forwards.append(Forward(grid, [place]))
     patch.seen = tuple((len(image.flat), count) for image, count in zip(images, counts, strict=True))
     return Prompt(keep.view(batch, length), rows.view_as(embeds), deep)
+
+
+def _count_choosing(patch: LvlmPatch, image: Image, rows: Tensor, texts: Sequence[Tensor] | None) -> None:
+    """Find out what a selection costs, where none of an image of this size has been counted."""
+    size, after = len(image.flat), patch.after
+    assert after is not None
+    if any(key[0] == "select" and key[2] == size for key in patch.spent.choice):
+        return
+    record = record_of(
+        rows[image.flat].detach().unsqueeze(0),
+        image.grid,
+        _stacked([image.metric]),
+        texts[image.sample].unsqueeze(0) if texts is not None else None,
+    )
+    unit = image.grid[1] if after.whole_rows and image.grid is not None else 1
+    with torch.no_grad():
+        for third in (1, 2, 3):
+            keep = min(size, unit * max(1, size * third // (3 * unit)))
+            patch.spent.choosing(
+                ("select", 1, size, keep), partial(after.select, _stacked([image.scores]), record, keep)
+            )
 
 
 def _texts(embeds: Tensor, visual: Mapping[str, Tensor], padding: Tensor | None) -> list[Tensor]:
@@ -169,7 +203,10 @@ def _of_sample(patch: LvlmPatch, images: Sequence[Image]) -> list[int]:
     assert after is not None
     if after.count is not None and patch.budget.kind == "default":
         return [after.count(image.scores) for image in images if image.scores is not None]
-    counts = counts_of(patch.budget, patch.share, [len(image.flat) for image in images])
+    sizes = [len(image.flat) for image in images]
+    if patch.budget.kind == "flops":
+        return solve_tokens(patch, patch.local.prompts[images[0].sample], sizes)
+    counts = counts_of(patch.budget, patch.share, sizes)
     if after.whole_rows or "grid" in patch.method.needs:
         for image in images:
             if image.grid is None:

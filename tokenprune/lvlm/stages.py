@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenprune.errors import BudgetError, UnsupportedModel
 from tokenprune.lvlm.inside import Inside
+from tokenprune.lvlm.prefill import solve_final
 from tokenprune.recording import Forward
 from tokenprune.schedule import kept_count, largest_share
 
@@ -35,7 +36,7 @@ def begin(patch: LvlmPatch, images: Sequence[Image], visual: Tensor, real: Tenso
             own.view(-1)[image.flat] = True
         total = sum(len(image.flat) for image in mine)
         on_grid = int(sure[sample].sum()) if sure is not None else 0
-        rate, final = _of_sample(patch, total, len(mine), on_grid)
+        rate, final = _of_sample(patch, sample, total, len(mine), on_grid)
         rates.append(rate)
         finals.append(final)
         forwards.append(Forward(mine[0].grid if len(mine) == 1 else None))
@@ -45,12 +46,15 @@ def begin(patch: LvlmPatch, images: Sequence[Image], visual: Tensor, real: Tenso
     return Inside([], 0, own, real, rates, finals, sure, forwards=forwards if patch.recordings else ())
 
 
-def _of_sample(patch: LvlmPatch, total: int, images: int, on_grid: int) -> tuple[float, int | None]:
+def _of_sample(patch: LvlmPatch, sample: int, total: int, images: int, on_grid: int) -> tuple[float, int | None]:
     """(rate of each stage, tokens behind the last, None where the rate says it) of a prompt with `total` tokens."""
     budget, recipe = patch.budget, patch.inside
     assert recipe is not None
     if total == 0:
         return 1.0, 0
+    if budget.kind == "flops":
+        final = solve_final(patch, patch.local.prompts[sample], total, on_grid)
+        return recipe.rate(final / total, total, on_grid), final
     if budget.kind not in ("keep", "tokens"):
         return patch.share, None
     final = int(budget.value) * images if budget.kind == "tokens" else kept_count(budget.value, total)
