@@ -172,9 +172,10 @@ def _encoding(patch: LvlmPatch, prompt: Prefill, *, scored: bool = False) -> flo
 
 def _selecting(patch: LvlmPatch, tokens: int, kept: int) -> float:
     """Of choosing `kept` of an image's tokens: as counted, or by the polynomial through what was."""
-    counted = {
-        key[3]: spent / key[1] for key, spent in patch.spent.choice.items() if key[0] == "select" and key[2] == tokens
-    }
+    counted: dict[int, float] = {}
+    for key, spent in patch.spent.choice.items():
+        if key[0] == "select" and key[2] == tokens:
+            counted[key[3]] = spent / key[1]
     if kept in counted or not counted:
         return counted.get(kept, 0.0)
-    return Curve(tuple(sorted(counted.items())[:3]))(kept)  # type: ignore[arg-type]
+    return Curve(tuple((count, round(cost)) for count, cost in sorted(counted.items())[:3]))(kept)
