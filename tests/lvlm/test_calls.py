@@ -315,6 +315,22 @@ def test_a_patch_of_the_tower_stays_under_one_of_the_whole() -> None:
     assert not torch.equal(inside, both)
 
 
+def test_what_there_is() -> None:
+    everywhere = {"top_k", "random", "uniform", "fopru", "visionzip", "divprune", "cdpruner", "zero_tprune", "pool"}
+    inside = {"feather", "fastv", "pyramid_drop"}
+    for name, more in (("llava", {"prumerge", *inside}), ("qwen3_vl", inside), ("gemma3", set())):
+        found = {method.name for method in tokenprune.methods(build(name))}
+        assert found - {"zero_tprune_uni"} == everywhere | more
+    model = build("llava")
+    tokenprune.patch(model, tokens=8)
+    assert tokenprune.report(model).to_dict()["method"] == "top_k"
+    assert "solved at the first prompt" in str(tokenprune.report(model))
+    model(**prompt("llava").inputs)
+    assert tokenprune.report(model).to_dict()["places"] == [
+        {"name": "after the tower", "tokens_in": 16, "tokens_out": 8}
+    ]
+
+
 def test_wrong_use() -> None:
     text_only = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
