@@ -41,8 +41,9 @@ def patch(
     """Make `target` compute fewer tokens, in place, and return it.
 
     target: a timm vision transformer or an image tower of transformers, or a module that holds one; a vision-language
-    model of transformers; a diffusers pipeline, or its `unet` or `transformer`. method: a name of `methods()`; None takes the best one of the shipped
-    table for this family and budget. One budget at most, none is the method's published setting:
+    model of transformers; a diffusers pipeline, or its `unet` or `transformer`. method: a name of `methods()`; None
+    takes the best one of the shipped table for this family and budget. One budget at most, none is the method's
+    published setting:
 
     keep: share in (0, 1] of the prunable tokens (never class, register or other prefix tokens) that leave the last
     place. flops: share in (0, 1] of the unpatched multiply-adds of a forward, scoring counted, met within 1%.
@@ -233,8 +234,8 @@ def _find_in(module: nn.Module) -> tuple[nn.Module, Family]:
         f"no adapter knows {type(module).__name__} or a module inside it; supported: timm vision transformers"
         " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT), transformers' image towers"
         " (CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2, DINOv3) and vision-language models (Llava, LlavaNext, LlavaOnevision,"
-        " Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Gemma3, PaliGemma, Idefics3, SmolVLM) and diffusers' denoisers (UNet2DConditionModel,"
-        " transformers); others through tokenprune.register_adapter"
+        " Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Gemma3, PaliGemma, Idefics3, SmolVLM) and diffusers'"
+        " denoisers (UNet2DConditionModel, transformers); others through tokenprune.register_adapter"
     )
 
 
