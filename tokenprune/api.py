@@ -14,7 +14,7 @@ from tokenprune import registry
 from tokenprune.budget import parse_budget
 from tokenprune.defaults import default_methods
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
-from tokenprune.family import AppliedPatch, Family, Request, active_patches, detach
+from tokenprune.family import AppliedPatch, Family, Request, active_patches, detach, replaced_by
 from tokenprune.recording import Recording
 from tokenprune.registry import MethodInfo
 from tokenprune.report import Report
@@ -35,13 +35,15 @@ def patch(
     schedule: Mapping[int | str, float] | None = None,
     prefix_only_last: bool = True,
     steps: Any = None,
+    positions: str | None = None,
     **options: Any,
 ) -> Target:
     """Make `target` compute fewer tokens, in place, and return it.
 
-    target: a timm vision transformer or an image tower of transformers, or a module that holds one; a diffusers
-    pipeline, or its `unet` or `transformer`. method: a name of `methods()`; None takes the best one of the shipped
-    table for this family and budget. One budget at most, none is the method's published setting:
+    target: a timm vision transformer or an image tower of transformers, or a module that holds one; a vision-language
+    model of transformers; a diffusers pipeline, or its `unet` or `transformer`. method: a name of `methods()`; None
+    takes the best one of the shipped table for this family and budget. One budget at most, none is the method's
+    published setting:
 
     keep: share in (0, 1] of the prunable tokens (never class, register or other prefix tokens) that leave the last
     place. flops: share in (0, 1] of the unpatched multiply-adds of a forward, scoring counted, met within 1%.
@@ -59,6 +61,9 @@ def patch(
     None is the method's own. Of a denoiser `keep` is the share computed in each stack of blocks, behind which all
     tokens are back; `flops` is meant over the whole run, and `schedule` names stacks.
 
+    positions: of the visual tokens that a vision-language model keeps: their "original" ones (the default), or
+    "reindex" to count through. There `tokens` are those of each image, and `flops` is of a prompt's prefill.
+
     options: of the method, see `methods()`; one of them is a budget of its own (`r` of tome, `rate` of the others), and
     then the only one. An earlier patch of the same model is replaced. At another input size the
     budget is solved anew, at the first forward of that size.
@@ -75,8 +80,8 @@ def patch(
     budget = parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule, own=own)
     if schedule is not None and options.get("places") is not None:
         raise BudgetError("schedule= names the places itself; leave out places=")
-    request = Request(budget, steps, target, prefix_only_last)
-    found = [(model, family, active_patches(model)) for model, family in _find(target)]
+    request = Request(budget, steps, target, prefix_only_last, positions)
+    found = [(model, family, replaced_by(family, model)) for model, family in _find(target)]
     for model, _, earlier in found:
         detach(model, earlier)
     try:
@@ -113,14 +118,15 @@ def unpatch(target: Target) -> Target:
 @contextmanager
 def patched(target: Target, method: str | None = None, **arguments: Any) -> Iterator[Target]:
     """`patch` for the length of a with block; an earlier patch is put back behind it."""
-    found = [(model, family, active_patches(model)) for model, family in _find(target)]
+    found = [(model, family, replaced_by(family, model)) for model, family in _find(target)]
     patch(target, method, **arguments)
     try:
         yield target
     finally:
-        unpatch(target)
         for model, family, earlier in found:
+            detach(model, replaced_by(family, model))
             _reattach(model, family, earlier)
+        _forget_compiled()
 
 
 def report(target: object) -> Report:
@@ -130,6 +136,9 @@ def report(target: object) -> Report:
         UnsupportedModel: `target` is not patched, or holds several models that are.
     """
     found = _active(target)
+    if len(found) > 1 and isinstance(target, nn.Module):  # a patch of the whole stands before those of its parts
+        model, family = _find(target)[0]
+        found = list(replaced_by(family, model).values()) or found
     if len(found) > 1 and isinstance(target, nn.Module):
         raise UnsupportedModel(
             f"{type(target).__name__} holds {len(found)} patched models; ask for the report of each by itself"
@@ -171,7 +180,7 @@ def methods(target: object | None = None) -> list[MethodInfo]:
     if target is None:
         return [registry.method_info(name, families) for name in registry.method_names()]
     model, family = _find(target)[0]
-    earlier = active_patches(model)
+    earlier = replaced_by(family, model)
     detach(model, earlier)
     request, usable = Request(parse_budget(keep=0.5), target=target, prefix_only_last=False), []
     try:
@@ -226,8 +235,9 @@ def _find_in(module: nn.Module) -> tuple[nn.Module, Family]:
     raise UnsupportedModel(
         f"no adapter knows {type(module).__name__} or a module inside it; supported: timm vision transformers"
         " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT), transformers' image towers"
-        " (CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2, DINOv3) and diffusers' denoisers (UNet2DConditionModel,"
-        " transformers); others through tokenprune.register_adapter"
+        " (CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2, DINOv3) and vision-language models (Llava, LlavaNext, LlavaOnevision,"
+        " Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Gemma3, PaliGemma, Idefics3, SmolVLM) and diffusers'"
+        " denoisers (UNet2DConditionModel, transformers); others through tokenprune.register_adapter"
     )
 
 

@@ -35,7 +35,8 @@ class AttentionRecord:
     token. grid: (rows, columns) of the original patches, None where they fill none (the host dropped some, or was given
     patches instead of images). bias: additive attention bias [B or 1, H, N, N] of the host, or None. scale: multiplies
     q.k. place: index of the place, of `depth`. cross: the block's cross-attention, only for a method that needs it.
-    step: a whole number [] that tells one step of a denoising run from another.
+    step: a whole number [] that tells one step of a denoising run from another. text: embeddings [B, T, C] of the text
+    of a prompt.
     """
 
     hidden: Tensor
@@ -54,6 +55,7 @@ class AttentionRecord:
     rotate: Callable[[Tensor], Tensor] | None = None
     cross: CrossAttention | None = None
     step: Tensor | None = None
+    text: Tensor | None = None
 
     @property
     def tokens(self) -> int:

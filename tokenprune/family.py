@@ -3,6 +3,10 @@
 A family prepares, attaches and describes patches of its own kind; finding and removing them is the same for all. A
 patch is carried by native hooks whose owner is the patch or has it as `.patch`, and by classes with
 `_tokenprune_original`.
+
+A patch that `composes` leaves alone what is patched in a part of its model, and comes off apart from it: it owns the
+hooks on its model itself, those on parts belong to objects that have it as `.patch`, classes that it exchanged have its
+adapter as `_tokenprune_adapter`, and `release()` removes what is outside of the model.
 """
 
 from __future__ import annotations
@@ -21,12 +25,14 @@ from tokenprune.recording import Recording
 @dataclass(frozen=True)
 class Request:
     """What `patch` was asked for, beside the method. steps: over the steps of a denoising run, as given. target: what
-    the caller patched, a module or a pipeline. prefix_only_last: see `tokenprune.patch`, of image towers."""
+    the caller patched, a module or a pipeline. prefix_only_last: see `tokenprune.patch`, of image towers. positions: of
+    the visual tokens that a vision-language model keeps, None for its default."""
 
     budget: Budget
     steps: Any = None
     target: object = None
     prefix_only_last: bool = True
+    positions: str | None = None
 
 
 class AppliedPatch(Protocol):
@@ -64,19 +70,38 @@ def active_patches(module: nn.Module) -> dict[str, AppliedPatch]:
     for name, child in module.named_modules():
         for hook in child._forward_pre_hooks.values():
             patch = patch_of(hook)
+            if _composes(patch) and getattr(hook, "__self__", None) is not patch:
+                continue  # of a patch of the model that this is a part of
             if patch is not None and all(patch is not known for known in found.values()):
                 found[name] = patch
     return found
 
 
+def replaced_by(family: Family, module: nn.Module) -> dict[str, AppliedPatch]:
+    """Those of `active_patches` that a patch of `family` takes the place of."""
+    return {name: p for name, p in active_patches(module).items() if _composes(p) == _composes(family)}
+
+
+def _composes(one: object) -> bool:
+    return bool(getattr(one, "composes", False))
+
+
 def detach(module: nn.Module, patches: Mapping[str, AppliedPatch]) -> None:
     """Remove every hook and class of `patches` from `module` and inside it."""
     owned = {id(patch) for patch in patches.values()}
+    marked = {patch.adapter for patch in patches.values() if _composes(patch)}
+    unmarked = any(not _composes(patch) for patch in patches.values())
     for child in module.modules():
         _remove_hooks(child._forward_pre_hooks, owned, child._forward_pre_hooks_with_kwargs)
         _remove_hooks(child._forward_hooks, owned, child._forward_hooks_with_kwargs, child._forward_hooks_always_called)
-        if getattr(type(child), "_tokenprune_original", None) is not None:
+        if getattr(type(child), "_tokenprune_original", None) is None:
+            continue
+        owner = getattr(type(child), "_tokenprune_adapter", None)
+        if unmarked if owner is None else owner in marked:
             restore_class(child)
+    for patch in patches.values():
+        if _composes(patch):
+            patch.release()  # type: ignore[attr-defined]
 
 
 def restore_class(module: nn.Module) -> None:

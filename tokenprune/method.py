@@ -12,6 +12,7 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.denoisers.over_steps import OverSteps
 from tokenprune.denoisers.steps import EVERY_STEP, Steps
 from tokenprune.errors import UnsupportedMethod
+from tokenprune.lvlm.recipe import AfterTower, InsideModel
 from tokenprune.ragged import RaggedReduction
 from tokenprune.reduction import Reduction
 from tokenprune.schedule import Schedule
@@ -66,6 +67,9 @@ class Method:
     unmerged behind it; "keys": the attention's keys and values alone). levels: at which stacks, and which share of the
     tokens is computed there where there is no budget; None for all. reuse: of a choice over steps. over_steps: what is
     taken from an earlier step, None for a method that computes all anew.
+
+    For vision-language models: after_tower: what is left out between the image tower and the language model.
+    inside_model: what leaves between layers of the language model.
     """
 
     name: str
@@ -87,6 +91,8 @@ class Method:
     levels: Levels | None = None
     reuse: Reuse | None = None
     over_steps: OverSteps | None = None
+    after_tower: AfterTower | None = None
+    inside_model: InsideModel | None = None
 
     def reduce(self, record: AttentionRecord, keep: int) -> Reduction:
         """The Reduction of the record's n prunable tokens to `keep`."""

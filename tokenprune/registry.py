@@ -22,12 +22,13 @@ _METHODS: dict[str, Callable[..., Method]] = {}
 _FAMILIES: dict[str, Family] = {}
 _BUILTIN_METHODS = (
     "baselines", "top_k", "evit", "tome", "zero_tprune", "ats", "at_edm", "tomesd", "todo", "toma", "region", "ras",
-    "toca",
+    "toca", "fopru", "visionzip", "prumerge", "divprune", "cdpruner", "pool", "feather",
+    "fastv", "pyramid_drop",
 )  # fmt: skip
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {
     "timm": ("tokenprune.adapters.timm_vit",),
-    "transformers": ("tokenprune.adapters.hf_vision",),
+    "transformers": ("tokenprune.adapters.hf_vision", "tokenprune.adapters.hf_lvlm"),
     "diffusers": ("tokenprune.adapters.diffusers_unet", "tokenprune.adapters.diffusers_dit"),
 }
 _loaded: set[str] = set()

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Report:
     """Live view of one patch; multiply-adds are those of one image: of an image tower at the size of the last forward
-    (of an adaptive method the mean over its images), of a denoiser a forward's mean over the run."""
+    (of an adaptive method the mean over its images), of a denoiser a forward's mean over the run, of a vision-language
+    model the last prefill of a prompt."""
 
     patch: AppliedPatch
 

@@ -31,6 +31,10 @@ class Towers:
             raise UnsupportedMethod(
                 f"steps= is for denoising runs, and {type(model).__name__} has none; use schedule={{block: share}}"
             )
+        if request.positions is not None:
+            raise UnsupportedMethod(
+                f"positions= is of the tokens of a prompt, and {type(model).__name__} has none; leave it out"
+            )
         return prepare(
             self.adapter.host(model), self.adapter, method, request.budget, prefix_only_last=request.prefix_only_last
         )

@@ -381,7 +381,7 @@ def test_a_tower_inside_an_lvlm() -> None:
     plain = model.generate(input_ids=prompt, pixel_values=x, max_new_tokens=4, do_sample=False)
     tower = model.model.vision_tower
     features = model.get_image_features(pixel_values=x).pooler_output
-    with pytest.raises(tokenprune.UnsupportedModel, match=r"model\.model\.vision_tower"):
+    with pytest.raises(tokenprune.UnsupportedMethod, match=r"model\.model\.vision_tower"):
         tokenprune.patch(model, "tome", keep=0.5)
     tokenprune.patch(tower, "tome", schedule=EVERYWHERE, proportional=False)
     whole = model.get_image_features(pixel_values=x).pooler_output

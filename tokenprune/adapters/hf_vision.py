@@ -43,14 +43,14 @@ _BEIT_MASK = 3  # where BeitModel takes the caller's attention mask
 Fact = TypeVar("Fact")
 
 
-def _known(cls: type, table: Mapping[str, Fact]) -> Fact | None:
+def entry_of(cls: type, table: Mapping[str, Fact]) -> Fact | None:
     """The entry of a class of transformers' own, under "model.Class"."""
     library, _, model = cls.__module__.rpartition(".")[0].rpartition(".models.")
     return table.get(f"{model}.{cls.__qualname__}") if library == "transformers" else None
 
 
 def _facts(module: nn.Module) -> tuple[str, int] | None:
-    known = (_known(cls, TOWERS) for cls in type(module).__mro__)
+    known = (entry_of(cls, TOWERS) for cls in type(module).__mro__)
     return next((facts for facts in known if facts is not None), None)
 
 
@@ -106,7 +106,7 @@ class TransformersVisionTower:
 
 def _refuse_naflex(target: nn.Module) -> None:
     naflex = {"siglip2.Siglip2VisionModel": True}
-    if any(_known(cls, naflex) for module in target.modules() for cls in type(module).__mro__):
+    if any(entry_of(cls, naflex) for module in target.modules() for cls in type(module).__mro__):
         raise UnsupportedModel(
             "a Siglip2VisionModel pads images of different sizes under a mask, and tokens cannot be reduced under one;"
             " SigLIP 2 checkpoints of a fixed size load as SiglipModel, which works"
@@ -192,7 +192,7 @@ def _takes_bias(attention: Any) -> bool:
 
 
 def _block(name: str, layer: nn.Module, prefix: int, size: tuple[int, int], tokens: int) -> BlockHost:
-    mid = _known(type(layer), MID_LAYERS)
+    mid = entry_of(type(layer), MID_LAYERS)
     if mid is None:
         raise unknown_module(layer)
     inner: Any = layer

@@ -25,6 +25,8 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
         BudgetError: the budget cannot be met.
     """
     host = describe(model)
+    if request.positions is not None:
+        raise UnsupportedMethod("positions= is of the tokens of a prompt, and a denoiser has none; leave it out")
     if method.adaptive:
         raise UnsupportedMethod(
             f"{method.name} keeps a different number of tokens in each image, which no denoiser runs"

@@ -2,7 +2,12 @@
 
 from functools import partial
 
+from torch import Tensor
+
+from tokenprune.attention_record import AttentionRecord
+from tokenprune.lvlm.recipe import AfterTower
 from tokenprune.method import Method
+from tokenprune.reduction import Reduction
 from tokenprune.registry import register_method
 from tokenprune.schedule import Stages
 from tokenprune.scores.fixed import hashed_scores
@@ -19,10 +24,22 @@ def random(*, rate: float = 0.7, places: tuple[int, ...] | None = None, seed: in
         score=partial(hashed_scores, seed=seed),
         select=keep_top_k,
         stack_share=rate,
+        after_tower=AfterTower(partial(_keep_hashed, seed=seed)),
     )
 
 
 @register_method("uniform")
 def uniform(*, rate: float = 0.7, places: tuple[int, ...] | None = None) -> Method:
     """Keep evenly spaced tokens. rate: share kept at each of `places`."""
-    return Method(name="uniform", paper="baseline", schedule=Stages(rate, places), select=keep_evenly, stack_share=rate)
+    return Method(
+        name="uniform",
+        paper="baseline",
+        schedule=Stages(rate, places),
+        select=keep_evenly,
+        stack_share=rate,
+        after_tower=AfterTower(keep_evenly),
+    )
+
+
+def _keep_hashed(scores: Tensor | None, record: AttentionRecord, keep: int, seed: int) -> Reduction:
+    return keep_top_k(hashed_scores(record, seed), record, keep)

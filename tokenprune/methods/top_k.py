@@ -1,5 +1,6 @@
 """Top-K by class attention (Haurum et al., "Which Tokens to Use?", 2023, section 3.1)."""
 
+from tokenprune.lvlm.recipe import AfterTower
 from tokenprune.method import Method
 from tokenprune.registry import register_method
 from tokenprune.schedule import Stages
@@ -20,4 +21,5 @@ def top_k(*, rate: float = 0.7, places: tuple[int, ...] | None = None) -> Method
         score=attention_to_class,
         select=keep_top_k,
         needs=frozenset({"queries", "keys"}),
+        after_tower=AfterTower(keep_top_k, score=attention_to_class),
     )

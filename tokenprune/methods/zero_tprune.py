@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import UnsupportedMethod
+from tokenprune.lvlm.recipe import AfterTower, mean_keys
 from tokenprune.method import Method
 from tokenprune.reduction import Reduction
 from tokenprune.registry import register_method
@@ -84,6 +85,18 @@ class ImportanceAndSimilarity:
         fused = [fuse_heads(one, passing_heads(one, self.variance)) for one in after]
         return torch.stack(fused) if isinstance(iterations, Sequence) else fused[0]
 
+    def after_tower(self, scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
+        """The stages of `__call__` by importance [B, n] found before, as they are in the last blocks."""
+        assert scores is not None
+        removed = record.tokens - keep
+        share = self.similarity if isinstance(self.similarity, int) else round(self.similarity[1] * removed)
+        gone = similar_to_important(scores, record.metric, min(share, removed, record.tokens // 2))
+        return keep_top_k(torch.where(gone, -1.0, scores), record, keep)
+
+    def settled(self, record: AttentionRecord) -> Tensor:
+        """[B, n]: importance at a place of its own, after as many iterations as the first blocks have."""
+        return self.importance(record, self.rounds(0, record.depth))
+
     def __call__(self, scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
         rounds = self.rounds(record.place, record.depth)
         redundant = self.redundant(record, keep)
@@ -137,17 +150,22 @@ def zero_tprune(
     block and from three quarters of the depth on. variance: bounds of the head filter, None for no filter. class_start:
     the class token starts with sqrt(N) times the weight of the others.
 
+    Behind the tower of a vision-language model the graph is that of the layer whose output is used, the iterations are
+    those of the first blocks, and the similarity stage's part is that of the last.
+
     The paper finds places, rates and the similarity stage's part by random search for each model, and prints them in
     part (10 tokens a stage in DeiT-S, with importance pruning growing with depth). The defaults here were found the
     same way on a DINOv2 and are the same for every model; `places=(1, 3, 6, 9), similarity=10` is near the print.
     """
     frozen = tuple(sorted(iterations.items())) if isinstance(iterations, Mapping) else iterations
+    stage = ImportanceAndSimilarity(frozen, similarity, variance, class_start)
     return Method(
         name="zero_tprune" if class_start else "zero_tprune_uni",
         paper=_PAPER,
         schedule=EarlyBlocks(rate, places),
-        select=ImportanceAndSimilarity(frozen, similarity, variance, class_start),
+        select=stage,
         needs=frozenset({"queries", "keys"}),
+        after_tower=AfterTower(stage.after_tower, score=stage.settled, keys=mean_keys),
     )
 
 

@@ -1,0 +1,227 @@
+"""transformers' vision-language models: LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL,
+Gemma 3, PaliGemma, Idefics3 and SmolVLM.
+
+Classes are known by name, so that nothing of transformers is imported for a model that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenprune.adapters.hf_lvlm_layers import text_layer
+from tokenprune.adapters.hf_lvlm_towers import (
+    SCORED,
+    connector_groups,
+    gemma_groups,
+    grid_of_packed,
+    grid_of_tile,
+    internvl_groups,
+    lift_merged,
+    lift_tiles,
+    tiles_behind_prefix,
+    tiles_in_a_row,
+)
+from tokenprune.adapters.hf_vision import entry_of
+from tokenprune.adapters.swapping import Mixin, mixed
+from tokenprune.errors import UnsupportedModel
+from tokenprune.family import Request
+from tokenprune.lvlm.encoded import pack_here
+from tokenprune.lvlm.host import LvlmHost
+from tokenprune.lvlm.patch import LvlmPatch, attach, prepare
+from tokenprune.method import Method
+from tokenprune.registry import register_adapter
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model class. groups: (model, patches [T, n, 1]) -> [T, n', patches of each placeholder]; None where a patch
+    is a placeholder. merged: whether the tower itself merges patches, whose images lie in a row. packed: whether tiles
+    of an image are packed by the model. masks_first: see `LvlmHost`. video: whether a video's placeholders are its
+    patches, merged as an image's. plain: whether features [images, n, C] are projected as they are."""
+
+    tower: str = "vision_tower"
+    text: str = "language_model"
+    projector: str = "multi_modal_projector"
+    groups: Callable[[Any, Any], Any] | None = None
+    merged: bool = False
+    packed: bool = False
+    masks_first: bool = False
+    video: bool = False
+    plain: bool = False
+
+
+_QWEN = Family(tower="visual", projector="", merged=True, video=True)
+_IDEFICS = Family(tower="vision_model", text="text_model", projector="connector", groups=connector_groups)
+FAMILIES = {
+    "llava.LlavaModel": Family(plain=True),
+    "llava_next.LlavaNextModel": Family(packed=True),
+    "llava_onevision.LlavaOnevisionModel": Family(packed=True),
+    "qwen2_vl.Qwen2VLModel": _QWEN,
+    "qwen2_5_vl.Qwen2_5_VLModel": _QWEN,
+    "qwen3_vl.Qwen3VLModel": _QWEN,
+    "internvl.InternVLModel": Family(groups=internvl_groups),
+    "gemma3.Gemma3Model": Family(groups=gemma_groups, masks_first=True),
+    "paligemma.PaliGemmaModel": Family(masks_first=True, plain=True),
+    "idefics3.Idefics3Model": _IDEFICS,
+    "smolvlm.SmolVLMModel": _IDEFICS,
+}
+
+
+class PackingModel(Mixin):
+    """A model that packs the tiles of an image, with separators at the end of rows."""
+
+    _tokenprune_adapter = "hf_lvlm"
+
+    def pack_image_features(self, image_features: Any, *args: Any, **kwargs: Any) -> Any:
+        return pack_here(self, super().pack_image_features, image_features, args, kwargs)  # type: ignore[misc]
+
+
+@register_adapter
+class TransformersLvlm:
+    """See `tokenprune.family.Family`."""
+
+    name = "hf_lvlm"
+    composes = True
+
+    def find(self, target: object) -> nn.Module | None:
+        assert isinstance(target, nn.Module)
+        found = [(name, module) for name, module in target.named_modules() if _family(module) is not None]
+        if not found:
+            return None
+        if len(found) > 1:
+            raise UnsupportedModel(
+                f"{type(target).__name__} holds {len(found)} vision-language models; patch each by itself:"
+                f" {', '.join(f'model.{name}' for name, _ in found)}"
+            )
+        name, model = found[0]
+        path = [module for outer, module in target.named_modules() if _holds(outer, name)]
+        wholes = [module for module in path if getattr(module, "model", None) is model]
+        return wholes[0] if wholes else model
+
+    def prepare(self, model: nn.Module, method: Method, request: Request) -> LvlmPatch:
+        """The patch of a vision-language model."""
+        return prepare(describe, model, self.name, method, request)
+
+    def attach(self, model: nn.Module, patch: LvlmPatch) -> None:
+        """Put a patch on the model."""
+        attach(describe(model), patch)
+
+
+def describe(outer: nn.Module) -> LvlmHost:
+    """The facts of a vision-language model."""
+    model: Any = outer if _family(outer) is not None else outer.model
+    family = _family(model)
+    assert family is not None
+    tower, text = getattr(model, family.tower), getattr(model, family.text)
+    config = model.config
+    tokens = {"image": int(config.image_token_id)}
+    inputs = ["pixel_values", "mm_encoder_outputs"]
+    if getattr(config, "video_token_id", None) is not None:
+        inputs.insert(1, "pixel_values_videos")
+        if family.video:
+            tokens["video"] = int(config.video_token_id)
+    scored = _scored(tower)
+    prefix = scored.prefix(tower) if scored is not None else 0
+    if getattr(config, "vision_feature_select_strategy", None) == "full" and prefix:
+        raise UnsupportedModel(
+            "with vision_feature_select_strategy='full' the tower's class token is one of the visual tokens; use"
+            " 'default'"
+        )
+    lift = None
+    if family.merged:
+        lift = partial(lift_merged, model)
+    elif not family.packed:
+        lift = partial(lift_tiles, partial(family.groups, model) if family.groups is not None else None)
+    return LvlmHost(
+        outer=outer,
+        model=model,
+        text=text,
+        tower=tower,
+        tokens=tokens,
+        inputs=tuple(inputs),
+        masks_first=family.masks_first,
+        scored=partial(scored.at, model, tower) if scored is not None else lambda layer: None,
+        lift=lift,
+        tiles=tiles_in_a_row if family.merged else partial(tiles_behind_prefix, prefix),
+        grid=partial(grid_of_packed, model) if family.merged else grid_of_tile,
+        packs=mixed(PackingModel, _original(model)) if family.packed else None,
+        window=_window(text),
+        layers=tuple(text.layers),
+        layer=partial(text_layer, text) if _leaves_between(text) else None,
+        projector=getattr(model, family.projector) if family.projector else None,
+        plain=family.plain,
+        head=getattr(outer, "lm_head", None) if outer is not model else None,
+        example=partial(_example, text),
+        offers=_offers(tower, prefix),
+        refused=partial(_refused, family),
+    )
+
+
+def _family(module: nn.Module) -> Family | None:
+    found = (entry_of(cls, FAMILIES) for cls in type(module).__mro__)
+    return next((family for family in found if family is not None), None)
+
+
+def _scored(tower: nn.Module) -> Any:
+    found = (entry_of(cls, SCORED) for cls in type(tower).__mro__)
+    return next((facts for facts in found if facts is not None), None)
+
+
+def _offers(tower: nn.Module, prefix: int) -> frozenset[str]:
+    twins = {"clip.CLIPVisionModel": "text tower", "siglip.SiglipVisionModel": "text tower"}
+    found = {entry_of(cls, twins) for cls in type(tower).__mro__} - {None}
+    return frozenset(found | ({"class token"} if prefix else set()))  # type: ignore[arg-type]
+
+
+def _original(model: nn.Module) -> type[nn.Module]:
+    return getattr(type(model), "_tokenprune_original", type(model))
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return outer == "" or inner.startswith(f"{outer}.")
+
+
+def _example(text: Any, tokens: int) -> dict[str, Any]:
+    weight = next(text.parameters())
+    mask: Any = torch.zeros(1, 1, tokens, tokens, device="meta", dtype=weight.dtype)
+    kinds = getattr(text.config, "layer_types", None) or ()
+    if any("sliding" in kind for kind in kinds):
+        mask = dict.fromkeys(kinds, mask)
+    return {
+        "inputs_embeds": torch.zeros(1, tokens, text.config.hidden_size, device="meta", dtype=weight.dtype),
+        "attention_mask": mask,
+        "position_ids": torch.zeros(1, tokens, device="meta", dtype=torch.long),
+        "use_cache": False,
+    }
+
+
+def _leaves_between(text: Any) -> bool:
+    """Whether all layers attend to everything, so that the first one's cache is what masks are made for."""
+    types = getattr(text.config, "layer_types", None) or ("full_attention",)
+    return set(types) == {"full_attention"}
+
+
+def _window(text: Any) -> int | None:
+    """Tokens of the sliding window, where any layer has one."""
+    types = getattr(text.config, "layer_types", None) or ()
+    window = getattr(text.config, "sliding_window", None)
+    return int(window) if window and any("sliding" in kind for kind in types) else None
+
+
+def _refused(family: Family, bound: Mapping[str, Any]) -> str:
+    outputs = bound.get("mm_encoder_outputs")
+    encoded = outputs.get("video") if isinstance(outputs, Mapping) else None
+    if not family.video and (bound.get("pixel_values_videos") is not None or encoded is not None):
+        return "a video's frames are pooled by this model, which is not followed; unpatch it for videos"
+    if family.masks_first and getattr(bound.get("past_key_values"), "is_compileable", False):
+        return (
+            "with a static cache this model's masks are made for the whole prompt before it is pruned; use the dynamic"
+            " one, or unpatch the model"
+        )
+    return ""
