@@ -148,3 +148,31 @@ def test_positions_counted_anew(name: str) -> None:
     assert steps == [first + kept, first + kept + 1, first + kept + 2]
     with tokenprune.patched(model, "uniform", keep=0.25):
         assert (generate(model, example.inputs)[1] - cached[1]).abs().max() > 1e-3 * cached[1].abs().max()
+
+
+@pytest.mark.parametrize(
+    "name", most_in_full("qwen2_vl", names=("llava", "qwen2_vl", "qwen3_vl", "gemma3", "paligemma"))
+)
+def test_positions_counted_anew_in_a_batch(name: str) -> None:
+    model = build(name)
+    examples = [prompt(name, 0).inputs, prompt(name, 1, text=9, images=2, size=1).inputs]
+    with tokenprune.patched(model, "uniform", keep=0.25, positions="reindex"):
+        singles = [generate(model, one) for one in examples]
+        together = generate(model, left_padded(examples))
+    for row, single in enumerate(singles):
+        close((together[0][row : row + 1], together[1][:, row : row + 1]), single)
+
+
+@pytest.mark.parametrize("name", most_in_full("llava", names=("llava", "qwen3_vl", "gemma3", "internvl")))
+def test_bfloat16(name: str) -> None:
+    model, example = build(name).to(torch.bfloat16), prompt(name)
+    inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in example.inputs.items()}
+    whole = generate(model, inputs)
+    with tokenprune.patched(model, "uniform", tokens=len(example.images[0])):
+        same(generate(model, inputs), whole)
+    between = [] if name == "gemma3" else [("feather", {"places": (2, 3), "rate": 0.6})]
+    for method, options in [("visionzip", {"keep": 0.5}), ("zero_tprune", {"keep": 0.5}), *between]:
+        with tokenprune.patched(model, method, **options):
+            scores = generate(model, inputs)[1]
+        assert scores.isfinite().all()
+        assert not torch.equal(scores, whole[1])
