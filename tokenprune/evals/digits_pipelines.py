@@ -15,7 +15,7 @@ from tokenprune.evals.digits_denoisers import UNCONDITIONAL, predict
 from tokenprune.evals.drawn_digits import IMAGE_SIZE, to_pixels
 
 STEPS = 20
-GUIDANCE = 1.0
+GUIDANCE = 3.0
 
 
 class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
