@@ -1,0 +1,90 @@
+"""What a thread is in the middle of: a forward from hook to hook. Nothing of it lives in a module."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from tokenprune.lvlm.cache import CacheMap
+from tokenprune.lvlm.costs import Given
+from tokenprune.lvlm.funnel import repad
+
+if TYPE_CHECKING:
+    from tokenprune.lvlm.encoded import Encoded
+    from tokenprune.lvlm.inside import Inside
+    from tokenprune.lvlm.patch import LvlmPatch
+    from tokenprune.lvlm.prefill import Prefill
+    from tokenprune.lvlm.prompt import Prompt
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward, from the hook in front of `model` to the one behind the language model. visual: the placeholders
+    {modality: bool [B, L]}, None where the forward brings no image. past: of the cache, None for one with every token.
+    entries: of the cache. padding: [B, tokens] False for padding, None where no mask says. prompt, valid, map, moved:
+    what the hook in front of the language model made of it, and whether any token stands elsewhere for it.
+    """
+
+    visual: Mapping[str, Tensor] | None
+    past: CacheMap | None
+    entries: int
+    padding: Tensor | None
+    prompt: Prompt | None = None
+    valid: Tensor | None = None
+    map: CacheMap | None = None
+    moved: bool = False
+
+
+@dataclass(eq=False)
+class Local:
+    """What this thread is in the middle of."""
+
+    call: Call | None = None
+    labels: Tensor | None = None
+    inside: Inside | None = None
+    encoded: list[Encoded] = field(default_factory=list)
+    latest: Encoded | None = None
+    prompts: list[Prefill] = field(default_factory=list)
+    given: Given = field(default_factory=lambda: Given((), {}))
+    caught: dict[str, Any] = field(default_factory=dict)
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.by_patch: MutableMapping[LvlmPatch, Local] = WeakKeyDictionary()
+
+
+_THREAD = _OfThread()
+
+
+def local_of(patch: LvlmPatch) -> Local:
+    """This thread's part of a patch."""
+    return _THREAD.by_patch.setdefault(patch, Local())
+
+
+def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def shape_of(bound: Mapping[str, Any]) -> tuple[int, int]:
+    """(samples, tokens) of a call."""
+    tokens = bound["inputs_embeds"] if bound.get("inputs_embeds") is not None else bound["input_ids"]
+    return int(tokens.shape[0]), int(tokens.shape[1])
+
+
+def mask_of_entries(mask: Any, past: CacheMap, entries: int, batch: int) -> Any:
+    """A mask of text behind a pruned prompt, for the entries of the cache."""
+    if mask is None and past.padded:
+        return torch.cat([past.valid, past.valid.new_ones(batch, entries - past.entries)], 1).long()
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return past.mask(mask)
+    if isinstance(mask, Tensor) and mask.ndim == 4 and past.padded:
+        return repad(mask, past.valid)
+    return mask
