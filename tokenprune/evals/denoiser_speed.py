@@ -71,11 +71,22 @@ class Stopwatch:
         return self.spent
 
 
+class Through(nn.Module):
+    """In place of a residual block: the first `channels` of what comes in. Only stacks are timed."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x[:, : self.channels]
+
+
 def unet(level: Level) -> nn.Module:
-    """A U-Net of which the one stack on the way down is `level`."""
+    """A U-Net of which the one stack on the way down is `level`, without its convolutions between the stacks."""
     from diffusers import UNet2DConditionModel
 
-    model: nn.Module = UNet2DConditionModel(
+    model: Any = UNet2DConditionModel(
         sample_size=level.side,
         block_out_channels=(level.channels,),
         layers_per_block=1,
@@ -86,7 +97,10 @@ def unet(level: Level) -> nn.Module:
         attention_head_dim=level.heads,  # diffusers' name for their number
         cross_attention_dim=level.text,
     )
-    return model.eval()
+    for block in (*model.down_blocks, *model.up_blocks):
+        block.resnets = nn.ModuleList(Through(level.channels) for _ in block.resnets)
+    evaluated: nn.Module = model.eval()
+    return evaluated
 
 
 def compare(level: Level, patch: Callable[[nn.Module], object], part: str, *, rounds: int, attempts: int) -> Timing:
@@ -101,7 +115,7 @@ def compare(level: Level, patch: Callable[[nn.Module], object], part: str, *, ro
     text = torch.randn(1, 77, level.text, generator=generator)
     arms = [partial(model, latents, torch.tensor(100), text) for model in models]
     with torch.inference_mode():
-        return measure(*arms, rounds=rounds, attempts=attempts, clock=clock)
+        return measure(*arms, rounds=rounds, warmup=1, attempts=attempts, clock=clock)
 
 
 def stack_table(*, rounds: int = 20, attempts: int = 3) -> Table:
@@ -183,15 +197,15 @@ def unet_table(*, rounds: int = 20, attempts: int = 1) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the tables; those against the tomesd package where it is installed."""
+    tables = {"stacks": stack_table, "merge": merge_table, "unet": unet_table}
     parser = argparse.ArgumentParser(prog="python -m tokenprune.evals.denoiser_speed", description=main.__doc__)
     parser.add_argument("--rounds", type=int, default=20, help="at least 20 (default: %(default)s)")
     parser.add_argument("--attempts", type=int, default=3, help="of a quiet measurement (default: %(default)s)")
+    parser.add_argument("--table", action="append", choices=list(tables), help="repeatable (default: all)")
     options = parser.parse_args(arguments)
-    tables = [stack_table]
-    if importlib.util.find_spec("tomesd") is not None:
-        tables += [merge_table, unet_table]
-    for table in tables:
-        print(table(rounds=options.rounds, attempts=options.attempts).to_markdown(), flush=True)
+    possible = list(tables) if importlib.util.find_spec("tomesd") is not None else ["stacks"]
+    for name in options.table or possible:
+        print(tables[name](rounds=options.rounds, attempts=options.attempts).to_markdown(), flush=True)
     return 0
 
 
