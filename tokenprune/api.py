@@ -14,7 +14,7 @@ from tokenprune import registry
 from tokenprune.budget import parse_budget
 from tokenprune.defaults import default_methods
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
-from tokenprune.family import AppliedPatch, Family, Request, active_patches, detach, replaced_by
+from tokenprune.family import AppliedPatch, Family, Request, active_patches, composes, detach, replaced_by
 from tokenprune.recording import Recording
 from tokenprune.registry import MethodInfo
 from tokenprune.report import Report
@@ -136,9 +136,7 @@ def report(target: object) -> Report:
         UnsupportedModel: `target` is not patched, or holds several models that are.
     """
     found = _active(target)
-    if len(found) > 1 and isinstance(target, nn.Module):  # a patch of the whole stands before those of its parts
-        model, family = _find(target)[0]
-        found = list(replaced_by(family, model).values()) or found
+    found = [patch for patch in found if composes(patch)] or found  # the whole's stands before those of its parts
     if len(found) > 1 and isinstance(target, nn.Module):
         raise UnsupportedModel(
             f"{type(target).__name__} holds {len(found)} patched models; ask for the report of each by itself"

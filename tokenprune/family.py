@@ -70,7 +70,7 @@ def active_patches(module: nn.Module) -> dict[str, AppliedPatch]:
     for name, child in module.named_modules():
         for hook in child._forward_pre_hooks.values():
             patch = patch_of(hook)
-            if _composes(patch) and getattr(hook, "__self__", None) is not patch:
+            if composes(patch) and getattr(hook, "__self__", None) is not patch:
                 continue  # of a patch of the model that this is a part of
             if patch is not None and all(patch is not known for known in found.values()):
                 found[name] = patch
@@ -79,18 +79,19 @@ def active_patches(module: nn.Module) -> dict[str, AppliedPatch]:
 
 def replaced_by(family: Family, module: nn.Module) -> dict[str, AppliedPatch]:
     """Those of `active_patches` that a patch of `family` takes the place of."""
-    return {name: p for name, p in active_patches(module).items() if _composes(p) == _composes(family)}
+    return {name: p for name, p in active_patches(module).items() if composes(p) == composes(family)}
 
 
-def _composes(one: object) -> bool:
+def composes(one: object) -> bool:
+    """Whether a patch, or the patches of a family, stand beside those of the model's parts."""
     return bool(getattr(one, "composes", False))
 
 
 def detach(module: nn.Module, patches: Mapping[str, AppliedPatch]) -> None:
     """Remove every hook and class of `patches` from `module` and inside it."""
     owned = {id(patch) for patch in patches.values()}
-    marked = {patch.adapter for patch in patches.values() if _composes(patch)}
-    unmarked = any(not _composes(patch) for patch in patches.values())
+    marked = {patch.adapter for patch in patches.values() if composes(patch)}
+    unmarked = any(not composes(patch) for patch in patches.values())
     for child in module.modules():
         _remove_hooks(child._forward_pre_hooks, owned, child._forward_pre_hooks_with_kwargs)
         _remove_hooks(child._forward_hooks, owned, child._forward_hooks_with_kwargs, child._forward_hooks_always_called)
@@ -100,7 +101,7 @@ def detach(module: nn.Module, patches: Mapping[str, AppliedPatch]) -> None:
         if unmarked if owner is None else owner in marked:
             restore_class(child)
     for patch in patches.values():
-        if _composes(patch):
+        if composes(patch):
             patch.release()  # type: ignore[attr-defined]
 
 

@@ -63,7 +63,8 @@ def test_orders_depend_on_seed_and_number_alone():
 
 def test_the_pipeline_is_eulers_method_on_the_velocity(pipe):
     orders = drawing_orders(3, 0)
-    drawn = pipe(orders.labels, centres=orders.centres, num_inference_steps=STEPS, latents=orders.noise)
+    run = {"num_inference_steps": STEPS, "guidance_scale": 1.0}
+    drawn = pipe(orders.labels, centres=orders.centres, latents=orders.noise, **run)
     x = orders.noise
     with torch.no_grad():
         for step in range(STEPS):
