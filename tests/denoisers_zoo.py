@@ -271,6 +271,19 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         return model(**inputs, return_dict=False)[0]
 
 
+def gradients(model: nn.Module, calls: list[dict[str, Any]]) -> list[torch.Tensor | None]:
+    """Of the latents of each call and of all parameters, after one backward through all calls."""
+    key = "sample" if "sample" in calls[0] else "hidden_states"
+    latents = [x[key].clone().requires_grad_() for x in calls]
+    losses = [
+        model(**{**x, key: one}, return_dict=False)[0].square().mean() for x, one in zip(calls, latents, strict=True)
+    ]
+    sum(losses).backward()
+    found = [one.grad for one in latents] + [weight.grad for weight in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
 def traces(model: nn.Module) -> list[tuple[type, list[str], int, int]]:
     """What a patch could leave on a model."""
     return [

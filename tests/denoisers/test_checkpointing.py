@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from denoisers_zoo import build
+from denoisers_zoo import build, gradients
 from torch.utils.checkpoint import checkpoint
 
 import tokenprune
@@ -17,19 +17,6 @@ ARGUMENTS = {
     "todo": {"keep": 0.5},
     "toma": {"keep": 0.5},
 }
-
-
-def gradients(model, calls):
-    """Of the latents of each call and of all parameters, after one backward through all calls."""
-    key = "sample" if "sample" in calls[0] else "hidden_states"
-    latents = [x[key].clone().requires_grad_() for x in calls]
-    losses = [
-        model(**{**x, key: one}, return_dict=False)[0].square().mean() for x, one in zip(calls, latents, strict=True)
-    ]
-    sum(losses).backward()
-    found = [one.grad for one in latents] + [weight.grad for weight in model.parameters()]
-    model.zero_grad(set_to_none=True)
-    return found
 
 
 def switched(model, mode, on=True):
