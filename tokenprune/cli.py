@@ -23,10 +23,15 @@ EXAMPLES = {
         "tokenprune eval --model dinov2-small-wheel --flops 0.6 --output dinov2.md",
         "tokenprune eval --model deit_small_patch16_224 --data imagenet/val --samples 5000 --flops 0.6 --csv",
         "tokenprune eval --model dit-digits --checkpoint dit-run --flops 0.7 --rounds 20",
+        "tokenprune eval --model lvlm-digits --keep 0.25 --keep 0.5 --rounds 20",
     ],
     "viz": ["tokenprune viz --model digits-vit --method tome --flops 0.6 --output kept.png"],
     "score": ["tokenprune score --pictures patched --real coco-val --prompts captions.txt"],
-    "train": ["tokenprune train digits-vit --output digits-run", "tokenprune train dit-digits --output dit-run"],
+    "train": [
+        "tokenprune train digits-vit --output digits-run",
+        "tokenprune train dit-digits --output dit-run",
+        "tokenprune train lvlm-digits --output lvlm-run",
+    ],
 }
 
 
@@ -91,16 +96,21 @@ def parser() -> argparse.ArgumentParser:
     _add_format(bench)
 
     evaluate = _command(
-        commands, "eval", "accuracy and fidelity to the unpatched model; of diffusion models their pictures"
+        commands,
+        "eval",
+        "accuracy and fidelity to the unpatched model; of diffusion models their pictures, of the"
+        " vision-language model its answers",
     )
     _add_model(evaluate)
     _add_methods(evaluate)
     _add_data(evaluate, "what to evaluate on (default: the model's own images)")
-    evaluate.add_argument("--samples", type=_positive, help="images, drawn by --seed (default: all; digits: 1000)")
+    evaluate.add_argument(
+        "--samples", type=_positive, help="images, drawn by --seed (default: all; digits: 1000; lvlm-digits: 300)"
+    )
     evaluate.add_argument("--batch-size", type=_positive, default=32, help="(default: %(default)s)")
     evaluate.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
     evaluate.add_argument(
-        "--rounds", type=_positive, help="dit-digits, unet-digits: time every row too, at least 20 rounds"
+        "--rounds", type=_positive, help="dit-digits, unet-digits, lvlm-digits: time every row too, at least 20 rounds"
     )
     _add_generation(evaluate)
     _add_machine(evaluate)
@@ -123,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     _add_format(score)
 
     train = _command(commands, "train", "train a model of the package by its recipe")
-    train.add_argument("model", choices=["digits-vit", "dit-digits", "unet-digits", "digit-reader"])
+    train.add_argument("model", choices=["digits-vit", "dit-digits", "unet-digits", "lvlm-digits", "digit-reader"])
     train.add_argument("--output", required=True, metavar="FOLDER", help="for the checkpoint and its record")
     train.add_argument("--steps", type=_positive, help="other than the recipe's only to try the command out")
     train.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: %(default)s)")
@@ -133,6 +143,7 @@ def parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     from tokenprune.evals import commands, demo
     from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
+    from tokenprune.evals.digits_lvlm import LVLM
 
     if options.command in ("demo-diffusion", "score") or (
         options.command in ("bench", "eval", "viz") and options.model in DIFFUSION
@@ -146,6 +157,10 @@ def _run(options: argparse.Namespace) -> int:
             "eval": generation_commands.run_eval,
             "viz": generation_commands.viz,
         }[options.command](options)
+    if options.command in ("bench", "eval", "viz") and options.model == LVLM:
+        from tokenprune.evals import lvlm_commands
+
+        return (lvlm_commands.run_eval if options.command == "eval" else lvlm_commands.refuse)(options)
     run: dict[str, Callable[[argparse.Namespace], int]] = {
         "demo": demo.run,
         "methods": commands.methods,
@@ -173,20 +188,20 @@ def _add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument(
         "--model",
         required=required,
-        help="digits-vit, dinov2-small-wheel, dit-digits, unet-digits, a timm name, owner/name on the Hugging Face hub"
+        help="digits-vit, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name, owner/name on the Hugging Face hub"
         " or module:function",
     )
     command.add_argument(
         "--checkpoint",
         metavar="FILE",
-        help="weights, safetensors only; of dit-digits and unet-digits the folder that tokenprune train wrote",
+        help="weights, safetensors only; of dit-digits, unet-digits and lvlm-digits the folder that tokenprune train wrote",
     )
     command.add_argument("--random-weights", action="store_true", help="download none: enough for speed")
 
 
 def _add_methods(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", action="append", metavar="NAME", help="repeatable (default: all that fit)")
-    budgets = command.add_argument_group("budgets, each repeatable (default: --flops 0.6)")
+    budgets = command.add_argument_group("budgets, each repeatable (default: --flops 0.6; lvlm-digits: --keep 0.25)")
     budgets.add_argument("--flops", type=float, action="append", metavar="SHARE", help="of the multiply-adds")
     budgets.add_argument("--keep", type=float, action="append", metavar="SHARE", help="of the patch tokens at the end")
     budgets.add_argument("--tokens", type=int, action="append", metavar="N", help="patch tokens at the end")

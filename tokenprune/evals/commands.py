@@ -17,6 +17,7 @@ from tokenprune.evals.arms import FEWER_STEPS, SMALLER_INPUT, UNPATCHED, Arm, Bu
 from tokenprune.evals.bench import bench
 from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
+from tokenprune.evals.digits_lvlm import LVLM
 from tokenprune.evals.models import DIGITS, LoadedModel, load_model, noise
 from tokenprune.evals.sources import openclipart_data
 from tokenprune.evals.table import SUFFIXES, Row, Table, checked_path
@@ -25,6 +26,7 @@ from tokenprune.evals.viz import Panel, contact_sheet, place_panels
 
 OWN_SAMPLES = 1000
 VIZ_IMAGES = 3
+DEFAULT_BUDGET: Budget = {"flops": 0.6}
 
 
 def methods(options: argparse.Namespace) -> int:
@@ -37,6 +39,10 @@ def methods(options: argparse.Namespace) -> int:
 
         folder = options.checkpoint  # what fits depends on the blocks alone
         model = digits_pipeline(options.model, [folder]) if folder else pipeline_of(untrained(options.model))
+    elif options.model == LVLM:
+        from tokenprune.evals.digits_lvlm import lvlm
+
+        model = lvlm()
     elif options.model is not None:
         model = load_model(options.model, checkpoint=options.checkpoint, random_weights=options.random_weights).model
     rows: list[Row] = [
@@ -135,15 +141,18 @@ def kept_rows(loaded: LoadedModel, inputs: Tensor, arms: Sequence[Arm], *, place
 
 def train(options: argparse.Namespace) -> int:
     """`tokenprune train`"""
-    from tokenprune.evals import train_diffusion, train_digits, train_reader
+    from tokenprune.evals import train_diffusion, train_digits, train_lvlm, train_reader
 
     arguments = ["--output", options.output, "--threads", str(options.threads)]
-    if options.model in DIFFUSION:
+    if options.model in (*DIFFUSION, LVLM):
         if options.steps is not None:
             raise TokenPruneError(
                 f"--steps is for digits-vit and digit-reader; {options.model} is trained by its recipe"
             )
-        train_diffusion.main([options.model, *arguments])
+        if options.model == LVLM:
+            train_lvlm.main(arguments)
+        else:
+            train_diffusion.main([options.model, *arguments])
         return 0
     steps = [] if options.steps is None else ["--steps", str(options.steps)]
     (train_digits if options.model == DIGITS else train_reader).main([*arguments, *steps])
@@ -169,19 +178,21 @@ def _load(options: argparse.Namespace) -> LoadedModel:
     if options.command == "eval" and options.rounds is not None:
         foreign.append("rounds")
     if foreign:
-        raise TokenPruneError(f"--{', --'.join(foreign)}: only for {', '.join(DIFFUSION)}, not for {options.model}")
+        raise TokenPruneError(
+            f"--{', --'.join(foreign)}: only for {', '.join((*DIFFUSION, LVLM))}, not for {options.model}"
+        )
     set_machine(options)
     loaded = load_model(options.model, checkpoint=options.checkpoint, random_weights=options.random_weights)
     loaded.model.to(options.device, getattr(torch, options.dtype))
     return loaded
 
 
-def budgets(options: argparse.Namespace) -> list[Budget]:
-    """The budgets that the options name, flops=0.6 where they name none."""
+def budgets(options: argparse.Namespace, default: Budget = DEFAULT_BUDGET) -> list[Budget]:
+    """The budgets that the options name, `default` where they name none."""
     named: list[Budget] = [
         {kind: value} for kind in ("flops", "keep", "tokens") for value in getattr(options, kind) or ()
     ]
-    return named or [{"flops": 0.6}]
+    return named or [default]
 
 
 def _data(options: argparse.Namespace, loaded: LoadedModel, count: int) -> ImageData:

@@ -72,7 +72,11 @@ def enlarge(ink: Floats, height: int, width: int, angle: float) -> Floats:
 
 def paint(canvas: Floats, ink: Floats, top: int, left: int, rng: np.random.Generator) -> None:
     """Covers canvas [H, W, 3] with a light colour where there is ink [h, w], from row ``top`` and column ``left``."""
-    colour = rng.uniform(0.7, 1.0, 3).astype(np.float32)
+    cover(canvas, ink, top, left, rng.uniform(0.7, 1.0, 3).astype(np.float32))
+
+
+def cover(canvas: Floats, ink: Floats, top: int, left: int, colour: Floats) -> None:
+    """As `paint`, with a `colour` [3]."""
     area = canvas[top : top + ink.shape[0], left : left + ink.shape[1]]
     area += ink[:, :, None] * (colour - area)
 

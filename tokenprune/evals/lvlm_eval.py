@@ -1,0 +1,203 @@
+"""What pruning costs a vision-language model: what it still names, what it still finds, and what it saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tokenprune
+from tokenprune.errors import TokenPruneError
+from tokenprune.evals.arms import UNPATCHED, Budget
+from tokenprune.evals.digits_lvlm import (
+    VISUAL_TOKENS,
+    digit_answer,
+    place_answer,
+    prompts,
+    to_model,
+    token,
+    what_is,
+    where_is,
+)
+from tokenprune.evals.lvlm_arms import LvlmArm, lvlm_arms
+from tokenprune.evals.lvlm_bench import time_answers
+from tokenprune.evals.placed_digits import GRID, placed_digits
+from tokenprune.evals.progress import progress
+from tokenprune.evals.stats import bootstrap_mean
+from tokenprune.evals.table import Row, Table, environment, interval_cells
+
+SERIES = 3
+
+
+@dataclass(frozen=True)
+class Questions:
+    """images: [N, 3, 64, 64]; of each a question "what is red ?" and one "where is three ?" about another of its
+    digits, ids [N, 4], with answers [N, 1] and [N, 2]."""
+
+    images: Tensor
+    what: Tensor
+    digits: Tensor
+    where: Tensor
+    places: Tensor
+
+    def first(self, count: int) -> Questions:
+        """The first `count` images with theirs."""
+        return Questions(*(getattr(self, name)[:count] for name in ("images", "what", "digits", "where", "places")))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Per question: whether it was answered rightly, "what" and "where" [N], and the mean vertical position (0 the top,
+    1 the bottom) of the visual tokens kept for "where" [N], None for the unpatched model. cache_bytes: of a prompt."""
+
+    recognised: Tensor
+    localised: Tensor
+    vertical: Tensor | None
+    cache_bytes: float
+
+
+def draw_questions(count: int, seed: int = 0) -> Questions:
+    """About `count` test pictures, those of SERIES series that begin with `seed`, in equal parts."""
+    parts = []
+    for series in range(SERIES):
+        share = (count + SERIES - 1 - series) // SERIES
+        if share:
+            scenes = placed_digits("test", share, seed + series)
+            digits, colours, rows, columns = map(
+                torch.from_numpy, (scenes.digits, scenes.colours, scenes.rows, scenes.columns)
+            )
+            parts.append(
+                (
+                    to_model(scenes),
+                    what_is(colours[:, 0]),
+                    digit_answer(digits[:, 0])[:, :-1],
+                    where_is(digits[:, 1]),
+                    place_answer(rows[:, 1], columns[:, 1])[:, :-1],
+                )
+            )
+    return Questions(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def evaluate_lvlm(
+    model: nn.Module,
+    methods: Sequence[str] | None = None,
+    budgets: Sequence[Budget] = ({"keep": 0.25},),
+    *,
+    samples: int = 300,
+    batch_size: int = 50,
+    seed: int = 0,
+    baselines: bool = True,
+    rounds: int | None = None,
+    show_progress: bool = False,
+) -> Table:
+    """Asks two questions about each of `samples` pictures, with every method at every budget.
+
+    methods, budgets, baselines: as in `lvlm_arms`. rounds: of timing, unpatched and patched interleaved; None for none.
+
+    Columns: `tokens`, visual tokens of an image behind the last place, and their `share`; `flops_ratio`, of the whole
+    prefill, image tower and scoring counted; `recognition` (the digit of a colour) and `localisation` (row and column
+    of a digit), and `recognition_drop` and `localisation_drop` against the unpatched model, paired, with 95% bootstrap
+    intervals over questions; `vertical`, where the kept tokens lie on average, 0 the top and 1 the bottom, with an
+    interval over pictures; `cache_bytes`, of keys and values of a prompt, measured; with `rounds` the columns of
+    `time_answers`.
+
+    Raises TokenPruneError for a named method that is unknown or does not fit.
+    """
+    if samples < 1:
+        raise TokenPruneError(f"samples={samples}: ask about at least one picture")
+    questions = draw_questions(samples, seed)
+    example = _inputs(questions.first(2), questions.where)
+    arms = lvlm_arms(model, example, methods, budgets, baselines=baselines)
+    found = [answer(arm, questions, batch_size=batch_size) for arm in progress(arms, "answers", show=show_progress)]
+    times: list[Row] = [{} for _ in arms]
+    if rounds is not None:
+        times = time_answers(arms, example_batch(questions), rounds=rounds, seed=seed, show_progress=show_progress)
+    assert found[0] is not None
+    rows = [
+        {**_row(arm, one, found[0], seed), **timed, "note": arm.note}
+        for arm, one, timed in zip(arms, found, times, strict=True)
+    ]
+    return Table(rows, {"pictures": samples, "questions": 2 * samples, **environment()})
+
+
+def example_batch(questions: Questions, count: int = 8) -> dict[str, Tensor]:
+    """The arguments of a forward on "where" of the first `count` pictures."""
+    first = questions.first(count)
+    return _inputs(first, first.where)
+
+
+def answer(arm: LvlmArm, questions: Questions, *, batch_size: int = 50) -> Answers | None:
+    """What the arm's model answers, greedily; None where it could not be built."""
+    if arm.model is None:
+        return None
+    recognised, localised, vertical, held = [], [], list[Tensor](), 0
+    for start in range(0, len(questions.images), batch_size):
+        part = Questions(
+            *(
+                getattr(questions, name)[start : start + batch_size]
+                for name in ("images", "what", "digits", "where", "places")
+            )
+        )
+        ids, _ = generated(arm.model, _inputs(part, part.what), 1)
+        recognised.append((ids == part.digits).all(1))
+        if arm.is_patched:
+            with tokenprune.record(arm.model) as recording:
+                ids, cache = generated(arm.model, _inputs(part, part.where), 2)
+            kept = [row for forward in recording.forwards for row in forward.places[-1].kept]
+            vertical.append(torch.stack([(row // GRID + 0.5).mean() / GRID for row in kept]))
+        else:
+            ids, cache = generated(arm.model, _inputs(part, part.where), 2)
+        localised.append((ids == part.places).all(1))
+        held += sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
+        # The cache also has the first word of the answer.
+        held -= sum(int(layer.keys[:, :, :1].nbytes + layer.values[:, :, :1].nbytes) for layer in cache.layers)
+    return Answers(
+        torch.cat(recognised).double(),
+        torch.cat(localised).double(),
+        torch.cat(vertical).double() if vertical else None,
+        held / len(questions.images),
+    )
+
+
+@torch.inference_mode()
+def generated(model: Any, inputs: Mapping[str, Tensor], words: int) -> tuple[Tensor, Any]:
+    """(the greedy answer [B, words], padded where it ended before, the cache behind it)."""
+    output = model.generate(**inputs, max_new_tokens=words, do_sample=False, return_dict_in_generate=True)
+    ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+    ids = torch.nn.functional.pad(ids, (0, words - ids.shape[1]), value=token("<pad>"))
+    return ids, output.past_key_values
+
+
+def _inputs(questions: Questions, asked: Tensor) -> dict[str, Tensor]:
+    ids = prompts(asked[: len(questions.images)])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": questions.images}
+
+
+def _row(arm: LvlmArm, found: Answers | None, base: Answers, seed: int) -> Row:
+    tokens = VISUAL_TOKENS if arm.method == UNPATCHED else arm.tokens
+    row: Row = {
+        "method": arm.method,
+        "budget": arm.budget,
+        "positions": arm.positions,
+        "tokens": tokens,
+        "share": None if tokens is None else tokens / VISUAL_TOKENS,
+        "flops_ratio": arm.flops_ratio,
+    }
+    if found is None:
+        return row
+    row |= _mean("recognition", found.recognised, (0.0, 1.0), seed)
+    row |= _mean("localisation", found.localised, (0.0, 1.0), seed)
+    if found is not base:
+        row |= _mean("recognition_drop", base.recognised - found.recognised, (-1.0, 1.0), seed)
+        row |= _mean("localisation_drop", base.localised - found.localised, (-1.0, 1.0), seed)
+    if found.vertical is not None:
+        row |= _mean("vertical", found.vertical, (0.0, 1.0), seed)
+    return {**row, "cache_bytes": round(found.cache_bytes)}
+
+
+def _mean(name: str, values: Tensor, support: tuple[float, float], seed: int) -> Row:
+    found = bootstrap_mean(values, support=support, seed=seed)
+    return interval_cells(name, found.estimate, found.low, found.high)

@@ -1,0 +1,368 @@
+"""``python -m tokenprune.evals.train_lvlm --output FOLDER`` trains the small vision-language model.
+
+Data, recipe and stopping rule are the constants below; nothing is chosen on test scans or on how the model behaves when
+tokens are removed. As LLaVA it is trained in two stages. First the tower, whose class token is to say which digit has
+which colour, and whose patches (in the layer that the language model will see) are to say what they belong to. Then,
+with the tower frozen, the projector and the language model on questions, loss on the answers alone; for the first
+layers also on where each visual token is (a head that is thrown away). Training stops after a fixed number of steps,
+and the moving average of the weights is kept.
+
+Pictures are rolled by whole patches at every step, and the tower's outputs are rolled back: features can say what lies
+beside what, but not where, so that places are read from the order of the visual tokens, by the rotary embedding.
+
+What is drawn at a step depends on the step alone, and everything else is in the state that is saved on the way: a
+training that was interrupted goes on exactly as it would have without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from tokenprune.errors import TokenPruneError
+from tokenprune.evals import digits_lvlm
+from tokenprune.evals.digits import NUM_CLASSES, Split
+from tokenprune.evals.digits_lvlm import CHECKPOINT, VISUAL_TOKENS, digit_answer, place_answer, what_is, where_is
+from tokenprune.evals.placed_digits import (
+    COLOURS,
+    DIGITS,
+    GRID,
+    NOTHING,
+    PATCH,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    Scenes,
+    placed_digits,
+)
+
+SEED = 0
+BETAS = (0.9, 0.98)
+WEIGHT_DECAY = 0.01
+CLIP_NORM = 1.0
+WARMUP_STEPS = 100
+COOLDOWN_SHARE = 0.3
+LAST_LR_SHARE = 0.02
+EMA_DECAY = 0.995
+BACKGROUND_WEIGHT = 0.3
+VALIDATE_EVERY = 100
+VALIDATION_SCENES = 128
+SAVE_EVERY = 50
+
+DATA = {
+    "name": "Optical Recognition of Handwritten Digits, drawn on canvases by tokenprune.evals.placed_digits",
+    "source": "https://doi.org/10.24432/C50P49, through sklearn.datasets.load_digits",
+    "authors": "E. Alpaydin, C. Kaynak",
+    "licence": "CC BY 4.0",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """tower_steps of tower_batch pictures, then answer_steps of answer_batch with six questions each; peak_lr of AdamW.
+
+    place_weight: of the loss on places behind layer place_layer, from answer step place_from on.
+    """
+
+    tower_steps: int
+    answer_steps: int
+    tower_batch: int = 24
+    answer_batch: int = 16
+    peak_lr: float = 2e-3
+    place_weight: float = 0.2
+    place_layer: int = 3
+    place_from: int = 300
+
+    @property
+    def steps(self) -> int:
+        return self.tower_steps + self.answer_steps
+
+
+RECIPE = Recipe(3000, 4000)
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """In each stage a linear warm-up to the peak, constant, and a linear descent over the last steps."""
+    first = step < recipe.tower_steps
+    step, steps = (step, recipe.tower_steps) if first else (step - recipe.tower_steps, recipe.answer_steps)
+    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+    left = (steps - step) / (COOLDOWN_SHARE * steps)
+    return recipe.peak_lr * warm * min(1.0, LAST_LR_SHARE + (1 - LAST_LR_SHARE) * left)
+
+
+class Heads(nn.Module):
+    """What the training reads off the model besides its answers: digit and colour of a patch, the digit of each colour
+    in the whole picture, row and column of a visual token."""
+
+    def __init__(self, tower: int, text: int) -> None:
+        super().__init__()
+        self.patch = nn.Linear(tower, NUM_CLASSES + 1 + len(COLOURS) + 1)
+        self.picture = nn.Linear(tower, len(COLOURS) * (NUM_CLASSES + 1))
+        self.place = nn.Linear(text, 2 * GRID)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images: [B, 3, 64, 64]; digits, colours, rows, columns: [B, 3]; patches: [B, 64], as in `Scenes`."""
+
+    images: Tensor
+    digits: Tensor
+    colours: Tensor
+    rows: Tensor
+    columns: Tensor
+    patches: Tensor
+
+    @classmethod
+    def of(cls, scenes: Scenes) -> Batch:
+        facts = (scenes.digits, scenes.colours, scenes.rows, scenes.columns, scenes.patches.reshape(-1, GRID * GRID))
+        return cls(digits_lvlm.to_model(scenes), *map(torch.from_numpy, facts))
+
+
+def tower_loss(model: Any, heads: Heads, batch: Batch, roll: tuple[int, int]) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of the class token on the picture and of the patches on what they belong to."""
+    pixels = (roll[0] * PATCH, roll[1] * PATCH)
+    output = model.model.vision_tower(batch.images.roll(pixels, (2, 3)), output_hidden_states=True)
+    here = heads.patch(rolled_back(output.hidden_states[-2][:, 1:], roll))
+    on, place = batch.patches != NOTHING, batch.patches.clamp(min=0)
+    digit = torch.where(on, batch.digits.gather(1, place), NUM_CLASSES)
+    colour = torch.where(on, batch.colours.gather(1, place), len(COLOURS))
+    weight = torch.ones(NUM_CLASSES + 1)
+    weight[NUM_CLASSES] = BACKGROUND_WEIGHT
+    error = cross_entropy(here[..., : NUM_CLASSES + 1].flatten(0, 1), digit.flatten(), weight)
+    error = error + cross_entropy(here[..., NUM_CLASSES + 1 :].flatten(0, 1), colour.flatten())
+    seen = heads.picture(model.model.vision_tower.post_layernorm(output.last_hidden_state[:, 0]))
+    seen = seen.view(-1, len(COLOURS), NUM_CLASSES + 1)
+    caption = torch.full(seen.shape[:2], NUM_CLASSES).scatter(1, batch.colours, batch.digits)
+    error = error + cross_entropy(seen.flatten(0, 1), caption.flatten())
+    patches = (here[..., : NUM_CLASSES + 1].argmax(-1) == digit)[on].float().mean()
+    picture = (seen.argmax(-1) == caption)[caption < NUM_CLASSES].float().mean()
+    return error, {"patches": patches.item(), "picture": picture.item()}
+
+
+def rolled_back(features: Tensor, roll: tuple[int, int]) -> Tensor:
+    """Features [B, 64, C] of a rolled picture in the places of the picture as it was."""
+    grid = features.unflatten(1, (GRID, GRID)).roll((-roll[0], -roll[1]), (1, 2))
+    return grid.flatten(1, 2)
+
+
+def answer_loss(
+    model: Any, heads: Heads, batch: Batch, roll: tuple[int, int], place_layer: int
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """(cross-entropy of the answers, of the visual tokens' places behind `place_layer` layers, shares of right answers).
+
+    All questions of a picture share its visual tokens: each sees them and itself, at the positions that it would have
+    alone.
+    """
+    pixels = (roll[0] * PATCH, roll[1] * PATCH)
+    with torch.no_grad():
+        tower = model.model.vision_tower(batch.images.roll(pixels, (2, 3)), output_hidden_states=True)
+    features = rolled_back(tower.hidden_states[-2][:, 1:], roll)
+    visual = model.model.multi_modal_projector(features)
+    pieces = []
+    for i in range(DIGITS):
+        pieces.append((what_is(batch.colours[:, i]), digit_answer(batch.digits[:, i])))
+        pieces.append((where_is(batch.digits[:, i]), place_answer(batch.rows[:, i], batch.columns[:, i])))
+    ids = torch.cat([torch.cat([question, answer[:, :-1]], 1) for question, answer in pieces], 1)
+    lengths = [question.shape[1] + answer.shape[1] - 1 for question, answer in pieces]
+    starts = [question.shape[1] - 1 for question, _ in pieces]
+    text, count = model.model.language_model, len(batch.images)
+    opening = text.embed_tokens(digits_lvlm.prompts(ids[:, :0])[:, :1])
+    embeds = torch.cat([opening, visual, text.embed_tokens(ids)], 1)
+    shared = 1 + VISUAL_TOKENS
+    owner = torch.cat([torch.full((shared,), -1), torch.repeat_interleave(torch.tensor(lengths))])
+    places = torch.cat([torch.arange(shared), *[shared + torch.arange(length) for length in lengths]])
+    allowed = ((owner == -1) | (owner == owner[:, None])).tril()
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, -math.inf).expand(count, 1, -1, -1)
+    output = text(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=places.expand(count, -1),
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    guess = heads.place(output.hidden_states[place_layer][:, 1:shared]).view(-1, 2, GRID)
+    grid = torch.arange(VISUAL_TOKENS).repeat(count)
+    where = cross_entropy(guess[:, 0], grid // GRID) + cross_entropy(guess[:, 1], grid % GRID)
+    ends = [shared + sum(lengths[:i]) + start for i, start in enumerate(starts)]
+    asked = [end + step for end, (_, answer) in zip(ends, pieces, strict=True) for step in range(answer.shape[1])]
+    logits = model.lm_head(output.last_hidden_state[:, asked])
+    answers = torch.cat([answer for _, answer in pieces], 1)
+    right = (logits.argmax(-1) == answers).view(count, DIGITS, -1)
+    shares = {
+        "recognition": right[..., 0].float().mean().item(),
+        "localisation": (right[..., 2] & right[..., 3]).float().mean().item(),
+    }
+    return cross_entropy(logits.flatten(0, 1), answers.flatten()), where, shares
+
+
+class Training:
+    """The state of a training: weights, their moving average, heads, optimiser, step and log."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        torch.manual_seed(SEED)
+        self.recipe, self.step = recipe, 0
+        self.model: Any = digits_lvlm.lvlm()
+        config = self.model.config
+        self.heads = Heads(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.average = {key: value.clone() for key, value in self.model.state_dict().items()}
+        parameters = [*self.model.parameters(), *self.heads.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=recipe.peak_lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        self.log: list[dict[str, float]] = []
+        self.recent: list[float] = []
+        self.seconds = 0.0
+
+    def loss(self, model: Any, split: Split, start: int, count: int, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of the step's stage on scenes `start` and following, and shares of what is right."""
+        batch = Batch.of(placed_digits(split, count, SEED, start))
+        generator = torch.Generator().manual_seed(SEED + step)
+        shift = torch.randint(GRID, (2,), generator=generator).tolist() if split == "train" else [0, 0]
+        roll = (int(shift[0]), int(shift[1]))
+        if step < self.recipe.tower_steps:
+            return tower_loss(model, self.heads, batch, roll)
+        error, places, shares = answer_loss(model, self.heads, batch, roll, self.recipe.place_layer)
+        late = step >= self.recipe.tower_steps + self.recipe.place_from
+        return error + (self.recipe.place_weight * places if late else 0 * places), shares
+
+    def advance(self) -> None:
+        """One step, and at every VALIDATE_EVERY-th a line of the log."""
+        begun, recipe = time.process_time(), self.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, recipe)
+        reading = self.step < recipe.tower_steps
+        count = recipe.tower_batch if reading else recipe.answer_batch
+        start = count * (self.step if reading else self.step - recipe.tower_steps)
+        error, _ = self.loss(self.model, "train", start, count, self.step)
+        self.optimizer.zero_grad()
+        error.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], CLIP_NORM)
+        self.optimizer.step()
+        self.step += 1
+        self.recent.append(error.item())
+        decay = min(EMA_DECAY, self.step / (10 + self.step))
+        with torch.no_grad():
+            for key, value in self.model.state_dict().items():
+                self.average[key].lerp_(value, 1 - decay)
+        if self.step % VALIDATE_EVERY == 0 or self.step == recipe.steps:
+            self._validate()
+        self.seconds += time.process_time() - begun
+
+    def averaged(self) -> nn.Module:
+        """A model of its own with the averaged weights."""
+        with torch.random.fork_rng(devices=[]):
+            model = digits_lvlm.lvlm()
+        model.load_state_dict(self.average)
+        return model
+
+    def _validate(self) -> None:
+        with torch.inference_mode():
+            error, shares = self.loss(self.averaged(), "val", 0, VALIDATION_SCENES, self.step - 1)
+        mean = math.fsum(self.recent) / len(self.recent)
+        self.log.append({"step": self.step, "loss": mean, "validation": error.item(), **shares})
+        self.recent = []
+
+    def save(self, path: Path) -> None:
+        """Writes the state in one piece: a kill while writing leaves the one before."""
+        state = {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "log": self.log,
+            "recent": self.recent,
+            "seconds": self.seconds,
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def resume(self, path: Path) -> None:
+        """The inverse of `save`. Raises TokenPruneError for a state of another model."""
+        state = torch.load(path, weights_only=True)
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise TokenPruneError(f"{path} is of another model; name an --output of its own") from error
+        self.heads.load_state_dict(state["heads"])
+        self.average = state["average"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.log, self.recent = state["step"], state["log"], state["recent"]
+        self.seconds = state["seconds"]
+
+
+def train(output: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
+    """Trains the model, or goes on where a training in `output` stopped; writes the averaged weights (fp16) and their
+    record to `output` and returns the record."""
+    from safetensors.torch import save_file
+
+    training, state = Training(recipe), output / "state.pt"
+    output.mkdir(parents=True, exist_ok=True)
+    if state.exists():
+        training.resume(state)
+    while training.step < recipe.steps:
+        training.advance()
+        done = training.step == recipe.steps
+        if done or training.step % VALIDATE_EVERY == 0:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in training.log[-1].items())
+            print(f"{shown}  {training.seconds:.0f} s", flush=True)
+        if done or training.step % SAVE_EVERY == 0:
+            training.save(state)
+    save_file({key: value.half() for key, value in training.average.items()}, output / CHECKPOINT)
+    record = {
+        "architecture": "tokenprune.evals.digits_lvlm",
+        "recipe": recipe_record(recipe),
+        "normalisation": {"mean": PIXEL_MEAN, "std": PIXEL_STD},
+        "log": training.log,
+        "training_cpu_seconds": round(training.seconds),
+        "threads": torch.get_num_threads(),
+        "data": DATA,
+    }
+    (output / CHECKPOINT).with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def recipe_record(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as it is kept beside the checkpoint."""
+    return {
+        "seed": SEED,
+        **asdict(recipe),
+        "optimizer": {"name": "AdamW", "betas": list(BETAS), "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM},
+        "learning_rate": {
+            "warmup_steps": WARMUP_STEPS,
+            "cooldown_share": COOLDOWN_SHARE,
+            "last_share": LAST_LR_SHARE,
+        },
+        "average": EMA_DECAY,
+        "loss": "cross-entropy of the answers, fp32",
+        "stop": "after all steps",
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; ``arguments`` replaces the process's own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tokenprune.evals.train_lvlm",
+        description="Train the small vision-language model by the recipe fixed in this file.",
+        epilog="example: python -m tokenprune.evals.train_lvlm --output lvlm-run",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder; a training that stopped in it goes on")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    record = train(options.output)
+    print(f"{record['training_cpu_seconds']} s of CPU time, written to {options.output}")
+
+
+if __name__ == "__main__":
+    main()
