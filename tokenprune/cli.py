@@ -188,13 +188,13 @@ def _add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument(
         "--model",
         required=required,
-        help="digits-vit, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name, owner/name on the Hugging Face hub"
-        " or module:function",
+        help="digits-vit, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name, owner/name on the"
+        " Hugging Face hub or module:function",
     )
     command.add_argument(
         "--checkpoint",
         metavar="FILE",
-        help="weights, safetensors only; of dit-digits, unet-digits and lvlm-digits the folder that tokenprune train wrote",
+        help="weights, safetensors only; of dit-digits, unet-digits, lvlm-digits the folder of tokenprune train",
     )
     command.add_argument("--random-weights", action="store_true", help="download none: enough for speed")
 

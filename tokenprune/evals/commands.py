@@ -175,12 +175,11 @@ def set_machine(options: argparse.Namespace) -> None:
 
 def _load(options: argparse.Namespace) -> LoadedModel:
     foreign = [name for name in ("steps", "guidance") if getattr(options, name, None) is not None]
+    theirs = DIFFUSION if foreign else (*DIFFUSION, LVLM)
     if options.command == "eval" and options.rounds is not None:
         foreign.append("rounds")
     if foreign:
-        raise TokenPruneError(
-            f"--{', --'.join(foreign)}: only for {', '.join((*DIFFUSION, LVLM))}, not for {options.model}"
-        )
+        raise TokenPruneError(f"--{', --'.join(foreign)}: only for {', '.join(theirs)}, not for {options.model}")
     set_machine(options)
     loaded = load_model(options.model, checkpoint=options.checkpoint, random_weights=options.random_weights)
     loaded.model.to(options.device, getattr(torch, options.dtype))

@@ -34,8 +34,8 @@ def token(word: str) -> int:
 
 
 def lvlm(text: dict[str, Any] | None = None, tower: dict[str, Any] | None = None) -> nn.Module:
-    """An untrained `LlavaForConditionalGeneration` in eval mode: a CLIP tower of 5 layers of width 96 over 8 x 8 patches
-    of 8 x 8 pixels, whose last but one gives the features, and a Llama of 8 layers of width 96 with rotary embedding.
+    """An untrained `LlavaForConditionalGeneration` in eval mode: a CLIP tower of 5 layers of width 96 over 8 x 8
+    patches of 8 x 8 pixels, whose last but one gives the features, and a Llama of 8 layers of width 96.
 
     model(input_ids=[B, L], pixel_values=[B, 3, 64, 64]). `text` and `tower` replace arguments of the configurations.
     """
@@ -64,8 +64,8 @@ def lvlm(text: dict[str, Any] | None = None, tower: dict[str, Any] | None = None
 
 
 def lvlm_digits(folder: str | Path | None = None) -> nn.Module:
-    """The model with the weights that the package ships, or those that `tokenprune train lvlm-digits` wrote to `folder`;
-    fp32, in eval mode.
+    """The model with the weights that the package ships, or with those that `tokenprune train lvlm-digits` wrote to
+    `folder`; fp32, in eval mode.
 
     Raises TokenPruneError for weights that are not there, and for those of another model.
     """

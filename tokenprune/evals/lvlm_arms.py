@@ -1,4 +1,4 @@
-"""What a comparison of vision-language models compares: unpatched, each method at each budget, positions and variants."""
+"""What a comparison of vision-language models compares: unpatched, and methods at budgets, with either positions."""
 
 from __future__ import annotations
 

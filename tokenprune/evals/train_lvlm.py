@@ -157,7 +157,7 @@ def rolled_back(features: Tensor, roll: tuple[int, int]) -> Tensor:
 def answer_loss(
     model: Any, heads: Heads, batch: Batch, roll: tuple[int, int], place_layer: int
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """(cross-entropy of the answers, of the visual tokens' places behind `place_layer` layers, shares of right answers).
+    """(cross-entropy of the answers, that of the visual tokens' places behind `place_layer` layers, what is right).
 
     All questions of a picture share its visual tokens: each sees them and itself, at the positions that it would have
     alone.

@@ -1,0 +1,137 @@
+import json
+from importlib import resources
+
+import pytest
+import torch
+from safetensors.torch import load
+
+import tokenprune
+from tokenprune import cli
+from tokenprune.evals import digits_lvlm, lvlm_eval, train_lvlm
+from tokenprune.evals.arms import UNPATCHED
+from tokenprune.evals.lvlm_arms import LvlmArm, lvlm_arms
+from tokenprune.evals.lvlm_bench import decode
+from tokenprune.evals.lvlm_eval import Questions, answer, draw_questions, evaluate_lvlm, generated
+from tokenprune.evals.placed_digits import placed_digits
+
+CHECKPOINTS = resources.files("tokenprune.evals") / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return digits_lvlm.lvlm_digits()
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return draw_questions(60)
+
+
+def test_the_checkpoint_is_small_and_its_record_is_that_of_the_committed_recipe():
+    stored = (CHECKPOINTS / digits_lvlm.CHECKPOINT).read_bytes()
+    assert len(stored) <= 4_000_000
+    assert {value.dtype for value in load(stored).values()} == {torch.float16}
+    record = json.loads((CHECKPOINTS / digits_lvlm.CHECKPOINT).with_suffix(".json").read_text())
+    assert record["recipe"] == train_lvlm.recipe_record(train_lvlm.RECIPE)
+    assert record["data"]["licence"] == "CC BY 4.0"
+    assert record["log"][-1]["step"] == train_lvlm.RECIPE.steps
+
+
+def test_the_shipped_model_names_and_finds(model, questions):
+    assert model.config.text_config.num_hidden_layers >= 8
+    found = answer(LvlmArm(UNPATCHED, "", model), questions)
+    assert found.recognised.mean() >= 0.85
+    assert found.localised.mean() >= 0.85
+    # 64 visual tokens, the start and a question of four: keys and values of 8 layers, 96 floats each.
+    assert found.cache_bytes == 69 * 8 * 2 * 96 * 4
+
+
+def test_questions_are_about_what_the_pictures_show(questions):
+    scenes = [placed_digits("test", 20, seed) for seed in range(3)]
+    expected = torch.cat([digits_lvlm.to_model(part) for part in scenes])
+    assert torch.equal(questions.images, expected)
+    for i in (0, 25, 59):
+        scene, row = scenes[i // 20], i % 20
+        colour, digit = list(digits_lvlm.COLOURS)[scene.colours[row, 0]], digits_lvlm.DIGIT_WORDS[scene.digits[row, 1]]
+        assert digits_lvlm.words(questions.what[i]) == f"what is {colour} ?"
+        assert digits_lvlm.words(questions.digits[i]) == digits_lvlm.DIGIT_WORDS[scene.digits[row, 0]]
+        assert digits_lvlm.words(questions.where[i]) == f"where is {digit} ?"
+        place = f"row_{scene.rows[row, 1] + 1} column_{scene.columns[row, 1] + 1}"
+        assert digits_lvlm.words(questions.places[i]) == place
+
+
+def test_a_row_tells_what_the_patched_model_does(model, questions):
+    few = questions.first(12)
+    arms = lvlm_arms(model, lvlm_eval.example_batch(few, 2), ["top_k"], baselines=False)
+    assert [(arm.method, arm.positions, arm.tokens) for arm in arms[1:]] == [
+        ("top_k", "original", 16),
+        ("top_k", "reindex", 16),
+    ]
+    found = answer(arms[2], few, batch_size=5)
+    with tokenprune.patched(model, "top_k", keep=0.25, positions="reindex"), tokenprune.record(model) as recording:
+        for i in range(12):
+            inputs = {"input_ids": digits_lvlm.prompts(few.where[i : i + 1]), "pixel_values": few.images[i : i + 1]}
+            ids, cache = generated(model, inputs, 2)
+            assert found.localised[i] == float(torch.equal(ids, few.places[i : i + 1]))
+            kept = recording.forwards[-1].places[-1].kept
+            assert found.vertical[i] == pytest.approx((kept // 8 + 0.5).double().mean().item() / 8)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert found.cache_bytes == held - 2 * 8 * 96 * 4 == 21 * 8 * 2 * 96 * 4
+
+
+def test_methods_between_layers_are_compared_at_the_flops_of_fastv(model, questions):
+    example = lvlm_eval.example_batch(questions, 2)
+    arms = lvlm_arms(model, example, ["fastv", "feather", "pyramid_drop"], baselines=False)
+    names = [arm.method for arm in arms]
+    assert names == [
+        "unpatched", "fastv", "feather", "feather, with rotary", "feather, no grid", "feather, no grid, with rotary",
+        "pyramid_drop",
+    ]  # fmt: skip
+    assert arms[1].tokens == 16
+    assert [arm.note for arm in arms] == [None] * len(arms)
+    for arm in arms[2:]:
+        assert arm.flops_ratio == pytest.approx(arms[1].flops_ratio, abs=0.011)
+
+
+def test_a_step_of_decoding_can_be_repeated(model, questions):
+    inputs = lvlm_eval.example_batch(questions, 3)
+    with tokenprune.patched(model, "feather", keep=0.25):
+        step = decode(model, inputs)
+        first, again = step().logits, step().logits
+        ids, _ = generated(model, inputs, 2)
+    assert torch.equal(first, again)
+    assert torch.equal(first[:, -1].argmax(-1), ids[:, 1])
+
+
+def test_the_command_prints_a_row_for_each_method_and_both_positions(model, capsys, monkeypatch):
+    quick = ["--quiet", "--samples", "6", "--method", "fopru", "--method", "fastv"]
+    assert cli.main(["eval", "--model", "lvlm-digits", *quick, "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    rows = [(row["method"], row["positions"]) for row in table["rows"]]
+    both = ("fopru", "fopru, rows", "fopru, class token", "random", "uniform")
+    assert set(rows) == {("unpatched", ""), ("fastv", "original")} | {
+        (name, positions) for name in both for positions in ("original", "reindex")
+    }
+    assert {"recognition_drop", "localisation_drop_low", "vertical", "cache_bytes"} <= set(table["rows"][1])
+    assert table["environment"]["questions"] == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "--data", "folder"], "takes no --data"),
+        (["eval", "--random-weights"], "takes no --random-weights"),
+        (["eval", "--checkpoint", "folder"], "tokenprune train lvlm-digits --output FOLDER"),
+        (["bench"], "tokenprune eval --model lvlm-digits --rounds 20"),
+        (["viz"], "tokenprune eval --model lvlm-digits --rounds 20"),
+    ],
+)
+def test_what_does_not_belong_is_refused(arguments, message, capsys):
+    assert cli.main([arguments[0], "--model", "lvlm-digits", *arguments[1:]]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_times_are_ratios_of_interleaved_runs(model, monkeypatch):
+    table = evaluate_lvlm(model, ["fastv"], samples=2, baselines=False, rounds=20)
+    assert {"prefill_speedup", "prefill_speedup_low", "decode_speedup", "trusted"} <= set(table.rows[1])
+    assert "prefill_speedup" not in table.rows[0]
