@@ -11,7 +11,7 @@ from tokenprune.evals import digits_lvlm, lvlm_eval, train_lvlm
 from tokenprune.evals.arms import UNPATCHED
 from tokenprune.evals.lvlm_arms import LvlmArm, lvlm_arms
 from tokenprune.evals.lvlm_bench import decode
-from tokenprune.evals.lvlm_eval import Questions, answer, draw_questions, evaluate_lvlm, generated
+from tokenprune.evals.lvlm_eval import answer, draw_questions, evaluate_lvlm, generated
 from tokenprune.evals.placed_digits import placed_digits
 
 CHECKPOINTS = resources.files("tokenprune.evals") / "checkpoints"

@@ -8,7 +8,9 @@ layers also on where each visual token is (a head that is thrown away). Training
 and the moving average of the weights is kept.
 
 Pictures are rolled by whole patches at every step, and the tower's outputs are rolled back: features can say what lies
-beside what, but not where, so that places are read from the order of the visual tokens, by the rotary embedding.
+beside what, but not where, so that places are read from the order of the visual tokens. That a language model could
+also count; one that has read much text goes by its rotary embedding. So that this small one does, up to half of the
+visual tokens are left out at random, at the positions that they have (which makes the steps cheaper too, as in FLIP).
 
 What is drawn at a step depends on the step alone, and everything else is in the state that is saved on the way: a
 training that was interrupted goes on exactly as it would have without.
@@ -70,7 +72,8 @@ DATA = {
 class Recipe:
     """tower_steps of tower_batch pictures, then answer_steps of answer_batch with six questions each; peak_lr of AdamW.
 
-    place_weight: of the loss on places behind layer place_layer, from answer step place_from on.
+    place_weight: of the loss on places behind layer place_layer, from answer step place_from on. left_out: the largest
+    share of the visual tokens that are left out of a step.
     """
 
     tower_steps: int
@@ -81,13 +84,14 @@ class Recipe:
     place_weight: float = 0.2
     place_layer: int = 3
     place_from: int = 300
+    left_out: float = 0.5
 
     @property
     def steps(self) -> int:
         return self.tower_steps + self.answer_steps
 
 
-RECIPE = Recipe(3000, 4000)
+RECIPE = Recipe(2400, 4000)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -155,18 +159,21 @@ def rolled_back(features: Tensor, roll: tuple[int, int]) -> Tensor:
 
 
 def answer_loss(
-    model: Any, heads: Heads, batch: Batch, roll: tuple[int, int], place_layer: int
+    model: Any, heads: Heads, batch: Batch, roll: tuple[int, int], place_layer: int, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """(cross-entropy of the answers, that of the visual tokens' places behind `place_layer` layers, what is right).
 
     All questions of a picture share its visual tokens: each sees them and itself, at the positions that it would have
-    alone.
+    alone. kept: [B, n] visual tokens that are there, None for all.
     """
     pixels = (roll[0] * PATCH, roll[1] * PATCH)
     with torch.no_grad():
         tower = model.model.vision_tower(batch.images.roll(pixels, (2, 3)), output_hidden_states=True)
     features = rolled_back(tower.hidden_states[-2][:, 1:], roll)
-    visual = model.model.multi_modal_projector(features)
+    count = len(features)
+    if kept is None:
+        kept = torch.arange(VISUAL_TOKENS).expand(count, -1)
+    visual = model.model.multi_modal_projector(features.take_along_dim(kept.unsqueeze(2), 1))
     pieces = []
     for i in range(DIGITS):
         pieces.append((what_is(batch.colours[:, i]), digit_answer(batch.digits[:, i])))
@@ -174,24 +181,25 @@ def answer_loss(
     ids = torch.cat([torch.cat([question, answer[:, :-1]], 1) for question, answer in pieces], 1)
     lengths = [question.shape[1] + answer.shape[1] - 1 for question, answer in pieces]
     starts = [question.shape[1] - 1 for question, _ in pieces]
-    text, count = model.model.language_model, len(batch.images)
+    text = model.model.language_model
     opening = text.embed_tokens(digits_lvlm.prompts(ids[:, :0])[:, :1])
     embeds = torch.cat([opening, visual, text.embed_tokens(ids)], 1)
-    shared = 1 + VISUAL_TOKENS
+    shared = 1 + kept.shape[1]
     owner = torch.cat([torch.full((shared,), -1), torch.repeat_interleave(torch.tensor(lengths))])
-    places = torch.cat([torch.arange(shared), *[shared + torch.arange(length) for length in lengths]])
+    behind = torch.cat([1 + VISUAL_TOKENS + torch.arange(length) for length in lengths])
+    places = torch.cat([torch.zeros(count, 1, dtype=torch.long), 1 + kept, behind.expand(count, -1)], 1)
     allowed = ((owner == -1) | (owner == owner[:, None])).tril()
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, -math.inf).expand(count, 1, -1, -1)
     output = text(
         inputs_embeds=embeds,
         attention_mask=mask,
-        position_ids=places.expand(count, -1),
+        position_ids=places,
         use_cache=False,
         output_hidden_states=True,
     )
     guess = heads.place(output.hidden_states[place_layer][:, 1:shared]).view(-1, 2, GRID)
-    grid = torch.arange(VISUAL_TOKENS).repeat(count)
-    where = cross_entropy(guess[:, 0], grid // GRID) + cross_entropy(guess[:, 1], grid % GRID)
+    rows, columns = kept.flatten() // GRID, kept.flatten() % GRID
+    where = cross_entropy(guess[:, 0], rows) + cross_entropy(guess[:, 1], columns)
     ends = [shared + sum(lengths[:i]) + start for i, start in enumerate(starts)]
     asked = [end + step for end, (_, answer) in zip(ends, pieces, strict=True) for step in range(answer.shape[1])]
     logits = model.lm_head(output.last_hidden_state[:, asked])
@@ -227,10 +235,14 @@ class Training:
         batch = Batch.of(placed_digits(split, count, SEED, start))
         generator = torch.Generator().manual_seed(SEED + step)
         shift = torch.randint(GRID, (2,), generator=generator).tolist() if split == "train" else [0, 0]
-        roll = (int(shift[0]), int(shift[1]))
+        roll, kept = (int(shift[0]), int(shift[1])), None
         if step < self.recipe.tower_steps:
             return tower_loss(model, self.heads, batch, roll)
-        error, places, shares = answer_loss(model, self.heads, batch, roll, self.recipe.place_layer)
+        if split == "train":
+            share = 1 - self.recipe.left_out * torch.rand((), generator=generator).item()
+            order = torch.rand(count, VISUAL_TOKENS, generator=generator).argsort(1)
+            kept = order[:, : round(share * VISUAL_TOKENS)].sort(1).values
+        error, places, shares = answer_loss(model, self.heads, batch, roll, self.recipe.place_layer, kept)
         late = step >= self.recipe.tower_steps + self.recipe.place_from
         return error + (self.recipe.place_weight * places if late else 0 * places), shares
 
