@@ -83,7 +83,7 @@ class Recipe:
     peak_lr: float = 2e-3
     place_weight: float = 0.2
     place_layer: int = 3
-    place_from: int = 300
+    place_from: int = 500
     left_out: float = 0.5
 
     @property
