@@ -42,8 +42,8 @@ def test_the_shipped_model_names_and_finds(model, questions):
     found = answer(LvlmArm(UNPATCHED, "", model), questions)
     assert found.recognised.mean() >= 0.85
     assert found.localised.mean() >= 0.85
-    # 64 visual tokens, the start and a question of four: keys and values of 8 layers, 96 floats each.
-    assert found.cache_bytes == 69 * 8 * 2 * 96 * 4
+    # 64 visual tokens, the start and a question of three: keys and values of 8 layers, 96 floats each.
+    assert found.cache_bytes == 68 * 8 * 2 * 96 * 4
 
 
 def test_questions_are_about_what_the_pictures_show(questions):
@@ -53,9 +53,9 @@ def test_questions_are_about_what_the_pictures_show(questions):
     for i in (0, 25, 59):
         scene, row = scenes[i // 20], i % 20
         colour, digit = list(digits_lvlm.COLOURS)[scene.colours[row, 0]], digits_lvlm.DIGIT_WORDS[scene.digits[row, 1]]
-        assert digits_lvlm.words(questions.what[i]) == f"what is {colour} ?"
+        assert digits_lvlm.words(questions.what[i]) == f"what is {colour}"
         assert digits_lvlm.words(questions.digits[i]) == digits_lvlm.DIGIT_WORDS[scene.digits[row, 0]]
-        assert digits_lvlm.words(questions.where[i]) == f"where is {digit} ?"
+        assert digits_lvlm.words(questions.where[i]) == f"where is {digit}"
         place = f"row_{scene.rows[row, 1] + 1} column_{scene.columns[row, 1] + 1}"
         assert digits_lvlm.words(questions.places[i]) == place
 
@@ -76,7 +76,7 @@ def test_a_row_tells_what_the_patched_model_does(model, questions):
             kept = recording.forwards[-1].places[-1].kept
             assert found.vertical[i] == pytest.approx((kept // 8 + 0.5).double().mean().item() / 8)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert found.cache_bytes == held - 2 * 8 * 96 * 4 == 21 * 8 * 2 * 96 * 4
+    assert found.cache_bytes == held - 2 * 8 * 96 * 4 == 20 * 8 * 2 * 96 * 4
 
 
 def test_methods_between_layers_are_compared_at_the_flops_of_fastv(model, questions):

@@ -91,7 +91,8 @@ def _torus(config: Any) -> Tensor:
     waves = torch.cat([angle.sin(), angle.cos()], 1)
     rows, columns = waves.repeat_interleave(GRID, 0), waves.repeat(GRID, 1)
     mixture = torch.randn(2 * waves.shape[1], config.hidden_size) / waves.shape[1] ** 0.5
-    return 0.5 * torch.cat([rows, columns], 1) @ mixture
+    table: Tensor = 0.5 * torch.cat([rows, columns], 1) @ mixture
+    return table
 
 
 def to_model(scenes: Scenes) -> Tensor:
@@ -101,12 +102,12 @@ def to_model(scenes: Scenes) -> Tensor:
 
 
 def what_is(colours: Tensor) -> Tensor:
-    """ "what is red ?" for colours [N] in the order of COLOURS: ids [N, 4]; the answer is a digit."""
+    """ "what is red" for colours [N] in the order of COLOURS: ids [N, 3]; the answer is a digit."""
     return _question("what", token(next(iter(COLOURS))) + colours)
 
 
 def where_is(digits: Tensor) -> Tensor:
-    """ "where is three ?" for digits [N]: ids [N, 4]; the answer is a row and a column."""
+    """ "where is three" for digits [N]: ids [N, 3]; the answer is a row and a column."""
     return _question("where", token("zero") + digits)
 
 
@@ -132,5 +133,4 @@ def words(ids: Sequence[int] | Tensor) -> str:
 
 
 def _question(first: str, about: Tensor) -> Tensor:
-    fixed = [torch.full_like(about, token(word)) for word in (first, "is", "?")]
-    return torch.stack([fixed[0], fixed[1], about, fixed[2]], 1)
+    return torch.stack([torch.full_like(about, token(first)), torch.full_like(about, token("is")), about], 1)

@@ -34,8 +34,8 @@ SERIES = 3
 
 @dataclass(frozen=True)
 class Questions:
-    """images: [N, 3, 64, 64]; of each a question "what is red ?" and one "where is three ?" about another of its
-    digits, ids [N, 4], with answers [N, 1] and [N, 2]."""
+    """images: [N, 3, 64, 64]; of each a question "what is red" and one "where is three" about another of its
+    digits, ids [N, 3], with answers [N, 1] and [N, 2]."""
 
     images: Tensor
     what: Tensor

@@ -64,7 +64,7 @@ def placed_digits(split: Split, count: int, seed: int = 0, start: int = 0) -> Sc
     for i in range(count):
         rng = np.random.default_rng((_SERIES[split], seed, start + i))
         pictures[i], drawn[:, i], patches[i] = _scene(rng, split)
-    return Scenes(pictures, *drawn, patches)
+    return Scenes(pictures, drawn[0], drawn[1], drawn[2], drawn[3], patches)
 
 
 def _scene(rng: np.random.Generator, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:

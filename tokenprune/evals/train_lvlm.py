@@ -154,8 +154,8 @@ def tower_loss(model: Any, heads: Heads, batch: Batch, roll: tuple[int, int]) ->
 
 def rolled_back(features: Tensor, roll: tuple[int, int]) -> Tensor:
     """Features [B, 64, C] of a rolled picture in the places of the picture as it was."""
-    grid = features.unflatten(1, (GRID, GRID)).roll((-roll[0], -roll[1]), (1, 2))
-    return grid.flatten(1, 2)
+    grid = features.view(len(features), GRID, GRID, -1)
+    return grid.roll((-roll[0], -roll[1]), (1, 2)).flatten(1, 2)
 
 
 def answer_loss(
@@ -219,7 +219,7 @@ class Training:
         torch.manual_seed(SEED)
         self.recipe, self.step = recipe, 0
         self.model: Any = digits_lvlm.lvlm()
-        config = self.model.config
+        config: Any = self.model.config
         self.heads = Heads(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.average = {key: value.clone() for key, value in self.model.state_dict().items()}
         parameters = [*self.model.parameters(), *self.heads.parameters()]
