@@ -83,7 +83,7 @@ class Recipe:
     peak_lr: float = 2e-3
     place_weight: float = 0.2
     place_layer: int = 3
-    place_from: int = 500
+    place_from: int = 400
     left_out: float = 0.5
 
     @property
@@ -91,7 +91,7 @@ class Recipe:
         return self.tower_steps + self.answer_steps
 
 
-RECIPE = Recipe(2400, 4000)
+RECIPE = Recipe(2400, 2500)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
