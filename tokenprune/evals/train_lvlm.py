@@ -3,8 +3,9 @@
 Data, recipe and stopping rule are the constants below; nothing is chosen on test scans or on how the model behaves when
 tokens are removed. As LLaVA it is trained in two stages. First the tower, whose class token is to say which digit has
 which colour, and whose patches (in the layer that the language model will see) are to say what they belong to. Then,
-with the tower frozen, the projector and the language model on questions, loss on the answers alone; for the first
-layers also on where each visual token is (a head that is thrown away). Training stops after a fixed number of steps,
+with the tower frozen, the projector (whose first units start as the patches' head of before) and the language model on
+questions, loss on the answers alone; for the first layers also on where each visual token is (a head that is thrown
+away). Training stops after a fixed number of steps,
 and the moving average of the weights is kept.
 
 Pictures are rolled by whole patches at every step, and the tower's outputs are rolled back: features can say what lies
@@ -56,6 +57,7 @@ COOLDOWN_SHARE = 0.3
 LAST_LR_SHARE = 0.02
 EMA_DECAY = 0.995
 BACKGROUND_WEIGHT = 0.3
+ALIGNED_REST = 0.1
 VALIDATE_EVERY = 100
 VALIDATION_SCENES = 128
 SAVE_EVERY = 50
@@ -252,6 +254,8 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, recipe)
         reading = self.step < recipe.tower_steps
+        if self.step == recipe.tower_steps:
+            self._align()
         count = recipe.tower_batch if reading else recipe.answer_batch
         start = count * (self.step if reading else self.step - recipe.tower_steps)
         error, _ = self.loss(self.model, "train", start, count, self.step)
@@ -268,6 +272,16 @@ class Training:
         if self.step % VALIDATE_EVERY == 0 or self.step == recipe.steps:
             self._validate()
         self.seconds += time.process_time() - begun
+
+    def _align(self) -> None:
+        """Between the stages: the projector starts with what the tower's patches have learnt to say, and little else."""
+        name, said = "model.multi_modal_projector.linear_1", self.heads.patch
+        state = self.model.state_dict()
+        with torch.no_grad():
+            for kind, learnt in (("weight", said.weight), ("bias", said.bias)):
+                start = state[f"{name}.{kind}"]
+                start.mul_(ALIGNED_REST)[: len(learnt)] = learnt
+                self.average[f"{name}.{kind}"].copy_(start)
 
     def averaged(self) -> nn.Module:
         """A model of its own with the averaged weights."""
