@@ -10,7 +10,7 @@ from tokenprune.evals.placed_digits import GRID, PATCH, placed_digits
 from tokenprune.evals.train_lvlm import Batch, Heads, Recipe, Training
 
 LVLM = digits_lvlm.lvlm
-TINY = Recipe(3, 3, tower_batch=2, answer_batch=2, place_layer=1, place_from=1)
+TINY = Recipe(3, 3, tower_batch=2, answer_batch=2, place_layer=1, place_from=1, colours_until=2)
 
 
 @pytest.fixture(autouse=True)
@@ -69,24 +69,31 @@ def test_the_state_of_another_model_is_refused(tmp_path, monkeypatch):
         Training(TINY).resume(tmp_path / "state.pt")
 
 
-def test_questions_of_one_picture_are_answered_as_if_each_were_alone():
+@pytest.mark.parametrize("by_colour", [False, True])
+def test_questions_of_one_picture_are_answered_as_if_each_were_alone(by_colour):
     model, batch = _rough(), Batch.of(placed_digits("val", 3))
     heads = Heads(32, 32)
     with torch.no_grad():
-        together, _, shares = train_lvlm.answer_loss(model, heads, batch, (0, 0), 1)
+        together, _, shares = train_lvlm.answer_loss(model, heads, batch, (0, 0), 1, by_colour=by_colour)
         losses, right = [], {"recognition": [], "localisation": []}
+        asked = [("recognition", digits_lvlm.what_is_there(3), digits_lvlm.names(batch.digits))]
+        if by_colour:
+            asked = [
+                ("recognition", digits_lvlm.what_is(batch.colours[:, i]), digits_lvlm.names(batch.digits[:, i : i + 1]))
+                for i in range(3)
+            ]
         for i in range(3):
-            what = digits_lvlm.what_is(batch.colours[:, i]), digits_lvlm.digit_answer(batch.digits[:, i])
             places = digits_lvlm.place_answer(batch.rows[:, i], batch.columns[:, i])
-            where = digits_lvlm.where_is(batch.digits[:, i]), places
-            for name, (question, answer) in zip(right, (what, where), strict=True):
-                ids = digits_lvlm.prompts(torch.cat([question, answer[:, :-1]], 1))
-                logits = model(input_ids=ids, pixel_values=batch.images).logits[:, -answer.shape[1] :]
-                losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), answer, reduction="none"))
-                right[name].append((logits.argmax(-1) == answer)[:, :-1].all(1))
+            asked.append(("localisation", digits_lvlm.where_is(batch.digits[:, i]), places))
+        for name, question, answer in asked:
+            ids = digits_lvlm.prompts(torch.cat([question, answer[:, :-1]], 1))
+            logits = model(input_ids=ids, pixel_values=batch.images).logits[:, -answer.shape[1] :]
+            losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), answer, reduction="none"))
+            hit = (logits.argmax(-1) == answer)[:, :-1]
+            right[name].append(hit.all(1) if name == "localisation" else hit.flatten())
     torch.testing.assert_close(together, torch.cat(losses, 1).mean())
     for name, found in right.items():
-        assert shares[name] == pytest.approx(torch.stack(found).float().mean().item())
+        assert shares[name] == pytest.approx(torch.cat(found).float().mean().item())
 
 
 def test_rolled_features_are_those_of_a_tower_whose_positions_are_rolled():

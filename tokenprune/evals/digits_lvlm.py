@@ -106,14 +106,20 @@ def what_is(colours: Tensor) -> Tensor:
     return _question("what", token(next(iter(COLOURS))) + colours)
 
 
+def what_is_there(count: int) -> Tensor:
+    """ "what is ?" for any picture: ids [count, 3]; the answer is the picture's digits in ascending order."""
+    return _question("what", torch.full((count,), token("?")))
+
+
 def where_is(digits: Tensor) -> Tensor:
     """ "where is three" for digits [N]: ids [N, 3]; the answer is a row and a column."""
     return _question("where", token("zero") + digits)
 
 
-def digit_answer(digits: Tensor) -> Tensor:
-    """The answer [N, 2] to `what_is`, with the word for the end."""
-    return torch.stack([token("zero") + digits, torch.full_like(digits, token("<end>"))], 1)
+def names(digits: Tensor) -> Tensor:
+    """The answer [N, K + 1] that names digits [N, K] in ascending order, with the word for the end."""
+    end = torch.full_like(digits[:, :1], token("<end>"))
+    return torch.cat([token("zero") + digits.sort(1).values, end], 1)
 
 
 def place_answer(rows: Tensor, columns: Tensor) -> Tensor:

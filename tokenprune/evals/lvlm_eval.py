@@ -14,12 +14,12 @@ from tokenprune.errors import TokenPruneError
 from tokenprune.evals.arms import UNPATCHED, Budget
 from tokenprune.evals.digits_lvlm import (
     VISUAL_TOKENS,
-    digit_answer,
+    names,
     place_answer,
     prompts,
     to_model,
     token,
-    what_is,
+    what_is_there,
     where_is,
 )
 from tokenprune.evals.lvlm_arms import LvlmArm, lvlm_arms
@@ -34,8 +34,8 @@ SERIES = 3
 
 @dataclass(frozen=True)
 class Questions:
-    """images: [N, 3, 64, 64]; of each a question "what is red" and one "where is three" about another of its
-    digits, ids [N, 3], with answers [N, 1] and [N, 2]."""
+    """images: [N, 3, 64, 64]; of each the question "what is ?" and one "where is three" about one of its digits, ids
+    [N, 3], with answers [N, 3] and [N, 2]."""
 
     images: Tensor
     what: Tensor
@@ -50,8 +50,9 @@ class Questions:
 
 @dataclass(frozen=True)
 class Answers:
-    """Per question: whether it was answered rightly, "what" and "where" [N], and the mean vertical position (0 the top,
-    1 the bottom) of the visual tokens kept for "where" [N], None for the unpatched model. cache_bytes: of a prompt."""
+    """Of each picture [N]: the share of its digits that are named, whether the one asked for is found, and the mean
+    vertical position (0 the top, 1 the bottom) of the visual tokens kept for "where", None for the unpatched model.
+    cache_bytes: of a prompt."""
 
     recognised: Tensor
     localised: Tensor
@@ -66,16 +67,14 @@ def draw_questions(count: int, seed: int = 0) -> Questions:
         share = (count + SERIES - 1 - series) // SERIES
         if share:
             scenes = placed_digits("test", share, seed + series)
-            digits, colours, rows, columns = map(
-                torch.from_numpy, (scenes.digits, scenes.colours, scenes.rows, scenes.columns)
-            )
+            digits, rows, columns = map(torch.from_numpy, (scenes.digits, scenes.rows, scenes.columns))
             parts.append(
                 (
                     to_model(scenes),
-                    what_is(colours[:, 0]),
-                    digit_answer(digits[:, 0])[:, :-1],
-                    where_is(digits[:, 1]),
-                    place_answer(rows[:, 1], columns[:, 1])[:, :-1],
+                    what_is_there(share),
+                    names(digits)[:, :-1],
+                    where_is(digits[:, 0]),
+                    place_answer(rows[:, 0], columns[:, 0])[:, :-1],
                 )
             )
     return Questions(*(torch.cat(part) for part in zip(*parts, strict=True)))
@@ -98,8 +97,8 @@ def evaluate_lvlm(
     methods, budgets, baselines: as in `lvlm_arms`. rounds: of timing, unpatched and patched interleaved; None for none.
 
     Columns: `tokens`, visual tokens of an image behind the last place, and their `share`; `flops_ratio`, of the whole
-    prefill, image tower and scoring counted; `recognition` (the digit of a colour) and `localisation` (row and column
-    of a digit), and `recognition_drop` and `localisation_drop` against the unpatched model, paired, with 95% bootstrap
+    prefill, image tower and scoring counted; `recognition` (the share of a picture's digits that are named) and
+    `localisation` (row and column of a digit, both right), and `recognition_drop` and `localisation_drop` against the unpatched model, paired, with 95% bootstrap
     intervals over questions; `vertical`, where the kept tokens lie on average, 0 the top and 1 the bottom, with an
     interval over pictures; `cache_bytes`, of keys and values of a prompt, measured; with `rounds` the columns of
     `time_answers`.
@@ -141,8 +140,8 @@ def answer(arm: LvlmArm, questions: Questions, *, batch_size: int = 50) -> Answe
                 for name in ("images", "what", "digits", "where", "places")
             )
         )
-        ids, _ = generated(arm.model, _inputs(part, part.what), 1)
-        recognised.append((ids == part.digits).all(1))
+        ids, _ = generated(arm.model, _inputs(part, part.what), part.digits.shape[1])
+        recognised.append((part.digits.unsqueeze(2) == ids.unsqueeze(1)).any(2).double().mean(1))
         if arm.is_patched:
             with tokenprune.record(arm.model) as recording:
                 ids, cache = generated(arm.model, _inputs(part, part.where), 2)
@@ -155,7 +154,7 @@ def answer(arm: LvlmArm, questions: Questions, *, batch_size: int = 50) -> Answe
         # The cache also has the first word of the answer.
         held -= sum(int(layer.keys[:, :, :1].nbytes + layer.values[:, :, :1].nbytes) for layer in cache.layers)
     return Answers(
-        torch.cat(recognised).double(),
+        torch.cat(recognised),
         torch.cat(localised).double(),
         torch.cat(vertical).double() if vertical else None,
         held / len(questions.images),

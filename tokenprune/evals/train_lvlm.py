@@ -5,8 +5,7 @@ tokens are removed. As LLaVA it is trained in two stages. First the tower, whose
 which colour, and whose patches (in the layer that the language model will see) are to say what they belong to. Then,
 with the tower frozen, the projector (whose first units start as the patches' head of before) and the language model on
 questions, loss on the answers alone; for the first layers also on where each visual token is (a head that is thrown
-away). Training stops after a fixed number of steps,
-and the moving average of the weights is kept.
+away). Training stops after a fixed number of steps, and the moving average of the weights is kept.
 
 Pictures are rolled by whole patches at every step, and the tower's outputs are rolled back: features can say what lies
 beside what, but not where, so that places are read from the order of the visual tokens. That a language model could
@@ -35,7 +34,15 @@ from torch.nn.functional import cross_entropy
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals import digits_lvlm
 from tokenprune.evals.digits import NUM_CLASSES, Split
-from tokenprune.evals.digits_lvlm import CHECKPOINT, VISUAL_TOKENS, digit_answer, place_answer, what_is, where_is
+from tokenprune.evals.digits_lvlm import (
+    CHECKPOINT,
+    VISUAL_TOKENS,
+    names,
+    place_answer,
+    what_is,
+    what_is_there,
+    where_is,
+)
 from tokenprune.evals.placed_digits import (
     COLOURS,
     DIGITS,
@@ -72,10 +79,11 @@ DATA = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """tower_steps of tower_batch pictures, then answer_steps of answer_batch with six questions each; peak_lr of AdamW.
+    """tower_steps of tower_batch pictures, then answer_steps of answer_batch with questions; peak_lr of AdamW.
 
     place_weight: of the loss on places behind layer place_layer, from answer step place_from on. left_out: the largest
-    share of the visual tokens that are left out of a step.
+    share of the visual tokens that are left out of a step. colours_until: answer step until which digits are named one
+    by one, by their colour (which was not learnt), and from which all of a picture are.
     """
 
     tower_steps: int
@@ -87,13 +95,14 @@ class Recipe:
     place_layer: int = 3
     place_from: int = 400
     left_out: float = 0.5
+    colours_until: int = 1450
 
     @property
     def steps(self) -> int:
         return self.tower_steps + self.answer_steps
 
 
-RECIPE = Recipe(2400, 2500)
+RECIPE = Recipe(2400, 2600)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -161,12 +170,19 @@ def rolled_back(features: Tensor, roll: tuple[int, int]) -> Tensor:
 
 
 def answer_loss(
-    model: Any, heads: Heads, batch: Batch, roll: tuple[int, int], place_layer: int, kept: Tensor | None = None
+    model: Any,
+    heads: Heads,
+    batch: Batch,
+    roll: tuple[int, int],
+    place_layer: int,
+    kept: Tensor | None = None,
+    by_colour: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """(cross-entropy of the answers, that of the visual tokens' places behind `place_layer` layers, what is right).
 
     All questions of a picture share its visual tokens: each sees them and itself, at the positions that it would have
-    alone. kept: [B, n] visual tokens that are there, None for all.
+    alone. kept: [B, n] visual tokens that are there, None for all. by_colour: whether digits are asked for
+    one by one, by their colour, and not all at once.
     """
     pixels = (roll[0] * PATCH, roll[1] * PATCH)
     with torch.no_grad():
@@ -176,10 +192,14 @@ def answer_loss(
     if kept is None:
         kept = torch.arange(VISUAL_TOKENS).expand(count, -1)
     visual = model.model.multi_modal_projector(features.take_along_dim(kept.unsqueeze(2), 1))
-    pieces = []
+    what = [(what_is_there(count), names(batch.digits))]
+    if by_colour:
+        what = [(what_is(batch.colours[:, i]), names(batch.digits[:, i : i + 1])) for i in range(DIGITS)]
+    pieces, asks_where = [], []
     for i in range(DIGITS):
-        pieces.append((what_is(batch.colours[:, i]), digit_answer(batch.digits[:, i])))
+        pieces += what[i : i + 1]
         pieces.append((where_is(batch.digits[:, i]), place_answer(batch.rows[:, i], batch.columns[:, i])))
+        asks_where += [*[False] * len(what[i : i + 1]), True]
     ids = torch.cat([torch.cat([question, answer[:, :-1]], 1) for question, answer in pieces], 1)
     lengths = [question.shape[1] + answer.shape[1] - 1 for question, answer in pieces]
     starts = [question.shape[1] - 1 for question, _ in pieces]
@@ -206,10 +226,12 @@ def answer_loss(
     asked = [end + step for end, (_, answer) in zip(ends, pieces, strict=True) for step in range(answer.shape[1])]
     logits = model.lm_head(output.last_hidden_state[:, asked])
     answers = torch.cat([answer for _, answer in pieces], 1)
-    right = (logits.argmax(-1) == answers).view(count, DIGITS, -1)
+    right = (logits.argmax(-1) == answers).split([answer.shape[1] for _, answer in pieces], 1)
+    named = [part[:, :-1] for part, where_asked in zip(right, asks_where, strict=True) if not where_asked]
+    found = [part[:, :-1].all(1) for part, where_asked in zip(right, asks_where, strict=True) if where_asked]
     shares = {
-        "recognition": right[..., 0].float().mean().item(),
-        "localisation": (right[..., 2] & right[..., 3]).float().mean().item(),
+        "recognition": torch.cat(named, 1).float().mean().item(),
+        "localisation": torch.stack(found).float().mean().item(),
     }
     return cross_entropy(logits.flatten(0, 1), answers.flatten()), where, shares
 
@@ -244,7 +266,8 @@ class Training:
             share = 1 - self.recipe.left_out * torch.rand((), generator=generator).item()
             order = torch.rand(count, VISUAL_TOKENS, generator=generator).argsort(1)
             kept = order[:, : round(share * VISUAL_TOKENS)].sort(1).values
-        error, places, shares = answer_loss(model, self.heads, batch, roll, self.recipe.place_layer, kept)
+        by_colour = step < self.recipe.tower_steps + self.recipe.colours_until
+        error, places, shares = answer_loss(model, self.heads, batch, roll, self.recipe.place_layer, kept, by_colour)
         late = step >= self.recipe.tower_steps + self.recipe.place_from
         return error + (self.recipe.place_weight * places if late else 0 * places), shares
 
@@ -274,7 +297,7 @@ class Training:
         self.seconds += time.process_time() - begun
 
     def _align(self) -> None:
-        """Between the stages: the projector starts with what the tower's patches have learnt to say, and little else."""
+        """Between the stages: the projector starts with what patches have learnt to say, and little else."""
         name, said = "model.multi_modal_projector.linear_1", self.heads.patch
         state = self.model.state_dict()
         with torch.no_grad():
