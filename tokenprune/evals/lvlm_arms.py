@@ -67,7 +67,7 @@ def lvlm_arms(
             for words, options in {"": dict[str, Any](), **VARIANTS.get(name, {})}.items():
                 label = f"{name}, {words}" if words else name
                 for positions in (ORIGINAL,) if inside else (ORIGINAL, REINDEX):
-                    given = {**options, **(equal if inside else budget)}
+                    given = {**options, **(equal if inside and name != YARDSTICK else budget)}
                     if not inside:
                         given["positions"] = positions
                     arms.append(_arm(base, example, name, given, methods is not None, label, positions, budget))
@@ -94,7 +94,7 @@ def _arm(
 ) -> LvlmArm:
     model, words = shared_copy(base), budget_label(budget)
     if "flops" in arguments and "flops" not in budget:
-        words = f"{words} of {YARDSTICK}"
+        words = f"FLOPs of {YARDSTICK}, {words}"
     try:
         tokenprune.patch(model, name, **arguments)
         with torch.inference_mode():

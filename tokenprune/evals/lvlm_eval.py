@@ -97,11 +97,11 @@ def evaluate_lvlm(
     methods, budgets, baselines: as in `lvlm_arms`. rounds: of timing, unpatched and patched interleaved; None for none.
 
     Columns: `tokens`, visual tokens of an image behind the last place, and their `share`; `flops_ratio`, of the whole
-    prefill, image tower and scoring counted; `recognition` (the share of a picture's digits that are named) and
-    `localisation` (row and column of a digit, both right), and `recognition_drop` and `localisation_drop` against the unpatched model, paired, with 95% bootstrap
-    intervals over questions; `vertical`, where the kept tokens lie on average, 0 the top and 1 the bottom, with an
-    interval over pictures; `cache_bytes`, of keys and values of a prompt, measured; with `rounds` the columns of
-    `time_answers`.
+    prefill, image tower and scoring counted; `recognition`, the share of a picture's digits that are named, and
+    `localisation`, row and column of a digit, both right; `recognition_drop` and `localisation_drop`, against the
+    unpatched model, paired; `vertical`, where the kept tokens lie on average, 0 the top and 1 the bottom; all with 95%
+    bootstrap intervals over pictures; `cache_bytes`, of keys and values of a prompt, measured; with `rounds` the
+    columns of `time_answers`.
 
     Raises TokenPruneError for a named method that is unknown or does not fit.
     """
