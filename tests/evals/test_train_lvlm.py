@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from tokenprune import cli
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals import digits_lvlm, train_lvlm
 from tokenprune.evals.placed_digits import GRID, PATCH, placed_digits
@@ -124,7 +125,7 @@ def test_the_learning_rate_rises_and_falls_in_each_stage():
 
 def test_the_command_writes_a_checkpoint_and_its_record(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_lvlm.train, "__defaults__", (TINY,))
-    train_lvlm.main(["--output", str(tmp_path)])
+    assert cli.main(["train", "lvlm-digits", "--output", str(tmp_path)]) == 0
     assert "step 6" in capsys.readouterr().out
     assert (tmp_path / digits_lvlm.CHECKPOINT).exists()
     assert digits_lvlm.lvlm_digits(tmp_path).training is False

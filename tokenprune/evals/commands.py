@@ -143,19 +143,19 @@ def train(options: argparse.Namespace) -> int:
     """`tokenprune train`"""
     from tokenprune.evals import train_diffusion, train_digits, train_lvlm, train_reader
 
-    arguments = ["--output", options.output, "--threads", str(options.threads)]
-    if options.model in (*DIFFUSION, LVLM):
-        if options.steps is not None:
-            raise TokenPruneError(
-                f"--steps is for digits-vit and digit-reader; {options.model} is trained by its recipe"
-            )
-        if options.model == LVLM:
-            train_lvlm.main(arguments)
-        else:
-            train_diffusion.main([options.model, *arguments])
+    if options.model in (*DIFFUSION, LVLM) and options.steps is not None:
+        raise TokenPruneError(f"--steps is for digits-vit and digit-reader; {options.model} is trained by its recipe")
+    if options.model in DIFFUSION:
+        train_diffusion.main([options.model, "--output", options.output, "--threads", str(options.threads)])
         return 0
-    steps = [] if options.steps is None else ["--steps", str(options.steps)]
-    (train_digits if options.model == DIGITS else train_reader).main([*arguments, *steps])
+    torch.set_num_threads(options.threads)
+    if options.model == LVLM:
+        record = train_lvlm.train(Path(options.output))
+        print(f"{record['training_cpu_seconds']} s of CPU time, written to {options.output}")
+        return 0
+    recipe = train_digits if options.model == DIGITS else train_reader
+    record = recipe.train(Path(options.output), options.steps or recipe.STEPS)
+    print(f"test {record['test_accuracy']:.3f}, written to {options.output}")
     return 0
 
 

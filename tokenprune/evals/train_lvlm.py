@@ -1,4 +1,4 @@
-"""``python -m tokenprune.evals.train_lvlm --output FOLDER`` trains the small vision-language model.
+"""``tokenprune train lvlm-digits --output FOLDER`` trains the small vision-language model.
 
 Data, recipe and stopping rule are the constants below; nothing is chosen on test scans or on how the model behaves when
 tokens are removed. As LLaVA it is trained in two stages. First the tower, whose class token is to say which digit has
@@ -18,7 +18,6 @@ training that was interrupted goes on exactly as it would have without.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -396,22 +395,3 @@ def recipe_record(recipe: Recipe) -> dict[str, Any]:
         "loss": "cross-entropy of the answers, fp32",
         "stop": "after all steps",
     }
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command; ``arguments`` replaces the process's own."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tokenprune.evals.train_lvlm",
-        description="Train the small vision-language model by the recipe fixed in this file.",
-        epilog="example: python -m tokenprune.evals.train_lvlm --output lvlm-run",
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder; a training that stopped in it goes on")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    record = train(options.output)
-    print(f"{record['training_cpu_seconds']} s of CPU time, written to {options.output}")
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from tokenprune.errors import TokenPruneError
 from tokenprune.kernels.attention_mass import eager
 from tokenprune.kernels.backends import Choice, forced, log_once, triton_on_gpu
-from tokenprune.kernels.inputs import precision, repeat_heads
+from tokenprune.kernels.inputs import observed, precision, repeat_heads, without_autocast
 
 __all__ = ["MEMORY_LIMIT", "attention_mass", "choose"]
 
@@ -59,10 +59,15 @@ def attention_mass(
         raise TokenPruneError(f"attention_mass: iterations={iterations}: a tolerance is above 0, a count is an integer")
     several = isinstance(iterations, Sequence)
     tolerance = iterations if isinstance(iterations, float) else 0.0
-    counts = list(iterations) if isinstance(iterations, Sequence) else [MAX_ITERATIONS if tolerance else iterations]
-    mass: Tensor = _attention_mass(
-        q.detach(),
-        repeat_heads(k.detach(), q.shape[1]),
+    if isinstance(iterations, float):
+        counts = [MAX_ITERATIONS]
+    else:
+        counts = list(iterations) if isinstance(iterations, Sequence) else [iterations]
+    q, k = q.detach(), k.detach()
+    run = _attention_mass if observed(q, k) else _run
+    mass: Tensor = run(
+        q,
+        repeat_heads(k, q.shape[1]),
         weights.detach(),
         None if bias is None else bias.detach(),
         counts,
@@ -97,8 +102,7 @@ def _fits(rows: int, keys: int, memory_limit: int, itemsize: int = 4) -> bool:
     return rows * keys * itemsize <= memory_limit
 
 
-@torch.library.custom_op("tokenprune::attention_mass", mutates_args=())
-def _attention_mass(
+def _run(
     q: Tensor,
     k: Tensor,
     weights: Tensor,
@@ -112,7 +116,7 @@ def _attention_mass(
     _check(q, k, weights, bias, counts)
     choice = choose(q, k, iterations=counts[-1], memory_limit=memory_limit, backend=backend)
     log_once("attention_mass", choice)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         if choice.backend == "triton":
             from tokenprune.kernels.attention_mass import triton
 
@@ -143,6 +147,9 @@ def _check(q: Tensor, k: Tensor, weights: Tensor, bias: Tensor | None, counts: S
         raise TokenPruneError(
             f"attention_mass: {counts[-1]} iterations need a query for every key, not {rows} for {keys}; use one"
         )
+
+
+_attention_mass = torch.library.custom_op("tokenprune::attention_mass", _run, mutates_args=())
 
 
 @_attention_mass.register_fake

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.kernels.attention_match import eager
+from tokenprune.kernels.inputs import observed, without_autocast
 
 __all__ = ["MEMORY_LIMIT", "attention_match"]
 
@@ -30,12 +31,13 @@ def attention_match(
         TokenPruneError: shapes that do not fit, or no columns.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    found: Tensor = _attention_match(q.detach(), k.detach(), columns, scale, memory_limit)
+    q, k = q.detach(), k.detach()
+    run = _attention_match if observed(q, k) else _run
+    found: Tensor = run(q, k, columns, scale, memory_limit)
     return found
 
 
-@torch.library.custom_op("tokenprune::attention_match", mutates_args=())
-def _attention_match(q: Tensor, k: Tensor, columns: Tensor, scale: float, memory_limit: int) -> Tensor:
+def _run(q: Tensor, k: Tensor, columns: Tensor, scale: float, memory_limit: int) -> Tensor:
     batch, heads, _, dim = q.shape
     if k.shape != (batch, heads, k.shape[2], dim) or columns.ndim != 2 or columns.shape[0] != batch:
         raise TokenPruneError(
@@ -44,8 +46,11 @@ def _attention_match(q: Tensor, k: Tensor, columns: Tensor, scale: float, memory
         )
     if not 0 < columns.shape[1] <= k.shape[2]:
         raise TokenPruneError(f"attention_match: {columns.shape[1]} columns of {k.shape[2]} keys")
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return eager.attention_match(q, k, columns, scale, memory_limit)
+
+
+_attention_match = torch.library.custom_op("tokenprune::attention_match", _run, mutates_args=())
 
 
 @_attention_match.register_fake
