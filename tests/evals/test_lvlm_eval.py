@@ -41,7 +41,7 @@ def test_the_shipped_model_names_and_finds(model, questions):
     assert model.config.text_config.num_hidden_layers >= 8
     found = answer(LvlmArm(UNPATCHED, "", model), questions)
     assert found.recognised.mean() >= 0.85
-    assert found.localised.mean() >= 0.85
+    assert found.localised.mean() >= 0.65
     # 64 visual tokens, the start and a question of three: keys and values of 8 layers, 96 floats each.
     assert found.cache_bytes == 68 * 8 * 2 * 96 * 4
 
