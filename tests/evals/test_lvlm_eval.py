@@ -7,12 +7,14 @@ from safetensors.torch import load
 
 import tokenprune
 from tokenprune import cli
-from tokenprune.evals import digits_lvlm, lvlm_eval, train_lvlm
+from tokenprune.evals import digits_lvlm, lvlm_bench, lvlm_eval, train_lvlm
 from tokenprune.evals.arms import UNPATCHED
 from tokenprune.evals.lvlm_arms import LvlmArm, lvlm_arms
 from tokenprune.evals.lvlm_bench import decode
 from tokenprune.evals.lvlm_eval import answer, draw_questions, evaluate_lvlm, generated
 from tokenprune.evals.placed_digits import placed_digits
+from tokenprune.evals.stats import Interval
+from tokenprune.evals.throughput import Timing
 
 CHECKPOINTS = resources.files("tokenprune.evals") / "checkpoints"
 
@@ -131,7 +133,19 @@ def test_what_does_not_belong_is_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_times_are_ratios_of_interleaved_runs(model, monkeypatch):
-    table = evaluate_lvlm(model, ["fastv"], samples=2, baselines=False, rounds=20)
-    assert {"prefill_speedup", "prefill_speedup_low", "decode_speedup", "trusted"} <= set(table.rows[1])
-    assert "prefill_speedup" not in table.rows[0]
+def test_times_are_of_prompts_and_of_tokens_behind_them(model, monkeypatch):
+    lengths = []
+
+    def measure(*works, rounds, attempts, seed):
+        lengths.append([work().past_key_values.get_seq_length(3) for work in works])
+        return Timing(
+            rounds, 1, 1.0, 1.0, Interval(float(len(lengths)), 0.5, 9.0), 1.0, len(lengths) == 1, 1, None, None
+        )
+
+    monkeypatch.setattr(lvlm_bench, "measure", measure)
+    rows = evaluate_lvlm(model, ["fastv"], samples=2, baselines=False, rounds=20).rows
+    # The prompt has 68 tokens, 20 of them in layers behind fastv's; decoding goes on behind it, once and again.
+    assert lengths == [[68, 20, 68]] * 2
+    assert (rows[1]["prefill_speedup"], rows[1]["decode_speedup"], rows[1]["trusted"]) == (1.0, 2.0, False)
+    assert rows[1]["decode_speedup_high"] == 9.0
+    assert "prefill_speedup" not in rows[0]
