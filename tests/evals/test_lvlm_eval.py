@@ -73,12 +73,11 @@ def test_a_row_tells_what_the_patched_model_does(model, questions):
     with tokenprune.patched(model, "top_k", keep=0.25, positions="reindex"), tokenprune.record(model) as recording:
         for i in range(12):
             inputs = {"input_ids": digits_lvlm.prompts(few.where[i : i + 1]), "pixel_values": few.images[i : i + 1]}
-            ids, cache = generated(model, inputs, 2)
+            ids = generated(model, inputs, 2)
             assert found.localised[i] == float(torch.equal(ids, few.places[i : i + 1]))
             kept = recording.forwards[-1].places[-1].kept
             assert found.vertical[i] == pytest.approx((kept // 8 + 0.5).double().mean().item() / 8)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert found.cache_bytes == held - 2 * 8 * 96 * 4 == 20 * 8 * 2 * 96 * 4
+    assert found.cache_bytes == 20 * 8 * 2 * 96 * 4
 
 
 def test_methods_between_layers_are_compared_at_the_flops_of_fastv(model, questions):
@@ -100,7 +99,7 @@ def test_a_step_of_decoding_can_be_repeated(model, questions):
     with tokenprune.patched(model, "feather", keep=0.25):
         step = decode(model, inputs)
         first, again = step().logits, step().logits
-        ids, _ = generated(model, inputs, 2)
+        ids = generated(model, inputs, 2)
     assert torch.equal(first, again)
     assert torch.equal(first[:, -1].argmax(-1), ids[:, 1])
 

@@ -24,6 +24,7 @@ from tokenprune.evals.digits_lvlm import (
 )
 from tokenprune.evals.lvlm_arms import LvlmArm, lvlm_arms
 from tokenprune.evals.lvlm_bench import time_answers
+from tokenprune.evals.lvlm_speed import cache_bytes, generate
 from tokenprune.evals.placed_digits import GRID, placed_digits
 from tokenprune.evals.progress import progress
 from tokenprune.evals.stats import bootstrap_mean
@@ -132,7 +133,7 @@ def answer(arm: LvlmArm, questions: Questions, *, batch_size: int = 50) -> Answe
     """What the arm's model answers, greedily; None where it could not be built."""
     if arm.model is None:
         return None
-    recognised, localised, vertical, held = [], [], list[Tensor](), 0
+    recognised, localised, vertical = [], [], list[Tensor]()
     for start in range(0, len(questions.images), batch_size):
         part = Questions(
             *(
@@ -140,34 +141,30 @@ def answer(arm: LvlmArm, questions: Questions, *, batch_size: int = 50) -> Answe
                 for name in ("images", "what", "digits", "where", "places")
             )
         )
-        ids, _ = generated(arm.model, _inputs(part, part.what), part.digits.shape[1])
+        ids = generated(arm.model, _inputs(part, part.what), part.digits.shape[1])
         recognised.append((part.digits.unsqueeze(2) == ids.unsqueeze(1)).any(2).double().mean(1))
         if arm.is_patched:
             with tokenprune.record(arm.model) as recording:
-                ids, cache = generated(arm.model, _inputs(part, part.where), 2)
+                ids = generated(arm.model, _inputs(part, part.where), 2)
             kept = [row for forward in recording.forwards for row in forward.places[-1].kept]
             vertical.append(torch.stack([(row // GRID + 0.5).mean() / GRID for row in kept]))
         else:
-            ids, cache = generated(arm.model, _inputs(part, part.where), 2)
+            ids = generated(arm.model, _inputs(part, part.where), 2)
         localised.append((ids == part.places).all(1))
-        held += sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
-        # The cache also has the first word of the answer.
-        held -= sum(int(layer.keys[:, :, :1].nbytes + layer.values[:, :, :1].nbytes) for layer in cache.layers)
+    first = questions.first(batch_size)
     return Answers(
         torch.cat(recognised),
         torch.cat(localised).double(),
         torch.cat(vertical).double() if vertical else None,
-        held / len(questions.images),
+        cache_bytes(arm.model, _inputs(first, first.where)) / len(first.images),
     )
 
 
 @torch.inference_mode()
-def generated(model: Any, inputs: Mapping[str, Tensor], words: int) -> tuple[Tensor, Any]:
-    """(the greedy answer [B, words], padded where it ended before, the cache behind it)."""
-    output = model.generate(**inputs, max_new_tokens=words, do_sample=False, return_dict_in_generate=True)
-    ids = output.sequences[:, inputs["input_ids"].shape[1] :]
-    ids = torch.nn.functional.pad(ids, (0, words - ids.shape[1]), value=token("<pad>"))
-    return ids, output.past_key_values
+def generated(model: Any, inputs: Mapping[str, Tensor], words: int) -> Tensor:
+    """The greedy answer [B, words], padded where it ended before."""
+    ids = generate(model, inputs, words).sequences[:, inputs["input_ids"].shape[1] :]
+    return torch.nn.functional.pad(ids, (0, words - ids.shape[1]), value=token("<pad>"))
 
 
 def _inputs(questions: Questions, asked: Tensor) -> dict[str, Tensor]:
