@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     _add_methods(evaluate)
     _add_data(evaluate, "what to evaluate on (default: the model's own images)")
     evaluate.add_argument(
-        "--samples", type=_positive, help="images, drawn by --seed (default: all; digits: 1000; lvlm-digits: 150)"
+        "--samples", type=_positive, help="images, drawn by --seed (default: all; digits: 1000; lvlm-digits: 75)"
     )
     evaluate.add_argument("--batch-size", type=_positive, default=32, help="(default: %(default)s)")
     evaluate.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")

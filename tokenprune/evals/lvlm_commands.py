@@ -22,7 +22,7 @@ def run_eval(options: argparse.Namespace) -> int:
         _load(options),
         options.method,
         budgets(options, KEEP),
-        samples=options.samples or 150,
+        samples=options.samples or 75,
         batch_size=options.batch_size,
         seed=options.seed,
         rounds=options.rounds,

@@ -86,7 +86,7 @@ def evaluate_lvlm(
     methods: Sequence[str] | None = None,
     budgets: Sequence[Budget] = ({"keep": 0.25},),
     *,
-    samples: int = 150,
+    samples: int = 75,
     batch_size: int = 50,
     seed: int = 0,
     baselines: bool = True,
