@@ -165,7 +165,7 @@ def by_hand(model: Any, image: Drawn, point: tuple[float, float], share: float, 
 
 @pytest.mark.parametrize(
     ("size", "share", "most", "deep"),
-    [((10000, 10000), 0.08, 40, 6), ((3000, 7777), 0.12, 40, 6), ((2000, 1500), 0.5, 24, 1)],
+    [((10000, 10000), 0.08, 40, 6), ((3000, 7777), 0.12, 40, 6), ((2000, 500), 0.5, 10, 1)],
 )
 @torch.no_grad()
 def test_levels_and_tokens_are_those_of_a_loop_by_hand(size: Any, share: float, most: int, deep: int) -> None:
@@ -309,6 +309,8 @@ def test_refusals() -> None:
         ask(model.model, image)
     with pytest.raises(tokenprune.BudgetError, match="max_tiles=16"):
         ask(model, Drawn(224, 224), max_tiles=8)
+    with pytest.raises(tokenprune.TokenPruneError, match=r"returned \[1, 576\]"):
+        ask(model, image, focus=lambda seen: torch.zeros(1, len(seen.tokens)), shrink=1, max_tiles=40)
     with pytest.raises(tokenprune.BudgetError, match="share"):
         ask(model, image, share=0)
     with tokenprune.patched(model, "top_k", keep=0.5), pytest.raises(tokenprune.UnsupportedModel, match="unpatch"):

@@ -108,8 +108,8 @@ def inputs_of(text: nn.Module, layers: Sequence[nn.Module], embeds: Tensor) -> l
 
 def attention_row(facts: LayerFacts, layer: nn.Module, given: Given, keys: Tensor, *, rotary: bool) -> Tensor:
     """[H, n] attention that the last token pays the tokens `keys` [n], softmax over these."""
-    x, table = given
-    last = torch.tensor([x.shape[1] - 1], device=x.device)
-    rows = [tuple(part[:, places] for part in table) if rotary else None for places in (last, keys)]
+    x, table = given  # of a model on several devices, each part may come from another one
+    last, keys = torch.tensor([x.shape[1] - 1], device=x.device), keys.to(x.device)
+    rows = [tuple(part.to(x.device)[:, places] for part in table) if rotary else None for places in (last, keys)]
     queries = facts.queries(layer, x[:, last], rows[0])
     return class_attention(queries, facts.keys(layer, x[:, keys], rows[1]), scale=facts.scale)[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenprune.errors import BudgetError
+from tokenprune.errors import BudgetError, TokenPruneError
 from tokenprune.lvlm.host import Crops, LvlmHost
 from tokenprune.pyramid.focus import Focus, Seen
 from tokenprune.pyramid.levels import Box, Level, Tile, pyramid, tiles_under, tokens_of
@@ -89,7 +89,7 @@ def walk(host: LvlmHost, crops: Crops, prompt: Prompt, regions: Regions, focus: 
             level,
             regions.size,
         )
-        order = ranked(focus(seen).view(1, -1))[0]
+        order = ranked(_importance(focus, seen).unsqueeze(0))[0]
         best = order[: kept_count(settings.share, len(tokens))].sort().values
         kept = [tokens[i] for i in best.tolist()]
         steps.append(Step(level, tiles, [level.box(tile, regions.size) for tile in tiles], len(tokens), kept))
@@ -100,6 +100,14 @@ def walk(host: LvlmHost, crops: Crops, prompt: Prompt, regions: Regions, focus: 
     stays[places] = False
     stays[places[best]] = True
     return Walk(torch.cat([small, image[stays]]), steps)
+
+
+def _importance(focus: Focus, seen: Seen) -> Tensor:
+    scores = focus(seen)
+    if not isinstance(scores, Tensor) or scores.shape != (len(seen.tokens),):
+        given = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise TokenPruneError(f"the focus returned {given}; an importance of each token is [{len(seen.tokens)}]")
+    return scores.to(seen.places.device)
 
 
 def _read_and_encode(
