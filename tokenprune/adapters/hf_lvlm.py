@@ -169,7 +169,7 @@ def describe(outer: nn.Module) -> LvlmHost:
         example=partial(_example, text),
         offers=_offers(tower, prefix),
         refused=partial(_refused, family),
-        crops=family.crops if isinstance(family.crops, str) else family.crops(model),
+        crops=family.crops if isinstance(family.crops, str) else partial(family.crops, model),
     )
 
 

@@ -109,7 +109,7 @@ class LvlmHost:
     window: int | None = None
     refused: Callable[[Mapping[str, Any]], str] = lambda bound: ""
     notes: list[str] = field(default_factory=list)
-    crops: Crops | str = "its crops are not known"
+    crops: Callable[[], Crops] | str = "its crops are not known"
 
 
 def square(tokens: int) -> tuple[int, int] | None:

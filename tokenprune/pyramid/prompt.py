@@ -51,7 +51,7 @@ def host_of(model: nn.Module) -> tuple[LvlmHost, Crops]:
                 f"{name} is patched, and coarse_to_fine chooses its tokens itself; tokenprune.unpatch(model) first"
                 " (a patch of its image tower alone may stay)"
             )
-        return host, host.crops
+        return host, host.crops()
     raise UnsupportedModel(
         f"{type(model).__name__} is no vision-language model that is known; coarse_to_fine works on transformers'"
         " Llava, LlavaNext, LlavaOnevision, InternVL, Idefics3 and SmolVLM"
