@@ -321,16 +321,42 @@ def test_refusals() -> None:
 
 
 def test_distillation_lowers_its_loss_and_serves_as_focus(tmp_path: Any) -> None:
+    """On images and questions that it has not seen it chooses the tokens that the model itself would."""
     model, image = build("llava"), Drawn(400, 500)
     before = copy.deepcopy(model.state_dict())
     torch.manual_seed(3)
     module = FocusModule(model, layers=(1, 3))
     for parameter in module.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter) * parameter.abs().mean()
-    examples = [(image, IDS)] * 20
-    losses = distill(model, module, examples, processor=Processor(), lr=3e-3)
-    assert len(losses) == 20
-    assert losses[-1] < 0.3 * losses[0]
+        parameter.data += torch.randn_like(parameter) * parameter.abs().mean()
+
+    def example() -> tuple[Drawn, Tensor]:
+        return Drawn(180 + int(torch.randint(150, ())), 250), torch.cat([IDS[:, :4], torch.randint(6, 100, (1, 5))], 1)
+
+    held: list[Seen] = []
+
+    def watch(seen: Seen) -> Tensor:
+        held.append(seen)
+        return FirstLayers()(seen)
+
+    for unseen, question in [example() for _ in range(4)]:
+        tokenprune.coarse_to_fine(
+            model, unseen, question, processor=Processor(), focus=watch, max_new_tokens=1, do_sample=False
+        )
+
+    @torch.no_grad()
+    def agreement() -> float:
+        shared = []
+        for seen in held:
+            share = len(seen.tokens) // 4
+            mine, models = (set(f(seen).topk(share).indices.tolist()) for f in (module, FirstLayers(3, rotary=True)))
+            shared.append(len(mine & models) / share)
+        return sum(shared) / len(shared)
+
+    start = agreement()
+    losses = distill(model, module, [example() for _ in range(40)], processor=Processor(), lr=3e-3)
+    assert len(losses) == 40
+    assert sum(losses[-10:]) < 0.4 * sum(losses[:10])
+    assert agreement() > start + 0.3
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     answer = ask(model, image, focus=module)
     module.save(tmp_path / "focus.safetensors")
