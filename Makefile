@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # The versions that the suites were counted with; `make test CONSTRAINTS=/dev/null` takes the newest instead.
 CONSTRAINTS ?= tests/constraints.txt
 
-.PHONY: demo demo-diffusion bench-kernels bench-speed bench-denoisers bench-gpu test test-full test-hosts lint install clean
+.PHONY: demo demo-diffusion bench-kernels bench-speed bench-denoisers bench-lvlm bench-gpu test test-full test-hosts lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
@@ -23,6 +23,9 @@ bench-speed: $(VENV)/.installed
 bench-denoisers: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.denoiser_speed
 	$(BIN)/python -m tokenprune.evals.region_speed
+
+bench-lvlm: $(VENV)/.installed
+	$(BIN)/python -m tokenprune.evals.lvlm_speed $(BENCH_OPTIONS)
 
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.gpu_bench --output bench-output $(BENCH_OPTIONS)

@@ -192,9 +192,10 @@ def test_train_passes_its_options_on(monkeypatch, tmp_path):
     from tokenprune.evals import train_digits
 
     seen = []
-    monkeypatch.setattr(train_digits, "main", seen.append)
+    monkeypatch.setattr(train_digits, "train", lambda *given: seen.append(given) or {"test_accuracy": 0.5})
     assert run("train", "digits-vit", "--output", tmp_path, "--steps", "2") == 0
-    assert seen == [["--output", str(tmp_path), "--threads", "1", "--steps", "2"]]
+    assert run("train", "digits-vit", "--output", tmp_path) == 0
+    assert seen == [(tmp_path, 2), (tmp_path, train_digits.STEPS)]
 
 
 def test_help_imports_no_host_library():

@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, FEW, build, images, options, run
 
 import tokenprune
-from tokenprune.site import Site
+from tokenprune.taps import Taps
 
 # ToMe leaves in an order of its own.
 IN_ORDER = [(family, method) for family in FAMILIES for method in ("top_k", "zero_tprune")] + [
@@ -24,13 +24,13 @@ def everywhere(model: torch.nn.Module) -> dict[int, float]:
 def reduced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The blocks in which a reduction really ran."""
     blocks: list[int] = []
-    plain = Site._record
+    plain = Taps.record
 
-    def noting(self: Site, *args: torch.Tensor) -> object:
+    def noting(self: Taps, *args: torch.Tensor) -> object:
         blocks.append(self.index)
         return plain(self, *args)
 
-    monkeypatch.setattr(Site, "_record", noting)
+    monkeypatch.setattr(Taps, "record", noting)
     return blocks
 
 

@@ -36,7 +36,8 @@ class AttentionRecord:
     patches instead of images). bias: additive attention bias [B or 1, H, N, N] of the host, or None. scale: multiplies
     q.k. place: index of the place, of `depth`. cross: the block's cross-attention, only for a method that needs it.
     step: a whole number [] that tells one step of a denoising run from another. text: embeddings [B, T, C] of the text
-    of a prompt.
+    of a prompt. log_sums: where not None, a score that goes through whole rows of attention leaves the log-sum-exp of
+    each row [B, H, N] in it, for what needs some of their entries again.
     """
 
     hidden: Tensor
@@ -56,6 +57,7 @@ class AttentionRecord:
     cross: CrossAttention | None = None
     step: Tensor | None = None
     text: Tensor | None = None
+    log_sums: list[Tensor] | None = None
 
     @property
     def tokens(self) -> int:

@@ -48,7 +48,7 @@ class BlockHost:
     None and why not; width, check_tokens: channels and prunable tokens that the block can be tried on by itself;
     check_arguments: hidden states [1, N, C] -> what else it must then be given. swaps: (module, class) to be exchanged
     while the patch is on. front_swaps: further ones where the block is the last and only prefix tokens are read behind
-    it: classes whose attentions take the queries of `tokenprune.site.front_here` alone (none: it attends from all
+    it: classes whose attentions take the queries of `tokenprune.here.front_here` alone (none: it attends from all
     tokens, and only the MLP runs on fewer). records: whether a forward hook on the block is the host's own, that hands
     the block's output on as one of the model's.
 

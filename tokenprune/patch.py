@@ -20,6 +20,7 @@ from tokenprune.schedule import Layout
 from tokenprune.site import Site
 from tokenprune.solver import Counts, follow_shares, solve
 from tokenprune.state import Entry, TokenState, constant_in_graphs, flow
+from tokenprune.taps import Taps
 from tokenprune.tower_report import summarise
 
 
@@ -184,7 +185,9 @@ def attach(host: Host, patch: Patch) -> list[Site]:
 def _watched(module: nn.Module) -> bool:
     """Whether a hook on `module` is not a patch's."""
     tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(not isinstance(getattr(hook, "__self__", None), Site) for hooks in tables for hook in hooks.values())
+    return any(
+        not isinstance(getattr(hook, "__self__", None), (Site, Taps)) for hooks in tables for hook in hooks.values()
+    )
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from tokenprune.errors import UnsupportedModel
 from tokenprune.kernels.packed_attention import packed_attention
 from tokenprune.ragged import Group, Pack
+from tokenprune.reindexing import reindexed
 from tokenprune.state import TokenState, flow
 
 if TYPE_CHECKING:
@@ -113,9 +114,9 @@ def _per_length(site: Site, state: TokenState, pack: Pack, forward: Forward, x: 
         now.state = state_of(group, pack, state)
         now.queries = now.keys = now.bias = now.rope = None
         now.inputs, now.values = _part(group, inputs), _part(group, values)
-        own = site._reindexed(of_images(site, kwargs, group), now.state, x.dtype)
+        own = reindexed(site, of_images(site, kwargs, group), now.state, x.dtype)
         outputs.append(forward(group.of(x[0]), **own).flatten(0, 1))
-        captured.append((site.captured(), now.bias, now.rope) if site.reduces else None)
+        captured.append((site.taps.captured(), now.bias, now.rope) if site.reduces else None)
     now.state, now.groups = state, captured
     return torch.cat(outputs)[None] if outputs else x
 

@@ -14,6 +14,7 @@ from tokenprune.errors import UnsupportedMethod
 from tokenprune.ragged import Group, Pack, Repacking, pack_batch, repack
 from tokenprune.ragged_attention import of_images, state_of
 from tokenprune.recording import PlaceRecord
+from tokenprune.reindexing import reindexed
 from tokenprune.restore import estimate, placed, stride
 from tokenprune.state import TokenState, flow, in_backward
 
@@ -26,10 +27,10 @@ def _records(site: Site, x: Tensor, state: TokenState) -> Iterator[AttentionReco
     pack = state.pack
     if pack is None:
         if x.shape[0]:
-            yield site._record(x, state)
+            yield site.taps.record(x, state)
         return
     now = flow()
-    captured = site.captured() if now.groups is None else (None, None, None)
+    captured = site.taps.captured() if now.groups is None else (None, None, None)
     for index, group in enumerate(pack.groups):
         own = state_of(group, pack, state)
         if now.groups is not None:
@@ -37,8 +38,8 @@ def _records(site: Site, x: Tensor, state: TokenState) -> Iterator[AttentionReco
         else:
             parts = tuple(part if part is None else _heads_of(group, part) for part in captured)
             now.bias = now.rope = None
-            site._reindexed(of_images(site, now.kwargs or {}, group), own, x.dtype)
-        yield site._record(group.of(x[0]), own, parts)
+            reindexed(site, of_images(site, now.kwargs or {}, group), own, x.dtype)
+        yield site.taps.record(group.of(x[0]), own, parts)
 
 
 def _heads_of(group: Group, x: Tensor) -> Tensor:

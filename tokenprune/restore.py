@@ -131,11 +131,15 @@ def estimate(lost: Tensor, kept: Tensor) -> Tensor:
         return weights + (1 - weights.sum(2, keepdim=True)) / kept.shape[1]
 
 
-def attended_stand_ins(reduction: Reduction, q: Tensor, k: Tensor, scale: float) -> Tensor:
+def attended_stand_ins(
+    reduction: Reduction, q: Tensor, k: Tensor, scale: float, log_sums: Tensor | None = None
+) -> Tensor:
     """The same for tokens that were dropped, [B, n]: similar is the kept token that a dropped one attends to most, in
-    the mean over heads (AT-EDM section 3.3). q, k: [B, H, n, D] as the attention uses them."""
+    the mean over heads (AT-EDM section 3.3). q, k: [B, H, n, D] as the attention uses them; log_sums: [B, H, n] of each
+    row of its logits, where they are known."""
     lost = dropped(reduction, q.shape[2])
-    match = attention_match(gather(q, lost, dim=2), k, reduction.kept, scale=scale)
+    known = None if log_sums is None else gather(log_sums, lost, dim=2)
+    match = attention_match(gather(q, lost, dim=2), k, reduction.kept, scale=scale, log_sums=known)
     return Reduction(reduction.kept, lost, match).source(q.shape[2])
 
 

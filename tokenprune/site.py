@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.attention_record import AttentionRecord
 from tokenprune.costs import pad_tokens
 from tokenprune.errors import UnsupportedModel
-from tokenprune.host import BlockHost, RopeTable, gather_bias, gather_rope
+from tokenprune.host import BlockHost
 from tokenprune.ragged_blocks import reduce_ragged, restore_packed, unpack_for_head
 from tokenprune.recording import PlaceRecord
+from tokenprune.reindexing import reindexed
 from tokenprune.restore import follow_source, restore_tokens, undo
 from tokenprune.state import TokenState, flow, in_backward, recall, remember
+from tokenprune.taps import Taps
 
 if TYPE_CHECKING:
     from tokenprune.patch import Patch
@@ -37,15 +37,12 @@ class Site:
         self.name = facts.name
         self.reduces = reduces
         self.mid = mid
+        self.taps = Taps(patch, index, facts)
         self.arguments = facts.arguments
-        self.read = facts.read
-        self.scale = facts.scale
         self.key_bias = facts.key_bias
         self.bias_arguments = facts.bias_arguments
         self.rope_argument = facts.rope_argument
-        self.rotate = facts.rotate
         self.mask_argument = facts.mask_argument
-        self.values = facts.values
         self.rope_identity = facts.rope_identity
         self.intercepts = facts.intercepts
 
@@ -54,13 +51,7 @@ class Site:
         block = facts.module
         block.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True)
         if self.reduces:
-            for kind, module in facts.taps:
-                if kind in ("values", "value_inputs") and "values" not in self.patch.method.needs:
-                    continue
-                if kind in ("inputs", "value_inputs"):
-                    module.register_forward_pre_hook(getattr(self, f"catch_{kind}"))
-                else:
-                    module.register_forward_hook(getattr(self, f"catch_{kind}"))
+            self.taps.attach(facts)
             if not self.mid:
                 block.register_forward_hook(self.reduce_output, prepend=True)
         block.register_forward_hook(self.leave)
@@ -109,7 +100,7 @@ class Site:
         if state.pack is not None:  # re-indexed where the attention is called
             now.kwargs, now.attended = kwargs, False
             return args, kwargs
-        return args, self._reindexed(kwargs, state, x.dtype)
+        return args, reindexed(self, kwargs, state, x.dtype)
 
     def resume(self, x: Tensor, kwargs: dict[str, Any]) -> None:
         """Take up again the block that `enter` has given x and the arguments `kwargs`, to run it once more."""
@@ -156,63 +147,6 @@ class Site:
                 remember(x, state)  # found again when checkpointing re-runs the first block
         return state
 
-    def _reindexed(self, kwargs: dict[str, Any], state: TokenState, dtype: torch.dtype) -> dict[str, Any]:
-        now = flow()
-        kwargs = dict(kwargs)
-        if self.rope_argument is not None and kwargs.get(self.rope_argument) is not None:
-            if state.origin is not None:
-                kwargs[self.rope_argument] = gather_rope(kwargs[self.rope_argument], state.origin)
-            now.rope = kwargs[self.rope_argument]
-        for name in self.bias_arguments:
-            if kwargs.get(name) is not None:
-                if kwargs[name].ndim == 3:  # one for all images, without a batch dimension
-                    kwargs[name] = kwargs[name].unsqueeze(0)
-                if state.origin is not None:
-                    kwargs[name] = gather_bias(kwargs[name], state.origin, self.patch.num_prefix_tokens)
-                now.bias = kwargs[name]
-        if self.patch.method.proportional and state.sizes is not None and self.key_bias is not None:
-            bias = self.size_bias(state.sizes, dtype)
-            kwargs[self.key_bias] = now.bias = bias if now.bias is None else now.bias + bias
-        return kwargs
-
-    def size_bias(self, sizes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Proportional attention: log(size) of every key, prefix tokens of size one, [B, 1, 1, P + n]."""
-        prefix = sizes.new_zeros(sizes.shape[0], self.patch.num_prefix_tokens)
-        return torch.cat([prefix, sizes.log()], 1)[:, None, None, :].to(dtype)
-
-    def own_bias(self, bias: Tensor) -> Tensor:
-        """The bias [1, H, N, N] that an attention computes for itself, for the tokens that are left."""
-        now = flow()
-        state = now.state
-        if state is None:
-            return bias
-        if state.origin is not None:
-            bias = gather_bias(bias, state.origin, self.patch.num_prefix_tokens)
-        if self.patch.method.proportional and state.sizes is not None and self.key_bias is None:
-            bias = bias + self.size_bias(state.sizes, bias.dtype)
-        now.bias = bias if now.bias is None else now.bias + bias
-        return bias
-
-    def catch_queries(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the queries of this block until it ends."""
-        flow().queries = output
-
-    def catch_keys(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the keys of this block until it ends."""
-        flow().keys = output
-
-    def catch_values(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Keep what holds the values of this block until it ends."""
-        flow().values = (module, output)
-
-    def catch_value_inputs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keep the attention's input, where values are recomputed from it."""
-        flow().values = (module, args[0])
-
-    def catch_inputs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keep the attention's input, where queries and keys are recomputed from it."""
-        flow().inputs = (module, args[0])
-
     def reduce_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Behind the block, where it cannot be done between attention and MLP."""
         return self.reduce(output)
@@ -229,7 +163,7 @@ class Site:
         if self.patch.method.adaptive:
             return reduce_ragged(self, x, state, keep)
         with torch.no_grad():
-            record = self._record(x, state)
+            record = self.taps.record(x, state)
             reduction = self.patch.method.reduce(record, keep)
         prefix = self.patch.num_prefix_tokens
         body = x[:, prefix:]
@@ -256,36 +190,6 @@ class Site:
             return x
         flow().state = replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
         return leaving
-
-    def captured(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Queries, keys and values [B, H, N, D] of this block, those that were caught."""
-        now = flow()
-        queries, keys = self.read(now.queries, now.keys, now.inputs)
-        values = self.values(*now.values) if self.values is not None and now.values is not None else None
-        return queries, keys, values
-
-    def _record(self, x: Tensor, state: TokenState, captured: Any = None) -> AttentionRecord:
-        now = flow()
-        queries, keys, values = self.captured() if captured is None else captured
-        rotate: Callable[[Tensor], Tensor] | None = None
-        if now.rope is not None and self.rotate is not None:
-            rotate = partial(_rotated, self.rotate, now.rope)
-        return AttentionRecord(
-            hidden=x.detach(),
-            origin=state.origins(x),
-            num_prefix_tokens=self.patch.num_prefix_tokens,
-            place=self.index,
-            depth=self.patch.depth,
-            grid=state.grid,
-            has_class_token=self.patch.has_class_token,
-            scale=self.scale,
-            queries=queries.detach() if queries is not None else None,
-            keys=keys.detach() if keys is not None else None,
-            values=values.detach() if values is not None else None,
-            sizes=state.sizes,
-            bias=now.bias.detach() if now.bias is not None else None,
-            rotate=rotate,
-        )
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After the block: hand the state to the next one, and restore the full grid where it is read here."""
@@ -344,10 +248,6 @@ def _move_behind(hooks: dict[int, Any], records: Callable[[Any], bool]) -> None:
         hooks[key] = hooks.pop(key)
 
 
-def _rotated(rotate: Callable[[Tensor, Any], Tensor], table: RopeTable, x: Tensor) -> Tensor:
-    return rotate(x, table)
-
-
 def _with_ones(sizes: Tensor, prefix: int) -> Tensor:
     return torch.cat([sizes.new_ones(sizes.shape[0], prefix), sizes], 1)
 
@@ -362,40 +262,3 @@ def _with_hidden(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     if args:
         return (x, *args[1:]), kwargs
     return args, {**kwargs, next(iter(kwargs)): x}
-
-
-def reduce_here(x: Tensor) -> Tensor:
-    """The reduction point inside a block: reduces x [B, N, C] at the site whose block runs now in this thread."""
-    site = flow().site
-    return site.reduce(x) if site is not None and site.mid else x
-
-
-def front_here(x: Tensor) -> Tensor:
-    """The tokens of x [B, N, C] that the block that runs now in this thread has to put out: x itself, or those in front
-    where no other is read behind it."""
-    front = flow().front
-    return x if front is None else x[:, :front]
-
-
-def run_here(block: nn.Module, run: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Tensor:
-    """run(x, ...) as the forward of `block`, also where gradient checkpointing runs that once more without the block's
-    hooks (a checkpoint inside of `__call__`)."""
-    site = _site_of(block) if in_backward() else None
-    if site is None or not site.patch.active or flow().site is site:
-        return run(x, **kwargs)
-    site.resume(x, kwargs)
-    try:
-        return run(x, **kwargs)
-    finally:
-        flow().clear()
-
-
-def _site_of(block: nn.Module) -> Site | None:
-    owners = (getattr(hook, "__self__", None) for hook in block._forward_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, Site)), None)
-
-
-def own_bias_here(bias: Tensor) -> Tensor:
-    """The bias that an attention computed for itself, re-indexed for the block that runs now in this thread."""
-    site = flow().site
-    return bias if site is None else site.own_bias(bias)

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenprune
 from tokenprune import state
 from tokenprune.adapters import hf_vision
-from tokenprune.site import Site
+from tokenprune.taps import Taps
 
 ROOT = Path(__file__).parents[2]
 COUNTS = json.loads((ROOT / "tests" / "counts.json").read_text())["transformers"]
@@ -78,8 +78,8 @@ def test_machinery_that_keeps_all_is_bit_identical(name: str, monkeypatch: pytes
     plain = outputs(model, x, **ALL_STATES)
     tokenprune.patch(model, "top_k", schedule=EVERYWHERE)
     ran: list[int] = []
-    record = Site._record
-    monkeypatch.setattr(Site, "_record", lambda self, *args: (ran.append(self.index), record(self, *args))[1])
+    record = Taps.record
+    monkeypatch.setattr(Taps, "record", lambda self, *args: (ran.append(self.index), record(self, *args))[1])
     assert_equal(outputs(model, x, **ALL_STATES), plain)
     assert ran == list(range(DEPTH))
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from denoisers_zoo import ZOO, build, run
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
 from tokenprune import registry
@@ -91,6 +92,11 @@ def test_the_attention_match_is_the_argmax_of_the_mean_map(rows, memory_limit):
     columns = torch.stack([torch.randperm(17, generator=g)[:7] for _ in range(2)])
     found = attention_match(q, k, columns, scale=0.7, memory_limit=memory_limit)
     assert torch.equal(found, naive_match(q, k, columns, scale=0.7))
+    log_sums = (q @ k.transpose(2, 3) * 0.7).logsumexp(-1)
+    with FlopCounterMode(display=False) as counter:
+        shorter = attention_match(q, k, columns, scale=0.7, log_sums=log_sums, memory_limit=memory_limit)
+    assert torch.equal(shorter, found)
+    assert counter.get_total_flops() == 2 * 2 * 3 * rows * 7 * 4  # the seven columns alone
     # The softmax of each head is over all keys, so that a head whose attention is elsewhere counts little.
     only = (q @ k.gather(2, columns[:, None, :, None].expand(-1, 3, -1, 4)).transpose(2, 3) * 0.7).softmax(-1)
     assert rows < 13 or not torch.equal(found, only.mean(1).argmax(-1))

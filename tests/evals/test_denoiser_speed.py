@@ -11,6 +11,7 @@ from torch import nn
 import tokenprune
 from tokenprune.evals import denoiser_speed, region_speed
 from tokenprune.evals.digits_denoisers import untrained
+from tokenprune.evals.stopwatch import Stopwatch
 
 SMALL = denoiser_speed.Level("tiny", 8, 32, 3, 4, 16)
 
@@ -26,7 +27,7 @@ class Slow(nn.Module):
 
 
 def test_the_stopwatch_runs_while_its_module_does() -> None:
-    model, clock = nn.Sequential(Slow(0.05), Slow(0.01)), denoiser_speed.Stopwatch()
+    model, clock = nn.Sequential(Slow(0.05), Slow(0.01)), Stopwatch()
     clock.watch(model[1])
     before = clock()
     for _ in range(3):

@@ -34,6 +34,6 @@ def test_training_depends_on_the_step_alone_and_writes_a_record(tmp_path, capsys
     monkeypatch.setattr(train_reader, "TEST_IMAGES", 10)
     first, second = train_reader.batch(3), train_reader.batch(3)
     assert torch.equal(first[0], second[0])
-    train_reader.main(["--output", str(tmp_path), "--steps", "2"])
+    train_reader.train(tmp_path, 2)
     assert "step 2/2" in capsys.readouterr().out
     assert json.loads((tmp_path / "digit_reader.json").read_text())["recipe"]["steps"] == 2

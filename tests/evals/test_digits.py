@@ -113,11 +113,11 @@ def test_training_steps_lower_the_loss():
     assert np.mean(losses[-3:]) < losses[0] / 2
 
 
-def test_the_training_command_writes_a_checkpoint_and_its_record(tmp_path, monkeypatch, capsys):
+def test_the_training_writes_a_checkpoint_and_its_record(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_digits, "VALIDATION_IMAGES", 20)
     monkeypatch.setattr(train_digits, "TEST_IMAGES", 20)
     monkeypatch.setattr(train_digits, "BATCH", 8)
-    train_digits.main(["--output", str(tmp_path), "--steps", "4"])
+    train_digits.train(tmp_path, 4)
     assert "step 4/4" in capsys.readouterr().out
     assert json.loads((tmp_path / "digits_vit.json").read_text())["recipe"]["steps"] == 4
     from safetensors.torch import load_file

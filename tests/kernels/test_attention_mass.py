@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune import TokenPruneError
-from tokenprune.kernels.attention_mass import attention_mass, eager
+from tokenprune.kernels.attention_mass import attention_mass, eager, mass_and_log_sums
 from tokenprune.kernels.attention_mass.reference import attention_mass as naive
 
 PATHS = ["tiled", "matrix_free"]
@@ -201,13 +201,34 @@ def test_the_limit_is_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert limit // 2 <= mode.largest <= limit
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("cached", [2**12, 2**21])
+@pytest.mark.parametrize("iterations", [1, 3, [1, 2]])
+def test_log_sums_are_those_of_the_logits(
+    path: str, cached: int, iterations: int | list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eager, "CACHED", cached)
+    q, k, weights = attention_inputs(3, 2, 37, 20)
+    bias = torch.randn(1, 2, 37, 37)
+    bias[:, :, 5] = float("-inf")
+    for added in (None, bias):
+        mass, log_sums = mass_and_log_sums(q, k, weights, iterations=iterations, scale=0.9, bias=added, backend=path)
+        assert torch.equal(
+            mass, attention_mass(q, k, weights, iterations=iterations, scale=0.9, bias=added, backend=path)
+        )
+        logits = 0.9 * q.double() @ k.double().transpose(2, 3) + (0.0 if added is None else added)
+        expected = logits.logsumexp(-1).float()
+        expected[expected == float("-inf")] = float("inf")
+        torch.testing.assert_close(log_sums, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_operator_is_well_formed(training: bool) -> None:
     q, k, weights = attention_inputs(2, 3, 33, 8)
     q = q.contiguous().requires_grad_(training)
     torch.library.opcheck(
         torch.ops.tokenprune.attention_mass.default,
-        (q.detach(), k.contiguous(), weights, None, [1, 3], 0.0, 0.3, 2**20, ""),
+        (q.detach(), k.contiguous(), weights, None, [1, 3], 0.0, 0.3, 2**20, "", training),
     )
     assert not attention_mass(q, k, weights).requires_grad
 

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.adapters.swapping import Mixin
+from tokenprune.here import own_bias_here, reduce_here, run_here
 from tokenprune.ragged_attention import attend_here, attended
-from tokenprune.site import own_bias_here, reduce_here, run_here
 
 
 class Layer(Mixin):

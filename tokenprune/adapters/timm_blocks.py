@@ -10,7 +10,7 @@ from timm.models import beit, cait, eva, vision_transformer, vision_transformer_
 from torch import Tensor, nn
 
 from tokenprune.adapters.swapping import Mixin, named_as
-from tokenprune.site import front_here, own_bias_here, reduce_here
+from tokenprune.here import front_here, own_bias_here, reduce_here
 
 
 @named_as(vision_transformer.Block)

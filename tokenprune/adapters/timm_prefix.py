@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tokenprune.adapters.swapping import Mixin, mixed, named_as
 from tokenprune.adapters.timm_blocks import ReindexedBeitAttention
-from tokenprune.site import front_here
+from tokenprune.here import front_here
 
 _ATTENTIONS = (Attention, AttentionRope, eva.EvaAttention, vision_transformer_relpos.RelPosAttention)
 # What a model's tail consists of; one of the user's own may read any token.

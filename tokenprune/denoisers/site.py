@@ -187,7 +187,8 @@ class BlockSite:
         near = None
         if self.patch.recover == "similar":
             if method.similar_by == "attention":
-                near = attended_stand_ins(reduction, *record.rotated(), self.scale)
+                known = record.log_sums[0] if record.log_sums else None
+                near = attended_stand_ins(reduction, *record.rotated(), self.scale, known)
             else:
                 state = TokenState(tokens, tokens, grid=grid_of(one.grid, tokens))
                 near = stand_ins(state, reduction, x.detach())
@@ -215,6 +216,7 @@ class BlockSite:
             rotate=self.rotate(bound, tokens),
             cross=self._crossed(bound),
             step=one.step,
+            log_sums=[] if self.patch.recover == "similar" and self.patch.method.similar_by == "attention" else None,
         )
 
     def _scores(self, one: Pass, record: AttentionRecord) -> Tensor | None:

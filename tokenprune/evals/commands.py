@@ -137,16 +137,17 @@ def train(options: argparse.Namespace) -> int:
     """`tokenprune train`"""
     from tokenprune.evals import train_diffusion, train_digits, train_reader
 
-    arguments = ["--output", options.output, "--threads", str(options.threads)]
     if options.model in DIFFUSION:
         if options.steps is not None:
             raise TokenPruneError(
                 f"--steps is for digits-vit and digit-reader; {options.model} is trained by its recipe"
             )
-        train_diffusion.main([options.model, *arguments])
+        train_diffusion.main([options.model, "--output", options.output, "--threads", str(options.threads)])
         return 0
-    steps = [] if options.steps is None else ["--steps", str(options.steps)]
-    (train_digits if options.model == DIGITS else train_reader).main([*arguments, *steps])
+    torch.set_num_threads(options.threads)
+    recipe = train_digits if options.model == DIGITS else train_reader
+    record = recipe.train(Path(options.output), options.steps or recipe.STEPS)
+    print(f"test {record['test_accuracy']:.3f}, written to {options.output}")
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 import tokenprune
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.evals.shared_copy import shared_copy
+from tokenprune.evals.stopwatch import Stopwatch
 from tokenprune.evals.table import Row, Table, environment, interval_cells
 from tokenprune.evals.throughput import Timing, measure
 from tokenprune.methods.tomesd import tomesd
@@ -48,27 +48,6 @@ LEVELS = (
     Level("SDXL at 1024", 32, 1280, 10, 20, 2048),
 )
 MIDDLE = (Level("SD 1.5 at 512", 64, 320, 3, 8, 768), Level("SDXL at 1024", 32, 1280, 3, 20, 2048))
-
-
-class Stopwatch:
-    """A clock that runs while one module of a model does: `watch` it, then hand the stopwatch over as the clock."""
-
-    def __init__(self) -> None:
-        self.spent = self.started = 0.0
-
-    def watch(self, module: nn.Module) -> None:
-        """Count the forwards of `module`."""
-        module.register_forward_pre_hook(self._start)
-        module.register_forward_hook(self._stop)
-
-    def _start(self, module: nn.Module, args: Any) -> None:
-        self.started = time.perf_counter()
-
-    def _stop(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.spent += time.perf_counter() - self.started
-
-    def __call__(self) -> float:
-        return self.spent
 
 
 class Through(nn.Module):

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from tokenprune.kernels.attention_mass import attention_mass
 from tokenprune.kernels.attention_mass import choose as choose_mass
 from tokenprune.kernels.attention_mass.reference import attention_mass as naive_mass
+from tokenprune.kernels.attention_match import attention_match
+from tokenprune.kernels.attention_match.reference import attention_match as naive_attention_match
 from tokenprune.kernels.backends import refuse_triton
 from tokenprune.kernels.class_attention import choose as choose_class
 from tokenprune.kernels.class_attention import class_attention
@@ -128,6 +130,30 @@ def match_cases(tokens: int, device: torch.device, dtype: torch.dtype) -> Iterat
     yield Case("cosine_match", tokens, f"{batch} x {DIM}", ways, choose_match(a, b).backend, 0)
 
 
+def attention_match_cases(tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """attention_match of half of the tokens with the others, as at_edm recovers; "torch" is one head after another."""
+    batch, heads = images_of(tokens), heads_of(tokens)
+    q, k, _ = random_qkv(batch, tokens, heads, device, dtype)
+    dropped, kept = q[:, :, ::2], torch.arange(1, tokens, 2, device=device).expand(batch, -1)
+    ways = {
+        "naive": partial(naive_attention_match, dropped, k, kept),
+        "torch": partial(match_head_by_head, dropped, k, kept),
+        "eager": partial(attention_match, dropped, k, kept),
+    }
+    needed = batch * heads * tokens**2 * q.element_size()
+    yield Case("attention_match", tokens, f"{batch} x {heads} heads of {DIM}", ways, "eager", needed)
+
+
+def match_head_by_head(q: Tensor, k: Tensor, columns: Tensor) -> Tensor:
+    """Attention match with the map of one head of all images at a time."""
+    index = columns[:, None].expand(-1, q.shape[2], -1)
+    total = torch.zeros(index.shape, device=q.device, dtype=q.dtype)
+    for head in range(q.shape[1]):
+        attention = (q[:, head] @ k[:, head].transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
+        total += attention.gather(2, index)
+    return total.argmax(-1)
+
+
 def merge_cases(tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """merge of a quarter of the tokens into the others, and gather of half of them, each image its own."""
     batch, channels = images_of(tokens), 6 * DIM
@@ -202,6 +228,7 @@ CASES: dict[str, Callable[[int, torch.device, torch.dtype], Iterator[Case]]] = {
     "attention_mass": mass_cases,
     "class_attention": class_cases,
     "cosine_match": match_cases,
+    "attention_match": attention_match_cases,
     "merge": merge_cases,
     "packed_attention": packed_cases,
 }

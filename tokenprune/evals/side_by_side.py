@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,26 +53,39 @@ def side_by_side(
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> SideBySide:
-    """Each of `ways` and the `reference` once more in every round, in an order that is turned by one from round to
-    round and reversed every time it has come full circle.
+    """Each of `ways` and the `reference` once more in every round, in the order of `turns`.
 
     A sample repeats the call until the reference takes `sample_seconds`; the measurement is repeated up to `attempts`
     times until the reference over itself is within 2% of 1, as in `tokenprune.evals.throughput.measure`.
 
     Raises TokenPruneError for fewer than 20 rounds.
     """
-    if rounds < 20:
-        raise TokenPruneError(f"rounds={rounds}: the protocol needs at least 20 for its interval to mean something")
     arms, device = {**ways, CONTROL: ways[reference]}, torch.device(device)
+    orders = turns(list(arms), rounds)
     for arm in ways.values():
         arm()
     repeats = repeats_for(ways[reference], sample_seconds, device, clock)
     for _ in range(max(1, attempts)):
         found = SideBySide(reference, {name: [] for name in arms})
-        for turn in range(rounds):
-            order = list(arms)[turn % len(arms) :] + list(arms)[: turn % len(arms)]
-            for name in order if turn // len(arms) % 2 == 0 else order[::-1]:
+        for order in orders:
+            for name in order:
                 found.seconds[name].append(sample(arms[name], repeats, device, clock) / repeats)
         if found.trusted:
             break
     return found
+
+
+def turns(names: Sequence[str], rounds: int) -> list[list[str]]:
+    """The order of the ways in each round: turned by one from round to round, and reversed every time it has come full
+    circle.
+
+    Raises TokenPruneError for fewer than 20 rounds.
+    """
+    if rounds < 20:
+        raise TokenPruneError(f"rounds={rounds}: the protocol needs at least 20 for its interval to mean something")
+    orders = []
+    for turn in range(rounds):
+        first = turn % len(names)
+        order = [*names[first:], *names[:first]]
+        orders.append(order if turn // len(names) % 2 == 0 else order[::-1])
+    return orders

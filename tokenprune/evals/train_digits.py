@@ -1,4 +1,4 @@
-"""``python -m tokenprune.evals.train_digits --output FOLDER`` trains the shipped small vision transformer anew.
+"""``tokenprune train digits-vit --output FOLDER`` trains the shipped small vision transformer anew.
 
 Data, recipe and stopping rule are the constants below. First the model learns to read: digits on canvases of half the
 side, seen through a window of its patch grid that lies elsewhere at every step (a quarter of the tokens, so several
@@ -7,7 +7,6 @@ the weights that were validated on the way, those that read most validation canv
 chosen on test scans or on how the model behaves when tokens are removed.
 """
 
-import argparse
 import json
 import math
 import time
@@ -170,25 +169,3 @@ def train(output: Path, steps: int = STEPS) -> dict[str, Any]:
     }
     (output / CHECKPOINT).with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     return record
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command; ``arguments`` replaces the process's own."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tokenprune.evals.train_digits",
-        description="Train the small vision transformer that tokenprune ships by the recipe fixed in this file.",
-        epilog="example: python -m tokenprune.evals.train_digits --output digits-run",
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and its record")
-    parser.add_argument("--steps", type=int, default=STEPS, help="other than %(default)s only to try the command out")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error("--steps must be at least 1")
-    torch.set_num_threads(options.threads)
-    record = train(options.output, options.steps)
-    print(f"test {record['test_accuracy']:.3f} in {record['training_seconds']} s, written to {options.output}")
-
-
-if __name__ == "__main__":
-    main()

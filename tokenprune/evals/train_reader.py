@@ -1,10 +1,9 @@
-"""``python -m tokenprune.evals.train_reader --output FOLDER`` trains the classifier of drawn digits anew.
+"""``tokenprune train digit-reader --output FOLDER`` trains the classifier of drawn digits anew.
 
 Data, recipe and stopping rule are the constants below: cross-entropy on pictures of the training scans with pixel noise
 of a random strength, a fixed number of steps, and the last weights are kept. The reader sees no generated picture.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -83,25 +82,3 @@ def train(output: Path, steps: int = STEPS) -> dict[str, Any]:
     }
     (output / CHECKPOINT).with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     return record
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command; ``arguments`` replaces the process's own."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tokenprune.evals.train_reader",
-        description="Train the classifier of drawn digits that tokenprune ships by the recipe fixed in this file.",
-        epilog="example: python -m tokenprune.evals.train_reader --output reader-run",
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and its record")
-    parser.add_argument("--steps", type=int, default=STEPS, help="other than %(default)s only to try the command out")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error("--steps must be at least 1")
-    torch.set_num_threads(options.threads)
-    record = train(options.output, options.steps)
-    print(f"test {record['test_accuracy']:.3f}, written to {options.output}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,7 @@
 """What the attention operations do to their inputs alike."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,19 @@ from torch import Tensor
 exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 EPSILON = 1e-12  # the smallest norm to divide by, as in torch's normalize
+
+
+def observed(*tensors: Tensor) -> bool:
+    """Whether anything sees which operators run: a compiler or tracer, a counter, a profiler, tensors without data,
+    autograd. Elsewhere an operator's own function is called, as the operator around it costs a CPU some 30 microseconds
+    a call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        or any(type(x) is not Tensor or x.is_meta or (x.requires_grad and torch.is_grad_enabled()) for x in tensors)
+    )
 
 
 def repeat_heads(k: Tensor, heads: int) -> Tensor:
@@ -20,6 +35,12 @@ def additive(bias: Tensor) -> Tensor:
     if bias.dtype != torch.bool:
         return bias
     return torch.zeros_like(bias, dtype=torch.float32).masked_fill_(~bias, float("-inf"))
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which operators on x's device keep the dtypes that they are given."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def precision(q: Tensor) -> torch.dtype:

@@ -146,9 +146,9 @@ def zero_tprune(
     rate: share kept at each of `places`. iterations: of the PageRank, the same everywhere or {block: count} (the
     paper's by depth: 30, 5 and 1); a float such as 1e-3 goes on until a head's scores, which sum to one, change by less
     in all (at most 200 times, which is what a FLOPs budget counts; the host waits for the device after each).
-    similarity: tokens that the similarity stage takes of those removed at a place, or its share of them at the first
-    block and from three quarters of the depth on. variance: bounds of the head filter, None for no filter. class_start:
-    the class token starts with sqrt(N) times the weight of the others.
+    similarity: how many of the tokens removed at a place the similarity stage takes (all, where fewer are removed), or
+    its share of them at the first block and from three quarters of the depth on. variance: bounds of the head filter,
+    None for no filter. class_start: the class token starts with sqrt(N) times the weight of the others.
 
     Behind the tower of a vision-language model the graph is that of the layer whose output is used, the iterations are
     those of the first blocks, and the similarity stage's part is that of the last.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
-from tokenprune.kernels.attention_mass import attention_mass
+from tokenprune.kernels.attention_mass import attention_mass, mass_and_log_sums
 
 
 def start_mass(record: AttentionRecord, *, class_start: bool = True) -> Tensor:
@@ -28,7 +28,11 @@ def weighted_pagerank(
     """
     q, k = record.rotated()
     start = start_mass(record, class_start=class_start)
-    return attention_mass(q, k, start, iterations=iterations, scale=record.scale, bias=record.bias)
+    if record.log_sums is None:
+        return attention_mass(q, k, start, iterations=iterations, scale=record.scale, bias=record.bias)
+    mass, log_sums = mass_and_log_sums(q, k, start, iterations=iterations, scale=record.scale, bias=record.bias)
+    record.log_sums.append(log_sums)
+    return mass
 
 
 def passing_heads(scores: Tensor, variance: tuple[float, float] | None) -> Tensor:

@@ -8,7 +8,7 @@ from kernel_inputs import TOKENS, attention_inputs, error, groups, rows
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenprune.kernels.attention_mass import attention_mass
+from tokenprune.kernels.attention_mass import attention_mass, mass_and_log_sums
 from tokenprune.kernels.attention_mass.reference import attention_mass as naive_mass
 from tokenprune.kernels.class_attention import class_attention
 from tokenprune.kernels.class_attention.reference import class_attention as naive_class
@@ -44,8 +44,10 @@ def test_mass_under_a_bias(shape: tuple[int, int, int], mask: bool) -> None:
     if mask:
         bias = bias > 0.5
         bias[0, 0, 0] = False
-    mass = attention_mass(q, k, weights, iterations=2, bias=bias, backend="triton")
+    mass, log_sums = mass_and_log_sums(q, k, weights, iterations=2, bias=bias, backend="triton")
     torch.testing.assert_close(mass, naive_mass(q, k, weights, iterations=2, bias=bias), rtol=1e-4, atol=1e-6)
+    eager_sums = mass_and_log_sums(q, k, weights, bias=bias, backend="eager")[1]
+    torch.testing.assert_close(log_sums, eager_sums, rtol=1e-4, atol=1e-5)
 
 
 def test_mass_of_some_queries_and_of_shared_key_heads() -> None:
@@ -198,6 +200,6 @@ def test_the_operators_are_well_formed(training: bool) -> None:
     few = q[:, :, :1].clone().requires_grad_(training)
     torch.library.opcheck(operators.few_logits.default, (few, k.requires_grad_(training), 0.3, "triton"))
     if not training:
-        mass = (q, k, weights, None, [1, 2], 0.0, 0.3, 2**20, "triton")
+        mass = (q, k, weights, None, [1, 2], 0.0, 0.3, 2**20, "triton", True)
         torch.library.opcheck(operators.attention_mass.default, mass)
         torch.library.opcheck(operators.cosine_match.default, (a, b, -1, 2**20, "triton"))

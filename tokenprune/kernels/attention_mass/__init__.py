@@ -14,9 +14,9 @@ from torch.utils.flop_counter import register_flop_formula
 from tokenprune.errors import TokenPruneError
 from tokenprune.kernels.attention_mass import eager
 from tokenprune.kernels.backends import Choice, forced, log_once, triton_on_gpu
-from tokenprune.kernels.inputs import precision, repeat_heads
+from tokenprune.kernels.inputs import observed, precision, repeat_heads, without_autocast
 
-__all__ = ["MEMORY_LIMIT", "attention_mass", "choose"]
+__all__ = ["MEMORY_LIMIT", "attention_mass", "choose", "mass_and_log_sums"]
 
 MEMORY_LIMIT = 64 * 2**20
 MAX_ITERATIONS = 200
@@ -55,14 +55,51 @@ def attention_mass(
     Raises:
         TokenPruneError: shapes that do not fit, a backend that cannot take them, no iterations.
     """
+    mass = _found(q, k, weights, iterations, scale, bias, memory_limit, backend, log_sums=False)[0]
+    return mass if isinstance(iterations, Sequence) else mass[0]
+
+
+def mass_and_log_sums(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    *,
+    iterations: int | float | Sequence[int] = 1,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention_mass`, and the log-sum-exp [B, H, M] of each row of logits (infinite where a query may attend to
+    nothing), with which single entries of A can be had later without the others of their row."""
+    mass, log_sums = _found(q, k, weights, iterations, scale, bias, memory_limit, backend, log_sums=True)
+    return mass if isinstance(iterations, Sequence) else mass[0], log_sums
+
+
+def _found(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    iterations: int | float | Sequence[int],
+    scale: float | None,
+    bias: Tensor | None,
+    memory_limit: int,
+    backend: str | None,
+    *,
+    log_sums: bool,
+) -> tuple[Tensor, Tensor]:
     if isinstance(iterations, float) and not iterations > 0:
         raise TokenPruneError(f"attention_mass: iterations={iterations}: a tolerance is above 0, a count is an integer")
-    several = isinstance(iterations, Sequence)
     tolerance = iterations if isinstance(iterations, float) else 0.0
-    counts = list(iterations) if isinstance(iterations, Sequence) else [MAX_ITERATIONS if tolerance else iterations]
-    mass: Tensor = _attention_mass(
-        q.detach(),
-        repeat_heads(k.detach(), q.shape[1]),
+    if isinstance(iterations, float):
+        counts = [MAX_ITERATIONS]
+    else:
+        counts = list(iterations) if isinstance(iterations, Sequence) else [iterations]
+    q, k = q.detach(), k.detach()
+    operator = _attention_mass if observed(q, k) else _run
+    found: tuple[Tensor, Tensor] = operator(
+        q,
+        repeat_heads(k, q.shape[1]),
         weights.detach(),
         None if bias is None else bias.detach(),
         counts,
@@ -70,8 +107,9 @@ def attention_mass(
         q.shape[-1] ** -0.5 if scale is None else scale,
         memory_limit,
         backend or "",
+        log_sums,
     )
-    return mass if several else mass[0]
+    return found
 
 
 def choose(q: Tensor, k: Tensor, *, iterations: int = 1, memory_limit: int = MEMORY_LIMIT, backend: str = "") -> Choice:
@@ -97,8 +135,7 @@ def _fits(rows: int, keys: int, memory_limit: int, itemsize: int = 4) -> bool:
     return rows * keys * itemsize <= memory_limit
 
 
-@torch.library.custom_op("tokenprune::attention_mass", mutates_args=())
-def _attention_mass(
+def _run(
     q: Tensor,
     k: Tensor,
     weights: Tensor,
@@ -108,17 +145,21 @@ def _attention_mass(
     scale: float,
     memory_limit: int,
     backend: str,
-) -> Tensor:
+    log_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """The mass, and the log-sum-exp of each row, which is empty where it is not wanted."""
     _check(q, k, weights, bias, counts)
     choice = choose(q, k, iterations=counts[-1], memory_limit=memory_limit, backend=backend)
     log_once("attention_mass", choice)
-    with torch.autocast(q.device.type, enabled=False):
+    sums = q.new_empty(q.shape[:3] if log_sums else 0, dtype=precision(q))
+    wanted = sums if log_sums else None
+    with without_autocast(q):
         if choice.backend == "triton":
             from tokenprune.kernels.attention_mass import triton
 
-            return triton.attention_mass(q, k, weights, bias, counts, tolerance, scale)
+            return triton.attention_mass(q, k, weights, bias, counts, tolerance, scale, wanted), sums
         run = eager.tiled if choice.backend == "tiled" else eager.matrix_free
-        return run(q, k, weights, bias, counts, tolerance, scale, memory_limit)
+        return run(q, k, weights, bias, counts, tolerance, scale, memory_limit, wanted), sums
 
 
 def _check(q: Tensor, k: Tensor, weights: Tensor, bias: Tensor | None, counts: Sequence[int]) -> None:
@@ -145,6 +186,9 @@ def _check(q: Tensor, k: Tensor, weights: Tensor, bias: Tensor | None, counts: S
         )
 
 
+_attention_mass = torch.library.custom_op("tokenprune::attention_mass", _run, mutates_args=())
+
+
 @_attention_mass.register_fake
 def _(
     q: Tensor,
@@ -156,8 +200,10 @@ def _(
     scale: float,
     memory_limit: int,
     backend: str,
-) -> Tensor:
-    return q.new_empty(len(counts), q.shape[0], q.shape[1], k.shape[2], dtype=precision(q))
+    log_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    mass = q.new_empty(len(counts), q.shape[0], q.shape[1], k.shape[2], dtype=precision(q))
+    return mass, q.new_empty(q.shape[:3] if log_sums else 0, dtype=precision(q))
 
 
 @register_flop_formula(torch.ops.tokenprune.attention_mass)

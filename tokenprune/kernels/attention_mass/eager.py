@@ -6,7 +6,8 @@ exponential alone, so the matrix-free path computes it anew in each iteration.
 
 Both take q [B, H, M, D], k [B, H, N, D], weights [B, H, M], a bias [1|B, 1|H, 1|M, N], a mask or None, the rising
 `counts` of iterations after which the mass is wanted, and the `tolerance`, the L1 change below which a pair has settled
-(0: none). Both return [len(counts), B, H, N].
+(0: none). Both return [len(counts), B, H, N], and fill `log_sums` [B, H, M], where given, with the log-sum-exp of each
+row of logits.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def tiled(
     tolerance: float,
     scale: float,
     memory_limit: int,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
     """A for as many (image, head) pairs at a time as fit `memory_limit` bytes (at least one), all iterations on it."""
     dtype, rows, keys = precision(q), q.shape[2], k.shape[2]
@@ -44,10 +46,10 @@ def tiled(
     buffer = q.new_empty(min(pairs, q.shape[0] * q.shape[1]), rows, columns, dtype=dtype)
     out = q.new_empty(len(counts), *q.shape[:2], keys, dtype=dtype)
     for tile in tiles(q, k, bias, scale, pairs, columns, dtype):
-        attention = buffer[: len(tile.q)]
+        attention, sums = buffer[: len(tile.q)], _sums(log_sums, tile)
         for start in range(0, rows, block):
             part = slice(start, start + block)
-            tile.attention(part, attention[:, part])
+            tile.attention(part, attention[:, part], None if sums is None else sums[:, part])
 
         def push(mass: Tensor, attention: Tensor = attention) -> Tensor:
             return torch.bmm(mass, attention)[..., :keys]
@@ -66,6 +68,7 @@ def matrix_free(
     tolerance: float,
     scale: float,
     memory_limit: int,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
     """A few rows of A at a time, multiplied and forgotten; the next iteration computes them again."""
     dtype, rows, keys = precision(q), q.shape[2], k.shape[2]
@@ -77,13 +80,15 @@ def matrix_free(
     buffer = q.new_empty(min(pairs, q.shape[0] * q.shape[1]) * block * columns, dtype=dtype)
     out = q.new_empty(len(counts), *q.shape[:2], keys, dtype=dtype)
     for tile in tiles(q, k, bias, scale, pairs, columns, dtype):
+        sums = _sums(log_sums, tile)
 
-        def push(mass: Tensor, tile: Tile = tile) -> Tensor:
+        def push(mass: Tensor, tile: Tile = tile, sums: Tensor | None = sums) -> Tensor:
             total = mass.new_zeros(len(tile.q), 1, columns)
             for start in range(0, rows, block):
                 weight = mass[..., start : start + block]
                 attention = buffer[: len(tile.q) * weight.shape[2] * columns].view(len(tile.q), -1, columns)
-                tile.attention(slice(start, start + block), attention)
+                part = slice(start, start + block)
+                tile.attention(part, attention, None if sums is None else sums[:, part])
                 torch.baddbmm(total, weight, attention, out=total)
             return total[..., :keys]
 
@@ -96,6 +101,11 @@ def _store(out: Tensor, tile: Tile, masses: Sequence[Tensor]) -> None:
     """Put the masses [n, 1, N] of a tile's pairs into its part of out [C, B, H, N]."""
     for part, mass in zip(out[:, tile.images, tile.heads], masses, strict=True):
         part.copy_(mass.view_as(part))
+
+
+def _sums(log_sums: Tensor | None, tile: Tile) -> Tensor | None:
+    """The part [n, M] of log_sums [B, H, M] that is a tile's pairs', which lie side by side."""
+    return None if log_sums is None else log_sums[tile.images, tile.heads].flatten(0, 1)
 
 
 def _columns(k: Tensor) -> int:

@@ -24,8 +24,9 @@ class Tile:
     bias: Tensor | None
     scale: float
 
-    def attention(self, rows: slice, out: Tensor) -> Tensor:
-        """These rows of A into `out` [n, rows, columns], zero in the columns behind the keys."""
+    def attention(self, rows: slice, out: Tensor, log_sums: Tensor | None = None) -> Tensor:
+        """These rows of A into `out` [n, rows, columns], zero in the columns behind the keys; the log-sum-exp of their
+        logits into `log_sums` [n, rows]."""
         keys = self.keys
         # torch's softmax on a CPU may overwrite its input; of other devices that is not known.
         logits = out if out.device.type == "cpu" else torch.empty_like(out)
@@ -33,15 +34,26 @@ class Tile:
         torch.baddbmm(logits, self.q[:, rows], self.k.transpose(1, 2), beta=0, alpha=self.scale, out=logits)
         logits[..., keys:] = float("-inf")
         if self.bias is None:
-            return torch.softmax(logits, -1, out=out)
+            return _softmax(logits, out, log_sums)
         bias = additive(self.bias if self.bias.shape[2] == 1 else self.bias[:, :, rows])
         pairs = (self.images.stop - self.images.start, self.heads.stop - self.heads.start)
         logits.unflatten(0, pairs)[..., :keys].add_(bias)  # type: ignore[no-untyped-call]
-        torch.softmax(logits, -1, out=out)
+        _softmax(logits, out, log_sums)
         # A query that may attend to nothing pays nothing.
         silent = bias.amax(-1, keepdim=True) == float("-inf")
         out.unflatten(0, pairs).masked_fill_(silent, 0.0)  # type: ignore[no-untyped-call]
+        if log_sums is not None:
+            log_sums.unflatten(0, pairs).masked_fill_(silent.squeeze(-1), float("inf"))  # type: ignore[no-untyped-call]
         return out
+
+
+def _softmax(logits: Tensor, out: Tensor, log_sums: Tensor | None) -> Tensor:
+    if log_sums is None:
+        return torch.softmax(logits, -1, out=out)
+    largest = logits.amax(-1)
+    torch.softmax(logits, -1, out=out)
+    log_sums.copy_(largest - out.amax(-1).log())  # the largest of a row is 1 over its sum of exponentials
+    return out
 
 
 def tiles(

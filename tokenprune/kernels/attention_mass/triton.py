@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -181,6 +182,7 @@ def attention_mass(
     counts: Sequence[int],
     tolerance: float,
     scale: float,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
     """As `tokenprune.kernels.attention_mass.eager` without a memory limit: O(N) beside the inputs."""
     q, k = inner_contiguous(q), inner_contiguous(k)
@@ -213,4 +215,6 @@ def attention_mass(
     with on_device(q):
         grid = lambda meta: (batch * heads * triton.cdiv(rows, meta["BLOCK_M"]),)  # noqa: E731
         log_sum_exp_kernel[grid](q, k, bias, log_sum_exp, *sizes, **options)
+        if log_sums is not None:
+            torch.mul(log_sum_exp, math.log(2.0), out=log_sums)
         return torch.stack(iterate(push, weights.float().contiguous(), counts, tolerance))

@@ -1,4 +1,4 @@
-"""The attention match in plain torch, some rows of the map of some heads at a time."""
+"""The attention match in plain torch, some rows of the map of one head at a time."""
 
 from __future__ import annotations
 
@@ -6,30 +6,38 @@ import torch
 from torch import Tensor
 
 from tokenprune.kernels.inputs import precision
+from tokenprune.kernels.merge.eager import gather
 
 # Bytes of the map that a thread works on at a time, so that they stay in its cache.
 CACHED = 2 * 2**20
 
 
-def attention_match(q: Tensor, k: Tensor, columns: Tensor, scale: float, memory_limit: int) -> Tensor:
-    """q [B, H, M, D], k [B, H, N, D], columns [B, K] -> [B, M]."""
-    dtype, (batch, heads, rows, _), keys = precision(q), q.shape, k.shape[2]
+def attention_match(
+    q: Tensor, k: Tensor, columns: Tensor, scale: float, log_sums: Tensor | None, memory_limit: int
+) -> Tensor:
+    """q [B, H, M, D], k [B, H, N, D], columns [B, K], log_sums [B, H, M] or None -> [B, M]."""
+    dtype, (batch, _, rows, _) = precision(q), q.shape
+    keys = k.shape[2] if log_sums is None else columns.shape[1]
     work = min(memory_limit, CACHED * torch.get_num_threads()) if q.device.type == "cpu" else memory_limit
-    row = keys * dtype.itemsize
-    block = max(1, min(rows, work // row))
-    together = max(1, work // (block * row))
+    block = max(1, min(rows, work // (keys * dtype.itemsize)))
+    images = max(1, min(batch, work // (block * keys * dtype.itemsize)))
     found = torch.empty(batch, rows, dtype=torch.long, device=q.device)
-    for image in range(batch):
-        # With the columns in front, what is compared is a slice of each row.
-        others = torch.ones(keys, dtype=torch.bool, device=q.device).index_fill_(0, columns[image], False)
-        order = torch.cat([columns[image], others.to(torch.int8).argsort(descending=True)[: keys - columns.shape[1]]])
-        ordered = k[image].index_select(1, order).to(dtype).transpose(1, 2)
+    for image in range(0, batch, images):
+        some = slice(image, image + images)
+        of_heads = list(k[some].to(dtype).unbind(1))
+        if log_sums is not None:
+            of_heads = [gather(head, columns[some], 1) for head in of_heads]
         for start in range(0, rows, block):
-            some = q[image, :, start : start + block].to(dtype)
-            total = some.new_zeros(some.shape[1], columns.shape[1])
-            for head in range(0, heads, together):
-                part = slice(head, head + together)
-                attention = (some[part] @ ordered[part]).mul_(scale).softmax(-1)
-                total += attention[..., : columns.shape[1]].sum(0)
-            found[image, start : start + block] = total.argmax(-1)
+            part = slice(start, start + block)
+            queries = q[some, :, part].to(dtype) * scale
+            total = queries.new_zeros(queries.shape[0], queries.shape[2], keys)
+            for head, others in enumerate(of_heads):
+                attention = torch.bmm(queries[:, head], others.transpose(1, 2))
+                if log_sums is None:
+                    total += attention.softmax(-1)
+                else:
+                    total += attention.sub_(log_sums[some, head, part, None]).exp_()
+            if log_sums is None:
+                total = total.gather(2, columns[some, None].expand(-1, total.shape[1], -1))
+            found[some, part] = total.argmax(-1)
     return found

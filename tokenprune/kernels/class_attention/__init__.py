@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from tokenprune.errors import TokenPruneError
 from tokenprune.kernels.backends import Choice, forced, log_once
 from tokenprune.kernels.class_attention.eager import few_logits
-from tokenprune.kernels.inputs import additive, exporting, precision, repeat_heads
+from tokenprune.kernels.inputs import additive, exporting, observed, precision, repeat_heads, without_autocast
 
 __all__ = ["choose", "class_attention"]
 
@@ -42,7 +42,8 @@ def class_attention(
     if exporting():
         logits = few.to(precision(q)) @ k.to(precision(q)).transpose(2, 3) * scale
     else:
-        logits = _few_logits(few, k, scale, backend or "")
+        run = _few_logits if observed(few, k) else _run
+        logits = run(few, k, scale, backend or "")
     if bias is not None:
         logits = logits + additive(bias if bias.shape[2] == 1 else bias[:, :, part])
     attention = logits.softmax(-1)
@@ -59,8 +60,7 @@ def choose(q: Tensor, k: Tensor, *, backend: str = "") -> Choice:
     return choice or Choice("eager", "a product with few rows reads the keys once, whatever computes it")
 
 
-@torch.library.custom_op("tokenprune::few_logits", mutates_args=())
-def _few_logits(q: Tensor, k: Tensor, scale: float, backend: str) -> Tensor:
+def _run(q: Tensor, k: Tensor, scale: float, backend: str) -> Tensor:
     if k.shape != (*q.shape[:2], k.shape[2], q.shape[3]):
         raise TokenPruneError(
             f"class_attention: q {list(q.shape)} and k {list(k.shape)} do not fit; they are [B, H, R, D], [B, H, N, D]"
@@ -71,8 +71,11 @@ def _few_logits(q: Tensor, k: Tensor, scale: float, backend: str) -> Tensor:
         from tokenprune.kernels.class_attention import triton
 
         return triton.few_logits(q, k, scale)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return few_logits(q, k, scale)
+
+
+_few_logits = torch.library.custom_op("tokenprune::few_logits", _run, mutates_args=())
 
 
 @_few_logits.register_fake

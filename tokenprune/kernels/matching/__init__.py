@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.kernels.backends import Choice, forced, log_once, triton_on_gpu
-from tokenprune.kernels.inputs import exporting, precision
+from tokenprune.kernels.inputs import exporting, observed, precision, without_autocast
 from tokenprune.kernels.matching import eager
 
 __all__ = ["MEMORY_LIMIT", "choose", "cosine_match"]
@@ -45,7 +45,8 @@ def cosine_match(
     a, b = a.detach(), b.detach()
     if exporting():
         return _formula(a, b, window)
-    value, row = _cosine_match(a, b, -1 if window is None else window, memory_limit, backend or "")
+    run = _cosine_match if observed(a, b) else _run
+    value, row = run(a, b, -1 if window is None else window, memory_limit, backend or "")
     return value, row
 
 
@@ -75,8 +76,7 @@ def _formula(a: Tensor, b: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
     return value, row
 
 
-@torch.library.custom_op("tokenprune::cosine_match", mutates_args=())
-def _cosine_match(a: Tensor, b: Tensor, window: int, memory_limit: int, backend: str) -> tuple[Tensor, Tensor]:
+def _run(a: Tensor, b: Tensor, window: int, memory_limit: int, backend: str) -> tuple[Tensor, Tensor]:
     if a.ndim != 3 or b.shape != (a.shape[0], b.shape[1], a.shape[2]) or b.shape[1] == 0:
         raise TokenPruneError(
             f"cosine_match: a {list(a.shape)} and b {list(b.shape)} do not fit; they are [B, M, D] and [B, N, D], N > 0"
@@ -89,8 +89,11 @@ def _cosine_match(a: Tensor, b: Tensor, window: int, memory_limit: int, backend:
         from tokenprune.kernels.matching import triton
 
         return triton.cosine_match(a, b, window)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         return eager.cosine_match(a, b, None if window < 0 else window, memory_limit)
+
+
+_cosine_match = torch.library.custom_op("tokenprune::cosine_match", _run, mutates_args=())
 
 
 @_cosine_match.register_fake

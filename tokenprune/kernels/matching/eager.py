@@ -12,6 +12,9 @@ from tokenprune.kernels.inputs import EPSILON, precision
 # Bytes of similarities that a thread works on at a time, so that they stay in its cache.
 CACHED = 2 * 2**20
 
+# Columns up to which the calls cost more than what they do: one product, and torch.max with indices.
+FEW = 48
+
 
 def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) -> tuple[Tensor, Tensor]:
     """a [B, M, D], b [B, N, D] -> similarity [B, M] and row of b [B, M], holding at most `memory_limit` bytes of
@@ -20,11 +23,14 @@ def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) ->
     batch, rows, others = a.shape[0], a.shape[1], b.shape[1]
     a, b = a.to(dtype), b.to(dtype)
     b = (b / torch.linalg.vector_norm(b, dim=-1, keepdim=True).clamp_min(EPSILON)).transpose(1, 2)
+    norms = torch.linalg.vector_norm(a, dim=-1).clamp_min(EPSILON)
+    work = min(memory_limit, CACHED * torch.get_num_threads()) if device.type == "cpu" else memory_limit
+    if window is None and others <= FEW and batch * rows * others * dtype.itemsize <= work:
+        value, index = torch.bmm(a, b).max(-1)  # of equals the first, as torch documents it
+        return value / norms, index
     value = a.new_empty(batch, rows)
     index = torch.empty(batch, rows, dtype=torch.long, device=device)
     columns = torch.arange(others, dtype=dtype, device=device)
-
-    work = min(memory_limit, CACHED * torch.get_num_threads()) if device.type == "cpu" else memory_limit
     block = max(1, min(rows, work // (others * dtype.itemsize)))
     if window is not None:  # as many rows as a window is wide, which see two windows' width together
         block = max(1, min(block, (2 * window + 1) * rows // others))
@@ -45,7 +51,7 @@ def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) ->
             if window is not None:
                 similarity.masked_fill_(outside(start, stop, columns[low:high], rows, others, window), float("-inf"))
             value[part], index[part] = _best(similarity, columns[low:high], others)
-    return value / torch.linalg.vector_norm(a, dim=-1).clamp_min(EPSILON), index
+    return value / norms, index
 
 
 def outside(start: int, stop: int, columns: Tensor, rows: int, others: int, window: int) -> Tensor:
