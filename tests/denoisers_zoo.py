@@ -274,6 +274,7 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 def gradients(model: nn.Module, calls: list[dict[str, Any]]) -> list[torch.Tensor | None]:
     """Of the latents of each call and of all parameters, after one backward through all calls."""
     key = "sample" if "sample" in calls[0] else "hidden_states"
+    torch.manual_seed(0)  # a DiT in training drops labels
     latents = [x[key].clone().requires_grad_() for x in calls]
     losses = [
         model(**{**x, key: one}, return_dict=False)[0].square().mean() for x, one in zip(calls, latents, strict=True)

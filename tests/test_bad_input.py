@@ -225,6 +225,9 @@ def test_scripts_and_traces(works: nn.Module) -> None:
         expected = works(images)
         traced = torch.jit.trace(works, images, check_trace=False)
         torch.testing.assert_close(traced(images), expected)
+        tokenprune.patch(works, "zero_tprune", flops=0.6)
+        with pytest.raises(UnsupportedMethod, match=r"cannot be traced by torch\.jit"):
+            torch.jit.trace(works, images, check_trace=False)
 
 
 @pytest.mark.parametrize("method", METHODS)

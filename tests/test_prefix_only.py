@@ -451,6 +451,29 @@ def test_a_projection_that_is_more_than_its_weight_runs_whole(calls: list[tuple[
         exactly(got, without(model, x, "top_k", schedule={1: 0.5}))
 
 
+class MixingMlp(nn.Module):
+    """An MLP that looks across tokens."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(x)
+        return y * (1 + y.mean(1, keepdim=True).tanh())
+
+
+@pytest.mark.parametrize("name", ["class_token", "distilled"])
+def test_an_mlp_that_looks_across_tokens_runs_whole(name: str) -> None:
+    model = create(name)
+    model.blocks[LAST].mlp = MixingMlp(model.blocks[LAST].mlp)
+    x = images(model)
+    expected = without(model, x, "top_k", keep=0.5)
+    tokenprune.patch(model, "top_k", keep=0.5)
+    assert torch.equal(run(model, x), expected)
+    assert "gives another output" in str(tokenprune.report(model))
+
+
 def test_where_it_cannot_be_the_report_says_so() -> None:
     parallel = tokenprune.patch(build("parallel_things"), "top_k", keep=0.5)
     assert "blocks.3: runs on all its tokens" in str(tokenprune.report(parallel))

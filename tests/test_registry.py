@@ -56,6 +56,29 @@ def test_a_method_in_a_few_lines() -> None:
         registry._METHODS.pop("by_norm")
 
 
+def test_a_method_that_leaves_another_number_than_asked_is_refused() -> None:
+    @register_method("keeps_more")
+    def keeps_more(*, rate: float = 0.5) -> tokenprune.registry.Method:
+        """One token more than asked."""
+        from tokenprune.method import Method
+        from tokenprune.schedule import Stages
+        from tokenprune.selection.top_k import keep_top_k
+
+        return Method(
+            name="keeps_more",
+            paper="none",
+            schedule=Stages(rate),
+            score=lambda record: record.hidden[:, record.num_prefix_tokens :].norm(dim=-1),
+            select=lambda scores, record, keep: keep_top_k(scores, record, keep + 1),
+        )
+
+    try:
+        with pytest.raises(tokenprune.UnsupportedMethod, match=r"keeps_more left \d+ tokens at blocks"):
+            tokenprune.patch(timm.create_model("test_vit", pretrained=False).eval(), "keeps_more", keep=0.5)
+    finally:
+        registry._METHODS.pop("keeps_more")
+
+
 def test_a_taken_name_is_refused() -> None:
     make_method("tome", {})
     with pytest.raises(tokenprune.UnsupportedMethod, match="registered already"):

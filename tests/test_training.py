@@ -285,3 +285,12 @@ def test_functional_transforms() -> None:
     scaled = {name: p * 1.1 for name, p in parameters.items()}
     with torch.no_grad():
         assert not torch.equal(torch.func.functional_call(model, scaled, (x,)), model(x))
+
+
+@pytest.mark.parametrize("method", ["top_k", "tome", "zero_tprune", "evit"])
+def test_vmap_over_images(method: str) -> None:
+    model = tokenprune.patch(build("class_token"), method, keep=0.5)
+    x = images(model)
+    with torch.no_grad():
+        mapped = torch.func.vmap(lambda image: model(image.unsqueeze(0)), randomness="same")(x)
+        torch.testing.assert_close(mapped[:, 0], model(x), rtol=1e-4, atol=1e-4)

@@ -4,6 +4,7 @@
 import tokenprune.methods  # noqa: F401  # isort: skip
 from tokenprune.api import methods, patch, patched, record, report, unpatch
 from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
+from tokenprune.pyramid.answer import coarse_to_fine
 from tokenprune.registry import register_adapter, register_method
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "TokenPruneError",
     "UnsupportedMethod",
     "UnsupportedModel",
+    "coarse_to_fine",
     "methods",
     "patch",
     "patched",

@@ -99,7 +99,9 @@ def compute_prefix_only(host: Host, adapter: Adapter, patch: Patch) -> None:
         why = "its packed images stay whole" if patch.method.adaptive else last.mid_refused
         patch.notes.append(f"{last.name}: runs on all its tokens, though only prefix tokens are read behind it: {why}")
         return
-    check_front(host)
+    if not check_front(host):
+        patch.notes.append(f"{last.name}: runs on all its tokens: on prefix tokens alone it gives another output")
+        return
     whole, budget = patch.costs, patch.budget
     assert whole is not None
     patch.prefix_only_last = True

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from tokenprune.budget import Budget
 from tokenprune.method import Method
@@ -43,6 +44,25 @@ class AppliedPatch(Protocol):
 
     def summary(self) -> dict[str, Any]:
         """The data of `Report.to_dict`."""
+
+
+class Portable:
+    """What a patch is when it is copied or pickled with its model.
+
+    Hooks are pickled with their numbers, and another process counts its own from 0: one of the user's would take the
+    place of one of the patch's. So counting goes on above them where a patch is loaded.
+    """
+
+    def left_behind(self) -> dict[str, Any]:
+        """The attributes that a copy does not share, and what it begins with."""
+        return {"recordings": []}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **self.left_behind(), "next_hook": RemovableHandle.next_id}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        RemovableHandle.next_id = max(RemovableHandle.next_id, state["next_hook"])
+        self.__dict__.update({name: value for name, value in state.items() if name != "next_hook"})
 
 
 class Family(Protocol):

@@ -13,6 +13,7 @@ from torch import nn
 from tokenprune.budget import Budget
 from tokenprune.costs import CostModel, Probe
 from tokenprune.errors import BudgetError, UnsupportedModel
+from tokenprune.family import Portable
 from tokenprune.host import Host
 from tokenprune.method import Method
 from tokenprune.recording import Forward, Recording
@@ -24,7 +25,7 @@ from tokenprune.taps import Taps
 from tokenprune.tower_report import summarise
 
 
-class Patch:
+class Patch(Portable):
     """What a patch knows for as long as it is on: plain data and the sites, no module.
 
     active: whether anything is reduced (not at a budget of 1.0). prefix_only_last: whether the last block's output is
@@ -152,9 +153,6 @@ class Patch:
     def summary(self) -> dict[str, Any]:
         """The data of the report."""
         return summarise(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "recordings": []}
 
 
 def attach(host: Host, patch: Patch) -> list[Site]:

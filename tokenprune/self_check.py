@@ -58,33 +58,39 @@ def _close(got: Tensor, expected: Tensor) -> bool:
     return torch.allclose(got, expected, rtol=0, atol=tolerance)
 
 
-def check_front(host: Host) -> None:
-    """Compare the prefix tokens that the last block puts out where it computes no others with those that it puts out
-    among all, on a small random input, and withdraw its `front_swaps` where they differ by more than rounding.
+def check_front(host: Host) -> bool:
+    """Whether the prefix tokens that the last block puts out where it computes no others are those that it puts out
+    among all, on a small random input. Its `front_swaps` are withdrawn where they alone make a difference.
 
     On the meta device there are no values to compare, and the structure decides.
     """
-    block, prefix = host.blocks[-1], host.num_prefix_tokens
-    weight = _weight(host, block)
+    block = host.blocks[-1]
     if any("forward" in vars(module) for module, _ in block.front_swaps):
         block.front_swaps = ()
-    if not block.front_swaps or block.mid is None or weight.device.type == "meta":
-        return
-    copies: dict[int, nn.Module] = {}
+    if block.mid is None or _weight(host, block).device.type == "meta" or _front_is_same(host, block, block.mid):
+        return True
+    if not block.front_swaps:
+        return False
+    block.front_swaps = ()
+    return _front_is_same(host, block, block.mid)
+
+
+def _front_is_same(host: Host, block: BlockHost, mid: type[nn.Module]) -> bool:
+    prefix, copies = host.num_prefix_tokens, dict[int, nn.Module]()
     plain, swapped = ghost(block.module), ghost(block.module, memo=copies)
-    swapped.__class__ = block.mid
+    swapped.__class__ = mid
     for module, cls in block.front_swaps:
         copies[id(module)].__class__ = cls
-    x = _noise(weight, prefix + block.check_tokens, block.width)
+    x = _noise(_weight(host, block), prefix + block.check_tokens, block.width)
+    arguments = block.check_arguments(x) if block.check_arguments is not None else {}
     with torch.no_grad():
-        expected = plain(x)[:, :prefix]
+        expected = plain(x, **arguments)[:, :prefix]
         flow().front = prefix
         try:
-            got = swapped(x)
+            got = swapped(x, **arguments)
         finally:
             flow().front = None
-    if got.shape != expected.shape or not _close(got, expected):
-        block.front_swaps = ()
+    return got.shape == expected.shape and _close(got, expected)
 
 
 def check_packing(host: Host) -> None:

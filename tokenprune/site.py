@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.costs import pad_tokens
-from tokenprune.errors import UnsupportedModel
+from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.host import BlockHost
 from tokenprune.ragged_blocks import reduce_ragged, restore_packed, unpack_for_head
 from tokenprune.recording import PlaceRecord
 from tokenprune.reindexing import reindexed
 from tokenprune.restore import follow_source, restore_tokens, undo
-from tokenprune.state import TokenState, flow, in_backward, recall, remember
+from tokenprune.state import TokenState, flow, in_backward, recall, remember, times_written
 from tokenprune.taps import Taps
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class Site:
         now.site = self
         if not self.patch.active:
             return None
+        if not torch.compiler.is_compiling():
+            self.taps.follow(module)
         if not isinstance(x, Tensor):
             raise UnsupportedModel(
                 "a symbolic trace of a patched model cannot choose tokens; trace the unpatched model, or use"
@@ -122,6 +124,8 @@ class Site:
     def _incoming(self, x: Tensor) -> TokenState:
         now = flow()
         state = recall(x) if self.index or in_backward() else None
+        if state is not None and state.reduced is not None and state.version != times_written(x) and not in_backward():
+            state = None  # a hook of the user's wrote into the restored grid, which goes on as it is
         if state is None and self.index and now.left is not None:
             site, left, shape = now.left
             # A hook of the user's replaced the tensor between two blocks.
@@ -165,6 +169,10 @@ class Site:
         with torch.no_grad():
             record = self.taps.record(x, state)
             reduction = self.patch.method.reduce(record, keep)
+        if reduction.tokens != keep:
+            raise UnsupportedMethod(
+                f"{self.patch.method.name} left {reduction.tokens} tokens at {self.name} where {keep} were to be left"
+            )
         prefix = self.patch.num_prefix_tokens
         body = x[:, prefix:]
         if prefix and reduction.matrix is None:  # the whole sequence, as a slice of it would be copied to be gathered
@@ -218,7 +226,7 @@ class Site:
         if state.undo and (self.index in state.dense or (last and -1 in state.dense and state.sizes is not None)):
             full = restore_tokens(output, state, self.patch.num_prefix_tokens)
             if not last:
-                remember(full, replace(state, reduced=output))
+                remember(full, replace(state, reduced=output, version=times_written(full)))
             return full
         if not last:
             remember(output, state)
@@ -232,7 +240,7 @@ class Site:
         if self.index in state.dense or merged_tail:
             full = restore_packed(output, state, pack)
             if not last:
-                remember(full, replace(state, reduced=output))
+                remember(full, replace(state, reduced=output, version=times_written(full)))
             return full
         if last:
             return unpack_for_head(output, pack)

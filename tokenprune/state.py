@@ -31,7 +31,8 @@ class TokenState:
     entering: tokens that entered the first place. tokens: how many are left, n. origin: [B, n] original patch of each
     (None: all, in order). sizes: [B, n] patches in each (None: one each). source: [B, entering] position that holds
     each original patch, -1 where it was dropped (for recordings). undo: for each place so far, what brings its leaving
-    tokens back to those that entered it (for dense outputs). reduced: the reduced tensor behind a restored one. grid:
+    tokens back to those that entered it (for dense outputs). reduced: the reduced tensor behind a restored one, that
+    had been changed in place `version` times (None: not known). grid:
     (rows, columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward.
     dense: blocks whose output is restored in this forward. last: the block behind which the model's own tail follows.
     front: of how many tokens in front alone the last block's output is computed, None for all.
@@ -47,6 +48,7 @@ class TokenState:
     source: Tensor | None = None
     undo: tuple[Callable[[Tensor], Tensor], ...] = ()
     reduced: Tensor | None = None
+    version: int | None = None
     grid: tuple[int, int] | None = None
     forward: Forward | None = None
     dense: frozenset[int] = frozenset()
@@ -148,6 +150,11 @@ def recall(x: Tensor) -> Any:
     if torch.compiler.is_compiling() or _is_wrapped(x):
         return getattr(x, _ATTRIBUTE, None)
     return _STATES.get(x.untyped_storage())
+
+
+def times_written(x: Tensor) -> int | None:
+    """How often x was changed in place, None where torch does not count."""
+    return None if torch.compiler.is_compiling() or _is_wrapped(x) or x.is_inference() else x._version
 
 
 def in_backward() -> bool:

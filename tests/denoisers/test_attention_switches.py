@@ -112,7 +112,7 @@ def test_at_edm_refuses_fused_projections_and_works_again_without(name, cross, o
         pytest.param("flux", "region", "_native_math", marks=pytest.mark.full),
         pytest.param("wan", "random", "_native_math", marks=pytest.mark.full),
         pytest.param("qwenimage", "at_edm", "_native_math", marks=pytest.mark.full),
-        pytest.param("flux", "random", "flex", marks=pytest.mark.full),
+        ("flux", "random", "flex"),
     ],
 )
 def test_attention_backends(name, method, backend, monkeypatch):

@@ -15,7 +15,7 @@ ARGUMENTS = {
     "random": {"keep": 0.4},
     "tomesd": {"keep": 0.5},
     "todo": {"keep": 0.5},
-    "toma": {"keep": 0.5},
+    "toma": {"keep": 0.25},
 }
 
 

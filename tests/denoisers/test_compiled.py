@@ -47,7 +47,8 @@ def forget_compiled(model):
         vars(module).pop("_compiled_call_impl", None)
 
 
-# A budget adds the graphs of a second number of tokens, and what scores its queries and keys those of the scored block.
+# What scores queries and keys adds the graphs of the scored block, and where a transformer's block takes more by token
+# than its hidden states a second number of tokens adds some.
 @pytest.mark.parametrize(
     ("name", "method", "sizes"),
     [
@@ -89,8 +90,8 @@ def test_compiled_blocks_are_patched_in_either_order(name, method, sizes):
     tokenprune.patch(model, method, **SETTINGS)  # compiled already
     assert equal(outputs(model, inputs, sizes), patched)
     assert compiling.graphs - unpatched == after
-    parts = method in ("tomesd", "toma", "todo")
-    assert after <= unpatched * (1 if parts else 2), f"{after} graphs, unpatched {unpatched}"
+    alike = method in ("tomesd", "toma", "todo") or (name, method) == ("unet_sdxl", "random")
+    assert after <= unpatched * (1 if alike else 2), f"{after} graphs, unpatched {unpatched}"
     tokenprune.unpatch(model)
     assert equal(outputs(model, inputs, sizes), plain)
     forget_compiled(model)

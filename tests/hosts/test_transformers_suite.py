@@ -1,26 +1,59 @@
-"""transformers' own common tests on a CLIP tower patched at 1.0: the same tests pass as unpatched."""
+"""transformers' own common tests on a patched CLIP tower and a patched Llava: the same tests pass as unpatched."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
 HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / ".cache"
+PINNED = json.loads((HERE / "counts.json").read_text())["transformers"]
 STUBS = {"generation/test_utils.py": "GenerationTesterMixin", "exporters/test_export.py": "ExportTesterMixin"}
+# They compare the shape of the first layer's states and attention maps with the prompt's, of which half the image's
+# tokens are left.
+FULL_LENGTH = {"test_hidden_states_output", "test_attention_outputs"}
+# They run layers anew in backward, where tokens that left between layers are gone: refused, with the reason.
+CHECKPOINTED = {
+    "test_enable_input_require_grads_with_gradient_checkpointing",
+    "test_training_gradient_checkpointing",
+    "test_training_gradient_checkpointing_use_reentrant_false",
+    "test_training_gradient_checkpointing_use_reentrant_true",
+}
+# They ask for attention maps, which a tower refuses where its tokens are reduced.
+ATTENTION_MAPS = {
+    "test_attention_outputs",
+    "test_capture_outputs_decorator",
+    "test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions",
+    "test_model_outputs_equivalence",
+    "test_retain_grad_hidden_states_attentions",
+}
+# What is patched, how, and the tests that cannot pass then. As many tokens as there are: all of them are kept, by
+# scoring, ranking and gathering them.
+PATCHES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
+    "tower, 1.0": ("clip_tower", {"method": "top_k", "keep": 1.0}, set()),
+    "tower, all gathered": ("clip_tower", {"method": "top_k", "tokens": 36}, ATTENTION_MAPS),
+    "behind the tower, all gathered": ("llava", {"method": "top_k", "tokens": 16}, set()),
+    "behind the tower, half": ("llava", {"method": "top_k", "keep": 0.5}, FULL_LENGTH),
+    "between layers, all gathered": ("llava", {"method": "fastv", "place": 1, "tokens": 16}, CHECKPOINTED),
+    "between layers, half": ("llava", {"method": "fastv", "place": 1, "keep": 0.5}, CHECKPOINTED),
+}
 
 
 def suite() -> Path:
     """A folder with the common tests of the installed transformers' source distribution, its two missing mixins as
-    stubs, and the tower's test class."""
+    stubs, and our test classes."""
     name = f"transformers-{transformers.__version__}"
     folder = CACHE / name
     if not (folder / "tests").exists():
@@ -37,27 +70,18 @@ def suite() -> Path:
         (tests / path).parent.mkdir(exist_ok=True)
         (tests / path).with_name("__init__.py").touch()
         (tests / path).write_text(f"class {mixin}:\n    pass\n")
-    shutil.copy(HERE / "transformers_clip_tower.py", tests / "test_clip_tower.py")
+    for model in ("clip_tower", "llava"):
+        shutil.copy(HERE / f"transformers_{model}.py", tests / f"test_{model}.py")
     return folder
 
 
-def run(report: Path, keep: str) -> dict[str, set[str]]:
+def run(report: Path, model: str, patch: dict[str, Any] | None) -> dict[str, set[str]]:
     """The names of the tests that passed, failed and were skipped."""
-    environment = {**os.environ, "TOKENPRUNE_KEEP": keep, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "TOKENPRUNE_PATCH": json.dumps(patch), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:timeout",
-        f"--junitxml={report}",
-    ]
+    plugins = ["-p", "no:cacheprovider", "-p", "no:timeout"]
     result = subprocess.run(
-        [*command, "tests/test_clip_tower.py"],
+        [sys.executable, "-m", "pytest", "-q", *plugins, f"--junitxml={report}", f"tests/test_{model}.py"],
         cwd=suite(),
         env=environment,
         stdout=subprocess.PIPE,
@@ -73,11 +97,24 @@ def run(report: Path, keep: str) -> dict[str, set[str]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def unpatched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, set[str]]]:
+    """The outcomes without a patch, by model; each is run once."""
+    reports = tmp_path_factory.mktemp("unpatched")
+    return cache(lambda model: run(reports / f"{model}.xml", model, None))
+
+
 @pytest.mark.hosts
 @pytest.mark.timeout(3600)
-def test_common_tests_pass_on_a_patched_tower(tmp_path: Path) -> None:
-    plain = run(tmp_path / "unpatched.xml", "")
-    patched = run(tmp_path / "patched.xml", "1.0")
-    assert len(plain["passed"]) > 80
-    assert patched["failed"] - plain["failed"] == set()
-    assert patched["passed"] == plain["passed"]
+@pytest.mark.parametrize("case", PATCHES)
+def test_common_tests_pass_on_a_patched_model(
+    case: str, unpatched: Callable[[str], dict[str, set[str]]], tmp_path: Path
+) -> None:
+    model, patch, excepted = PATCHES[case]
+    plain, patched = unpatched(model), run(tmp_path / "patched.xml", model, patch)
+    assert plain["failed"] == set()
+    assert patched["failed"] == excepted
+    assert patched["passed"] == plain["passed"] - excepted
+    assert patched["skipped"] == plain["skipped"]
+    pinned = PINNED.get(transformers.__version__, {}).get(model, {})
+    assert {outcome: len(plain[outcome]) for outcome in pinned} == pinned

@@ -1,9 +1,10 @@
 """A tiny CLIP tower for transformers' own common tests, beside which test_transformers_suite.py copies it.
 
-TOKENPRUNE_KEEP is the budget with which every tower is patched where it is made; without it nothing is patched.
+TOKENPRUNE_PATCH holds the arguments of the patch that every tower gets where it is made, as JSON; null for none.
 """
 
 import functools
+import json
 import os
 import unittest
 
@@ -11,9 +12,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithP
 
 from .test_modeling_common import ModelTesterMixin, floats_tensor
 
-KEEP = os.environ.get("TOKENPRUNE_KEEP")
+PATCH = json.loads(os.environ.get("TOKENPRUNE_PATCH", "null"))
 
-if KEEP:
+if PATCH:
     import tokenprune
 
     init = CLIPVisionModel.__init__
@@ -21,7 +22,7 @@ if KEEP:
     @functools.wraps(init)
     def patched_init(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        tokenprune.patch(self, "top_k", keep=float(KEEP))
+        tokenprune.patch(self, **PATCH)
 
     CLIPVisionModel.__init__ = patched_init
 
@@ -69,4 +70,4 @@ class ClipTowerTest(ModelTesterMixin, unittest.TestCase):
     def test_it_is_patched_where_asked(self):
         model = CLIPVisionModel(self.model_tester.get_config())
         hooked = any(module._forward_pre_hooks for module in model.modules())
-        assert hooked == bool(KEEP)
+        assert hooked == bool(PATCH)

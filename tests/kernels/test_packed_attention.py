@@ -165,7 +165,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Any]:
 
 def chosen(q: Any, v: Any = None, **kwargs: Any) -> str:
     choice = choose_backend(q, q if v is None else v, **kwargs)
-    assert choice.why
+    assert choice.reason
     assert choice.backend in BACKENDS
     return choice.backend
 
@@ -205,7 +205,7 @@ def test_the_choice_keeps_to_the_callers_backend(installed: dict[tuple[str, str]
 
 def test_the_choice_on_a_cpu() -> None:
     q = torch.zeros(3, 2, 8)
-    assert "cpu" in choose_backend(q, q).why
+    assert "cpu" in choose_backend(q, q).reason
     assert chosen(q) == "per_length"
 
 

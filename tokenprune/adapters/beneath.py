@@ -65,6 +65,8 @@ class Compiled:
 
     def __call__(self, **arguments: Any) -> Any:
         state = here()
+        if not torch.compiler.is_compiling():  # several numbers of tokens are to come: one graph from the first on
+            torch._dynamo.maybe_mark_dynamic(arguments["hidden_states"], 1)
         if not state.hooks:
             return self.plain(**arguments)
         output, state.caught = self.hooked(state.hooks, state.reduction, arguments)

@@ -7,6 +7,7 @@ import inspect
 import diffusers
 from torch import nn
 
+from tokenprune.adapters.diffusers_backends import count_natively
 from tokenprune.adapters.diffusers_blocks import block_facts
 from tokenprune.adapters.diffusers_caches import cache_on
 from tokenprune.denoisers.host import DenoiserHost, Stack
@@ -63,6 +64,7 @@ def describe(model: nn.Module) -> DenoiserHost:
         shared=shared,
         convolves=False,
         remembers=cache_on,
+        countable=count_natively,
         divisible=True,
     )
 

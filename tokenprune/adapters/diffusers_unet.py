@@ -9,6 +9,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
+from tokenprune.adapters.diffusers_backends import count_natively
 from tokenprune.adapters.diffusers_blocks import block_facts
 from tokenprune.adapters.diffusers_caches import cache_on
 from tokenprune.denoisers.host import DenoiserHost, Stack
@@ -46,6 +47,7 @@ def describe(model: nn.Module) -> DenoiserHost:
         shared=False,
         convolves=True,
         remembers=cache_on,
+        countable=count_natively,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenprune.adapters.hf_lvlm_crops import BOTH_WAYS, WHOLE, idefics_crops, internvl_crops, llava_crops
 from tokenprune.adapters.hf_lvlm_layers import text_layer
 from tokenprune.adapters.hf_lvlm_towers import (
     SCORED,
@@ -32,7 +33,7 @@ from tokenprune.adapters.swapping import Mixin, mixed
 from tokenprune.errors import UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.lvlm.encoded import pack_here
-from tokenprune.lvlm.host import LvlmHost
+from tokenprune.lvlm.host import Crops, LvlmHost
 from tokenprune.lvlm.patch import LvlmPatch, attach, prepare
 from tokenprune.method import Method
 from tokenprune.registry import register_adapter
@@ -43,7 +44,8 @@ class Family:
     """One model class. groups: (model, patches [T, n, 1]) -> [T, n', patches of each placeholder]; None where a patch
     is a placeholder. merged: whether the tower itself merges patches, whose images lie in a row. packed: whether tiles
     of an image are packed by the model. masks_first: see `LvlmHost`. video: whether a video's placeholders are its
-    patches, merged as an image's. plain: whether features [images, n, C] are projected as they are."""
+    patches, merged as an image's. plain: whether features [images, n, C] are projected as they are. crops: (model) ->
+    how crops are encoded by themselves, or why they cannot be."""
 
     tower: str = "vision_tower"
     text: str = "language_model"
@@ -54,10 +56,13 @@ class Family:
     masks_first: bool = False
     video: bool = False
     plain: bool = False
+    crops: Callable[[Any], Crops] | str = llava_crops
 
 
-_QWEN = Family(tower="visual", projector="", merged=True, video=True)
-_IDEFICS = Family(tower="vision_model", text="text_model", projector="connector", groups=connector_groups)
+_QWEN = Family(tower="visual", projector="", merged=True, video=True, crops=WHOLE)
+_IDEFICS = Family(
+    tower="vision_model", text="text_model", projector="connector", groups=connector_groups, crops=idefics_crops
+)
 FAMILIES = {
     "llava.LlavaModel": Family(plain=True),
     "llava_next.LlavaNextModel": Family(packed=True),
@@ -65,9 +70,9 @@ FAMILIES = {
     "qwen2_vl.Qwen2VLModel": _QWEN,
     "qwen2_5_vl.Qwen2_5_VLModel": _QWEN,
     "qwen3_vl.Qwen3VLModel": _QWEN,
-    "internvl.InternVLModel": Family(groups=internvl_groups),
-    "gemma3.Gemma3Model": Family(groups=gemma_groups, masks_first=True),
-    "paligemma.PaliGemmaModel": Family(masks_first=True, plain=True),
+    "internvl.InternVLModel": Family(groups=internvl_groups, crops=internvl_crops),
+    "gemma3.Gemma3Model": Family(groups=gemma_groups, masks_first=True, crops=BOTH_WAYS),
+    "paligemma.PaliGemmaModel": Family(masks_first=True, plain=True, crops=BOTH_WAYS),
     "idefics3.Idefics3Model": _IDEFICS,
     "smolvlm.SmolVLMModel": _IDEFICS,
 }
@@ -103,6 +108,10 @@ class TransformersLvlm:
         path = [module for outer, module in target.named_modules() if _holds(outer, name)]
         wholes = [module for module in path if getattr(module, "model", None) is model]
         return wholes[0] if wholes else model
+
+    def describe(self, model: nn.Module) -> LvlmHost:
+        """The facts of a vision-language model."""
+        return describe(model)
 
     def prepare(self, model: nn.Module, method: Method, request: Request) -> LvlmPatch:
         """The patch of a vision-language model."""
@@ -160,6 +169,7 @@ def describe(outer: nn.Module) -> LvlmHost:
         example=partial(_example, text),
         offers=_offers(tower, prefix),
         refused=partial(_refused, family),
+        crops=family.crops if isinstance(family.crops, str) else partial(family.crops, model),
     )
 
 

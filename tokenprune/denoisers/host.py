@@ -95,7 +95,8 @@ class DenoiserHost:
     compute the same tokens (a rotary table has no batch). convolves: whether what follows a stack mixes neighbouring
     tokens. divisible: whether a stack is a mere row of blocks that a method may divide. example: () -> keyword
     arguments of the usual forward on the meta device, None where they are not known. remembers: a module -> what on it
-    gives outputs of an earlier step (a cache of the host's), None where nothing does.
+    gives outputs of an earlier step (a cache of the host's), None where nothing does. countable: makes a copy of the
+    model run attentions that can be counted without values.
     """
 
     model: nn.Module
@@ -108,5 +109,6 @@ class DenoiserHost:
     convolves: bool
     remembers: Callable[[nn.Module], str | None]
     divisible: bool = False
+    countable: Callable[[nn.Module], None] | None = None
     example: Callable[[], Arguments] | None = None
     notes: list[str] = field(default_factory=list)

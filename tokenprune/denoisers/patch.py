@@ -23,7 +23,7 @@ from tokenprune.denoisers.site import BlockSite
 from tokenprune.denoisers.stacks import barred_stacks, divided, shares_of
 from tokenprune.denoisers.steps import Steps, parse_steps
 from tokenprune.errors import UnsupportedModel
-from tokenprune.family import Request, detach, patch_of
+from tokenprune.family import Portable, Request, detach, patch_of
 from tokenprune.flop_count import FlopCount
 from tokenprune.ghost import ghost
 from tokenprune.method import Method
@@ -33,7 +33,7 @@ from tokenprune.schedule import Layout
 Describe = Callable[[nn.Module], DenoiserHost]
 
 
-class DenoiserPatch:
+class DenoiserPatch(Portable):
     """What a patch knows for as long as it is on: plain data, no module.
 
     describe: a model -> its facts (of the adapter). active: whether anything is reduced (not at a budget of 1.0). site:
@@ -170,6 +170,8 @@ class DenoiserPatch:
     def _counted(self, model: nn.Module, bound: Arguments, batch: int, *, on_meta: bool) -> DenoiserCosts:
         copy = ghost(model, on_meta=on_meta)
         host = self.describe(copy)
+        if host.countable is not None:
+            host.countable(copy)
         shadow = type(self)(self.describe, host, self.adapter, self.method, Request(self.budget))
         shadow.barred = self.barred
         attach(host, shadow)
@@ -224,13 +226,14 @@ class DenoiserPatch:
         data.update(places=places(plan, positions), skipped=plan.skipped(positions))
         return data
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "recordings": [], "pipeline": None, "whole": None, "key": uuid4().hex}
+    def left_behind(self) -> dict[str, Any]:
+        """See `Portable`."""
+        return {"recordings": [], "pipeline": None, "whole": None, "key": uuid4().hex}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserPatch:
         copy: DenoiserPatch = object.__new__(type(self))
         memo[id(self)] = copy
-        copy.__dict__.update(self.__getstate__())
+        copy.__setstate__(self.__getstate__())
         return copy
 
 

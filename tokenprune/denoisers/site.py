@@ -168,7 +168,8 @@ class BlockSite:
             return None, None
         if self.before is None:
             raise UnsupportedModel(f"{self.name} is a stack of its own, and its queries are not known before it")
-        return self.before(module, bound)
+        with torch.no_grad():  # what checkpointing runs once more does not score again
+            return self.before(module, bound)
 
     def _choose(
         self, one: Pass, keep: int, x: Tensor, bound: Arguments, queries: Tensor | None, keys: Tensor | None

@@ -13,14 +13,15 @@ EPSILON = 1e-12  # the smallest norm to divide by, as in torch's normalize
 
 
 def observed(*tensors: Tensor) -> bool:
-    """Whether anything sees which operators run: a compiler or tracer, a counter, a profiler, tensors without data,
-    autograd. Elsewhere an operator's own function is called, as the operator around it costs a CPU some 30 microseconds
-    a call."""
+    """Whether anything sees which operators run: a compiler or tracer, a counter, a profiler, torch.func's transforms,
+    tensors without data, autograd. Elsewhere an operator's own function is called, as the operator around it costs a
+    CPU some 30 microseconds a call."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or any(type(x) is not Tensor or x.is_meta or (x.requires_grad and torch.is_grad_enabled()) for x in tensors)
     )
 

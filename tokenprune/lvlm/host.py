@@ -49,6 +49,21 @@ class LayerFacts:
     flash: bool
 
 
+@dataclass(frozen=True)
+class Crops:
+    """How square crops of an image are encoded by themselves.
+
+    side: of a crop in pixels. encode: normalised pixels [T, 3, side, side] -> [T, n, C], tokens of the language model,
+    row by row. separator: [C] what ends a row of tokens, None for nothing. shrink: by how much more the sides of a
+    crop's grid of tokens may be shrunk, 2 where each patch becomes a token.
+    """
+
+    side: int
+    encode: Callable[[Tensor], Tensor]
+    separator: Tensor | None = None
+    shrink: int = 1
+
+
 @dataclass
 class LvlmHost:
     """One vision-language model.
@@ -68,7 +83,8 @@ class LvlmHost:
     are), where the tower has them.
     tiles: the call -> patches of each tile, as [tiles, n]. grid: (placeholders of an image, its place among the images,
     the call) -> rows and columns, None where they fill none. window: of sliding attention in text, None without.
-    refused: (bound arguments of `model`) -> why this call cannot be pruned, "" where it can.
+    refused: (bound arguments of `model`) -> why this call cannot be pruned, "" where it can. crops: how crops of an
+    image are encoded by themselves, or why they cannot be.
     """
 
     outer: nn.Module
@@ -93,6 +109,7 @@ class LvlmHost:
     window: int | None = None
     refused: Callable[[Mapping[str, Any]], str] = lambda bound: ""
     notes: list[str] = field(default_factory=list)
+    crops: Callable[[], Crops] | str = "its crops are not known"
 
 
 def square(tokens: int) -> tuple[int, int] | None:

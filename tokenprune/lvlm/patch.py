@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
-from tokenprune.family import Request
+from tokenprune.family import Portable, Request
 from tokenprune.lvlm.cache import entries_of, map_of
 from tokenprune.lvlm.costs import Spent
 from tokenprune.lvlm.encoded import ProjectorSite, TowerSite, encoded_of
@@ -46,7 +46,7 @@ class Names:
     tower: tuple[str, ...]
 
 
-class LvlmPatch:
+class LvlmPatch(Portable):
     """What a patch knows for as long as it is on: plain data, no module.
 
     active: whether anything is left out (not at a budget of 1.0). positions: "original" ones of the kept tokens, or
@@ -190,13 +190,14 @@ class LvlmPatch:
             "notes": notes,
         }
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "recordings": [], "handle": None, "model": None, "prompts": [], "key": uuid4().hex}
+    def left_behind(self) -> dict[str, Any]:
+        """See `Portable`."""
+        return {"recordings": [], "handle": None, "model": None, "prompts": [], "key": uuid4().hex}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LvlmPatch:
         copy: LvlmPatch = object.__new__(type(self))
         memo[id(self)] = copy
-        copy.__dict__.update(self.__getstate__())
+        copy.__setstate__(self.__getstate__())
         return copy
 
 

@@ -98,6 +98,11 @@ class ImportanceAndSimilarity:
         return self.importance(record, self.rounds(0, record.depth))
 
     def __call__(self, scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
+        if torch._C._get_tracing_state() is not None:
+            raise UnsupportedMethod(
+                "zero_tprune cannot be traced by torch.jit, where numbers of tokens are tensors; use torch.export, or"
+                " torch.compile"
+            )
         rounds = self.rounds(record.place, record.depth)
         redundant = self.redundant(record, keep)
         if redundant == 0:

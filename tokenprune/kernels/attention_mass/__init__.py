@@ -178,7 +178,7 @@ def _check(q: Tensor, k: Tensor, weights: Tensor, bias: Tensor | None, counts: S
         raise TokenPruneError(
             f"attention_mass: a bias {list(bias.shape)} does not fit logits {[batch, heads, rows, keys]}"
         )
-    if min(counts) < 1 or list(counts) != sorted(counts):
+    if not counts or min(counts) < 1 or list(counts) != sorted(counts):
         raise TokenPruneError(f"attention_mass: iterations={list(counts)}: at least one, in rising order")
     if counts[-1] > 1 and rows != keys:
         raise TokenPruneError(

@@ -36,6 +36,8 @@ def class_attention(
     Raises:
         TokenPruneError: shapes that do not fit, or a backend that cannot take them.
     """
+    if isinstance(rows, int) and not -q.shape[2] <= rows < q.shape[2]:
+        raise TokenPruneError(f"class_attention: row {rows} of {q.shape[2]}")
     part = rows if isinstance(rows, slice) else slice(rows, rows + 1 or None)
     few, k = q[:, :, part], repeat_heads(k, q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tokenprune.errors import TokenPruneError
+from tokenprune.kernels.backends import Choice, log_once
 from tokenprune.kernels.packed_attention import eager, fused
 
 FUSED = {
@@ -17,14 +18,6 @@ FUSED = {
     "flex": fused.flex,
 }
 BACKENDS = ("per_length", *FUSED)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """backend: one of BACKENDS. why: in a few words."""
-
-    backend: str
-    why: str
 
 
 def choose_backend(q: Tensor, v: Tensor, *, key_bias: bool = False, dropout: float = 0.0) -> Choice:
@@ -71,13 +64,23 @@ def packed_attention(
     None for the one of `choose_backend`. Returns [T, H, Dv]; differentiable.
 
     Images of equal length that lie side by side cost "per_length" one call.
+
+    Raises:
+        TokenPruneError: lengths that do not sum to T, or a backend that is none of BACKENDS.
     """
     if lengths is None:
         lengths = cu_seqlens.diff().tolist()
+    if sum(lengths) != q.shape[0]:
+        raise TokenPruneError(f"packed_attention: images of {sum(lengths)} tokens in all, and {q.shape[0]} rows")
+    if backend is not None and backend not in BACKENDS:
+        raise TokenPruneError(f"packed_attention: backend {backend!r}: use one of {', '.join(map(repr, BACKENDS))}")
     if q.is_cuda and torch.is_autocast_enabled("cuda"):  # as scaled_dot_product_attention does by itself
         q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    backend = backend or choose_backend(q, v, key_bias=key_bias is not None, dropout=dropout).backend
+    if backend is None:
+        choice = choose_backend(q, v, key_bias=key_bias is not None, dropout=dropout)
+        log_once("packed_attention", choice)
+        backend = choice.backend
     filled = [length for length in lengths if length]
     if backend == "per_length" or not filled:
         return eager.per_length(q, k, v, filled, key_bias, scale, dropout)
