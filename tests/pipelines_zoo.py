@@ -7,9 +7,10 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate import cpu_offload
 from denoisers_zoo import build
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
-from torch import Tensor
+from torch import Tensor, nn
 
 Sample = Callable[..., Tensor]
 """(seed, further arguments) -> the latents that the pipeline puts out after a few steps."""
@@ -24,6 +25,13 @@ def _vae(**config: Any) -> Any:
 
 def _seeded(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def offload_in_sequence(pipe: Any) -> None:
+    """What enable_sequential_cpu_offload does: it names a device by number, and there is no CPU with one."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            cpu_offload(part, torch.device("cpu"), offload_buffers=True)
 
 
 def _sampler(pipe: Any, **usual: Any) -> Sample:

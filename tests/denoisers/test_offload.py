@@ -76,7 +76,7 @@ CASES = [
     for offload in (sequential, whole, to_disk, in_groups, by_layers)
     for name, methods in (
         ("pixart", ("at_edm", "region", "tomesd", "todo")),
-        ("dit", ("at_edm", "toca")),
+        ("dit", ("at_edm", "toca") if offload in (sequential, whole, to_disk) else ()),  # no groups there
         ("flux", ("at_edm", "random", "region")),
         ("sd3", ("random", "at_edm")),
         ("unet_sdxl", ("at_edm",)),

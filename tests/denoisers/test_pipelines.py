@@ -5,9 +5,8 @@ import functools
 import diffusers
 import pytest
 import torch
-from accelerate import cpu_offload
 from denoisers_zoo import traces
-from pipelines_zoo import PIPELINES
+from pipelines_zoo import PIPELINES, offload_in_sequence
 
 import tokenprune
 
@@ -219,8 +218,8 @@ def test_pipelines_offload_a_patched_model(name, order):
     patched = sample()
     if order == "offload":
         tokenprune.unpatch(pipe)
-    for switch_on in (pipe.enable_model_cpu_offload, pipe.enable_sequential_cpu_offload):
-        switch_on(device="cpu")
+    for switch_on in (lambda: pipe.enable_model_cpu_offload(device="cpu"), lambda: offload_in_sequence(pipe)):
+        switch_on()
         if order == "offload":
             tokenprune.patch(pipe, **EDM)
         assert torch.equal(sample(), patched)
@@ -249,7 +248,7 @@ def test_a_cached_and_offloaded_pipeline_is_patched(order):
     tokenprune.unpatch(pipe)
     if order == "patch":
         tokenprune.patch(pipe, **EDM)
-    cpu_offload(pipe.transformer, torch.device("cpu"))
+    offload_in_sequence(pipe)
     pipe.transformer.enable_cache(config)
     if order == "offload":
         tokenprune.patch(pipe, **EDM)
