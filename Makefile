@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # The versions that the suites were counted with; `make test CONSTRAINTS=/dev/null` takes the newest instead.
 CONSTRAINTS ?= tests/constraints.txt
 
-.PHONY: demo demo-diffusion bench-kernels bench-speed bench-denoisers bench-gpu test test-full test-hosts lint install clean
+.PHONY: demo demo-diffusion bench-kernels bench-speed bench-denoisers eval-diffusion bench-gpu test test-full test-hosts lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
@@ -23,6 +23,11 @@ bench-speed: $(VENV)/.installed
 bench-denoisers: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.denoiser_speed
 	$(BIN)/python -m tokenprune.evals.region_speed
+
+eval-diffusion: $(VENV)/.installed
+	$(BIN)/python -m tokenprune.evals.generation_curves dit-digits --output eval-output
+	$(BIN)/python -m tokenprune.evals.generation_curves unet-digits --output eval-output
+	$(BIN)/python -m tokenprune.evals.region_quality --output eval-output
 
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.gpu_bench --output bench-output $(BENCH_OPTIONS)
@@ -55,4 +60,4 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist demo-output demo-diffusion-output bench-output
+	rm -rf $(VENV) dist demo-output demo-diffusion-output bench-output eval-output

@@ -1,0 +1,237 @@
+"""How good `region` paints a digit anew under a mask: against inpainting that computes everything, on the small DiT.
+
+    python -m tokenprune.evals.region_quality --output FOLDER
+
+Originals are pictures of test scans whose digit lies at one of nine places; the mask lies over that place, so that all
+pictures of a place are one batch. The model is asked for the digit that was there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import tokenprune
+from tokenprune.evals.digit_reader import digit_reader, read
+from tokenprune.evals.digits_denoisers import DIT
+from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, digits_pipeline, pipeline_of
+from tokenprune.evals.drawing_orders import drawing_orders
+from tokenprune.evals.drawn_digits import IMAGE_SIZE, PIXEL_MEAN, PIXEL_STD, drawn_digit_pictures, to_model, to_pixels
+from tokenprune.evals.frechet import bootstrap_frechet, gaussian, interval
+from tokenprune.evals.kept_pictures import draw_missing, kept
+from tokenprune.evals.shared_copy import shared_copy
+from tokenprune.evals.stats import Interval, bootstrap_mean
+from tokenprune.evals.table import Row, Table, environment, interval_cells
+
+PLACES = (11, 17, 25)
+"""Rows and columns of the nine places in pixels: masks of MASKS pixels around them lie within the picture."""
+
+MASKS = {"part": 12, "digit": 22}
+"""Sides of the masks in pixels: 11% of the picture, a part of a digit, and 37%, where every digit fits in."""
+
+EDGE = 2
+"""Pixels on each side of a mask's edge in which the boundary error is taken."""
+
+BATCH = 10
+REAL_IMAGES = 2000
+SERIES = {"originals": 5, "real": 6}
+"""Series of `drawn_digit_pictures`."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to inpaint: so many steps, and those of them at which `region` computes everything (None: no patch)."""
+
+    name: str
+    steps: int = STEPS
+    dense: tuple[int, ...] | None = None
+
+
+FULL = Way("full")
+WAYS: Mapping[str, Sequence[Way]] = {
+    "part": (
+        FULL,
+        Way("region", dense=(0, 6)),
+        Way("region, stale context", dense=(0,)),
+        Way("6 steps", 6),
+    ),
+    "digit": (FULL, Way("region", dense=(0, 6)), Way("region, stale context", dense=(0,)), Way("11 steps", 11)),
+}
+
+
+class Originals(NamedTuple):
+    """images: [N, 3, 36, 36] in the models' space. labels: [N]. places: [N, 2], row and column in pixels. noise: as the
+    images, to start from. Sorted by place."""
+
+    images: Tensor
+    labels: Tensor
+    places: Tensor
+    noise: Tensor
+
+
+def originals(count: int, seed: int = 0, series: int = SERIES["originals"]) -> Originals:
+    """The first `count` pictures of a series whose digit is within a pixel of one of the places, by place."""
+    images, labels, places = list[Tensor](), list[Tensor](), list[Tensor]()
+    corners = torch.cartesian_prod(torch.tensor(PLACES), torch.tensor(PLACES))
+    start = 0
+    while sum(map(len, labels)) < count:
+        pictures, digits, centres = drawn_digit_pictures("test", 1000, series, start)
+        start += len(pictures)
+        off = (torch.from_numpy(centres)[:, None] - corners).abs().amax(2)
+        nearest, place = off.min(1)
+        chosen = nearest <= 1
+        images.append(to_model(pictures[chosen.numpy()]))
+        labels.append(torch.from_numpy(digits)[chosen])
+        places.append(corners[place[chosen]])
+    image, label, place = (torch.cat(parts)[:count] for parts in (images, labels, places))
+    order = (place[:, 0] * IMAGE_SIZE + place[:, 1]).argsort(stable=True)
+    return Originals(image[order], label[order], place[order], drawing_orders(count, seed).noise)
+
+
+def mask_at(place: Tensor, side: int) -> Tensor:
+    """A mask [36, 36] of zeros with a square of ones around `place` (row, column), on whole tokens."""
+    top, left = (int(x) - side // 2 for x in place.tolist())
+    top, left = top - top % 2, left - left % 2
+    mask = torch.zeros(IMAGE_SIZE, IMAGE_SIZE)
+    mask[top : top + side, left : left + side] = 1
+    return mask
+
+
+def batches(given: Originals) -> list[Originals]:
+    """At most BATCH originals at a time, all of one place."""
+    _, counts = torch.unique_consecutive(given.places, dim=0, return_counts=True)
+    found, start = [], 0
+    for count in counts.tolist():
+        for first in range(start, start + count, BATCH):
+            last = min(first + BATCH, start + count)
+            found.append(Originals(*(part[first:last] for part in given)))
+        start += count
+    return found
+
+
+def inpaint(pipe: DigitsPipeline, way: Way, batch: Originals, side: int) -> tuple[Tensor, float]:
+    """Pictures [B, 3, 36, 36] in [0, 1] with the square under the mask drawn anew, and the run's multiply-adds over
+    those of STEPS whole steps."""
+    mask, ratio = mask_at(batch.places[0], side), 1.0
+    drawer = pipe
+    if way.dense is not None:
+        drawer = pipeline_of(shared_copy(pipe.denoiser))
+        tokenprune.patch(drawer, "region", mask=mask, dense_steps=way.dense)
+    pictures = drawer(
+        batch.labels, num_inference_steps=way.steps, latents=batch.noise, original=batch.images, mask=mask
+    )
+    if way.dense is not None:
+        ratio = tokenprune.report(drawer).to_dict()["flops_ratio"]
+    return pictures, ratio * way.steps / STEPS
+
+
+def under(images: Tensor, places: Tensor, side: int) -> Tensor:
+    """The squares [N, 3, side, side] of images [N, 3, 36, 36] that the masks at their places cover."""
+    corners = [mask_at(place, side).nonzero()[0].tolist() for place in places]
+    return torch.stack([image[:, y : y + side, x : x + side] for image, (y, x) in zip(images, corners, strict=True)])
+
+
+def boundary_errors(pictures: Tensor, given: Originals, side: int) -> Tensor:
+    """Mean squared difference [N] to the originals in [0, 1] within EDGE pixels of the mask's edge, on both sides."""
+    off = (pictures - to_pixels(given.images)).double().square().mean(1)
+    errors = []
+    for error, place in zip(off, given.places, strict=True):
+        mask = mask_at(place, side)
+        errors.append(error[edge_band(mask)].mean())
+    return torch.stack(errors)
+
+
+def edge_band(mask: Tensor) -> Tensor:
+    """Where a mask [H, W] or its complement is within EDGE pixels: bool [H, W]. Beyond the picture there is neither."""
+    grow = partial(torch.nn.functional.max_pool2d, kernel_size=2 * EDGE + 1, stride=1, padding=EDGE)
+    return (grow(mask[None])[0] > 0) & (grow(1 - mask[None])[0] > 0)
+
+
+def _draw(pipe: DigitsPipeline, way: Way, parts: Sequence[Originals], side: int, number: int) -> Tensor:
+    return inpaint(pipe, way, parts[number], side)[0]
+
+
+def flops_ratio(pipe: DigitsPipeline, way: Way, given: Originals, side: int) -> float:
+    """Multiply-adds over those of the unpatched STEPS steps, the mean over the pictures."""
+    one = {tuple(batch.places[0].tolist()): batch for batch in batches(given)}
+    ratios = {at: inpaint(pipe, way, Originals(*(part[:1] for part in batch)), side)[1] for at, batch in one.items()}
+    return sum(ratios[row, column] for row, column in given.places.tolist()) / len(given.places)
+
+
+def quality_rows(ways: Mapping[str, Tensor], given: Originals, real: Originals, side: int) -> list[Row]:
+    """A row for each way's pictures [N, 3, 36, 36], the first one being the full computation that others are held to.
+
+    Columns: `frechet` between the reader's features of the squares under the masks and those of `real` ones,
+    `accuracy` of the reader on whole pictures, `boundary`, root of the mean squared error in the band around the mask's
+    edge; each with a 95% interval over pictures, and `..._ratio`, over the full computation's, paired.
+    """
+    reader, rows, base = digit_reader(), list[Row](), None
+    distances = gaussian(read(reader, under(real.images, real.places, side))[0])
+    for name, pictures in ways.items():
+        images = (pictures - PIXEL_MEAN) / PIXEL_STD
+        found, draws = bootstrap_frechet(read(reader, under(images, given.places, side))[0], distances)
+        right = (read(reader, images)[1] == given.labels).double()
+        edges = boundary_errors(pictures, given, side)
+        base = base or (found, draws, right, edges)
+        row: Row = {"way": name, **_cells("frechet", found), **_cells("accuracy", bootstrap_mean(right))}
+        row |= _cells("boundary", _ratio(edges, torch.ones_like(edges), 0.5))
+        if base[2] is not right:
+            row |= _cells("frechet_ratio", interval(found.estimate / base[0].estimate, draws / base[1]))
+            row |= _cells("accuracy_ratio", _ratio(right, base[2]))
+            row |= _cells("boundary_ratio", _ratio(edges, base[3], 0.5))
+        rows.append(row)
+    return rows
+
+
+def _ratio(values: Tensor, others: Tensor, power: float = 1.0, resamples: int = 1000) -> Interval:
+    """(mean of values [N] / mean of others [N]) ** power with a paired percentile bootstrap."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    draws = values[index].mean(1) / others[index].mean(1)
+    return interval(float(values.mean() / others.mean()) ** power, draws**power)
+
+
+def _cells(name: str, found: Interval) -> Row:
+    return interval_cells(name, found.estimate, found.low, found.high)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Inpaints in every way and writes region-quality.md and .json into the folder."""
+    parser = argparse.ArgumentParser(prog="python -m tokenprune.evals.region_quality", description=main.__doc__)
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--samples", type=int, default=1000, help="pictures a row (default: %(default)s)")
+    parser.add_argument("--mask", action="append", choices=list(MASKS), help="repeatable (default: all)")
+    options = parser.parse_args(arguments)
+    pipe, rows = digits_pipeline(DIT), list[Row]()
+    given, real = originals(options.samples), originals(REAL_IMAGES, series=SERIES["real"])
+    for mask in options.mask or MASKS:
+        side, ways, ratios = MASKS[mask], dict[str, Tensor](), dict[str, float]()
+        parts = batches(given)
+        for way in WAYS[mask]:
+            folder = options.output / f"region-{options.samples}" / f"{mask}-{way.name}"
+            draw_missing(folder, len(parts), partial(_draw, pipe, way, parts, side))
+            pictures = kept(folder, len(parts))
+            assert pictures is not None
+            ways[way.name], ratios[way.name] = pictures, flops_ratio(pipe, way, given, side)
+            print(f"drawn: {mask}, {way.name}", flush=True)
+        for row in quality_rows(ways, given, real, side):
+            told: Row = {"mask": side**2 / IMAGE_SIZE**2, "way": row["way"]}
+            rows.append({**told, "flops_ratio": ratios[str(row["way"])], **row})
+    conditions: Row = {"images": options.samples, "steps": STEPS, "guidance": GUIDANCE, "real images": REAL_IMAGES}
+    table = Table(rows, conditions | environment())
+    for suffix in ("md", "json"):
+        table.save(options.output / f"region-quality.{suffix}")
+    print(table.to_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
