@@ -68,7 +68,7 @@ ROWS: Mapping[str, Sequence[Kind]] = {
 }
 
 
-def build(pipe: DigitsPipeline, rows: Sequence[Kind], orders: Orders, *, steps: int = STEPS) -> list[GenerationArm]:
+def build(pipe: DigitsPipeline, rows: Sequence[Kind], orders: Orders, *, steps: int) -> list[GenerationArm]:
     """The unpatched pipeline and an arm for each of `rows`; budgets are solved on two of the orders."""
     first = unpatched_arm(pipe, orders.first(2), steps=steps)
     arms = [first]
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     orders, clocked = drawing_orders(options.samples, options.seed), folder / "times.json"
     times: dict[str, Row] = json.loads(clocked.read_text()) if clocked.exists() else {}
-    arms = build(digits_pipeline(options.model), ROWS[options.model], orders)
+    arms = build(digits_pipeline(options.model), ROWS[options.model], orders, steps=STEPS)
     if options.rounds is not None:
         times |= time_rows(arms, orders, options.rounds)
         clocked.write_text(json.dumps(times, indent=1))

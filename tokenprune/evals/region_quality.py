@@ -22,7 +22,7 @@ from torch import Tensor
 import tokenprune
 from tokenprune.evals.digit_reader import digit_reader, read
 from tokenprune.evals.digits_denoisers import DIT
-from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, digits_pipeline, pipeline_of
+from tokenprune.evals.digits_pipelines import GUIDANCE, DigitsPipeline, digits_pipeline, pipeline_of
 from tokenprune.evals.drawing_orders import drawing_orders
 from tokenprune.evals.drawn_digits import IMAGE_SIZE, PIXEL_MEAN, PIXEL_STD, drawn_digit_pictures, to_model, to_pixels
 from tokenprune.evals.frechet import bootstrap_frechet, gaussian, interval
@@ -30,6 +30,9 @@ from tokenprune.evals.kept_pictures import draw_missing, kept
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.stats import Interval, bootstrap_mean
 from tokenprune.evals.table import Row, Table, environment, interval_cells
+
+STEPS = 10
+"""Of a full run."""
 
 PLACES = (11, 17, 25)
 """Rows and columns of the nine places in pixels: masks of MASKS pixels around them lie within the picture."""
@@ -55,16 +58,23 @@ class Way:
     dense: tuple[int, ...] | None = None
 
 
-FULL = Way("full")
 WAYS: Mapping[str, Sequence[Way]] = {
     "part": (
-        FULL,
-        Way("region", dense=(0, 6)),
+        Way("full"),
+        Way("region", dense=(0, 1)),
+        Way("region, stale context", dense=(0,)),
+        Way("4 steps", 4),
+        Way("region, three dense steps", dense=(0, 1, 3)),
+    ),
+    "digit": (
+        Way("full"),
+        Way("region", dense=(0, 1)),
         Way("region, stale context", dense=(0,)),
         Way("6 steps", 6),
     ),
-    "digit": (FULL, Way("region", dense=(0, 6)), Way("region, stale context", dense=(0,)), Way("11 steps", 11)),
 }
+"""Dense steps were chosen by how close to the full computation's the pictures of another series were: early ones are
+best. Fewer steps: as many as `region` takes FLOPs."""
 
 
 class Originals(NamedTuple):
@@ -211,20 +221,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mask", action="append", choices=list(MASKS), help="repeatable (default: all)")
     options = parser.parse_args(arguments)
     pipe, rows = digits_pipeline(DIT), list[Row]()
-    given, real = originals(options.samples), originals(REAL_IMAGES, series=SERIES["real"])
+    given = originals(options.samples)
+    parts, drawn = batches(given), dict[str, dict[str, Tensor]]()
     for mask in options.mask or MASKS:
-        side, ways, ratios = MASKS[mask], dict[str, Tensor](), dict[str, float]()
-        parts = batches(given)
+        drawn[mask] = {}
         for way in WAYS[mask]:
             folder = options.output / f"region-{options.samples}" / f"{mask}-{way.name}"
-            draw_missing(folder, len(parts), partial(_draw, pipe, way, parts, side))
+            draw_missing(folder, len(parts), partial(_draw, pipe, way, parts, MASKS[mask]))
             pictures = kept(folder, len(parts))
             assert pictures is not None
-            ways[way.name], ratios[way.name] = pictures, flops_ratio(pipe, way, given, side)
+            drawn[mask][way.name] = pictures
             print(f"drawn: {mask}, {way.name}", flush=True)
-        for row in quality_rows(ways, given, real, side):
-            told: Row = {"mask": side**2 / IMAGE_SIZE**2, "way": row["way"]}
-            rows.append({**told, "flops_ratio": ratios[str(row["way"])], **row})
+    real = originals(REAL_IMAGES, series=SERIES["real"])
+    for mask, ways in drawn.items():
+        side = MASKS[mask]
+        for way, row in zip(WAYS[mask], quality_rows(ways, given, real, side), strict=True):
+            told: Row = {"mask": side**2 / IMAGE_SIZE**2, "way": way.name}
+            rows.append({**told, "flops_ratio": flops_ratio(pipe, way, given, side), **row})
     conditions: Row = {"images": options.samples, "steps": STEPS, "guidance": GUIDANCE, "real images": REAL_IMAGES}
     table = Table(rows, conditions | environment())
     for suffix in ("md", "json"):
