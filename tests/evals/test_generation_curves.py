@@ -55,6 +55,6 @@ def test_rows_are_drawn_timed_and_written(tmp_path, monkeypatch, capsys):
     assert drawn["fewer steps", ""]["frechet"] == first["fewer steps", ""]["frechet"]
     assert drawn["random", "flops=0.7"]["flops_ratio"] == pytest.approx(0.7, abs=0.02)
     timed = run("--rounds", "2")
-    whole = timed["tomesd", "flops=0.7, merge_crossattn=True, merge_mlp=True"]
+    whole = timed["tomesd, whole blocks", "flops=0.7"]
     assert whole["speedup"] > 0
     assert (tmp_path / "curves-dit-digits.png").stat().st_size > 0

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from tokenprune.evals import digits_denoisers, region_quality
+from tokenprune.evals import digits_denoisers, inpainting, region_quality
 from tokenprune.evals.digits_pipelines import pipeline_of
-from tokenprune.evals.region_quality import Way
+from tokenprune.evals.inpainting import Way
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +23,23 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def given():
-    return region_quality.originals(12)
+    return inpainting.originals(12)
 
 
 @pytest.mark.parametrize("way", [Way("full", 4), Way("region", 4, dense=(0, 2))], ids=lambda way: way.name)
-@pytest.mark.parametrize("side", region_quality.MASKS.values())
+@pytest.mark.parametrize("side", inpainting.MASKS.values())
 def test_what_is_around_the_mask_is_the_original_bit_for_bit(pipe, given, way, side):
-    batch = region_quality.batches(given)[0]
-    pictures, _ = region_quality.inpaint(pipe, way, batch, side)
+    batch = inpainting.batches(given)[0]
+    pictures, _ = inpainting.inpaint(pipe, way, batch, side)
     original = (batch.images * 0.16 + 0.25).clamp(0, 1)
-    around = region_quality.mask_at(batch.places[0], side) == 0
+    around = inpainting.mask_at(batch.places[0], side) == 0
     assert torch.equal(pictures[..., around], original[..., around])
     assert (pictures[..., ~around] - original[..., ~around]).abs().mean() > 0.01
 
 
 def test_each_step_sees_the_original_with_its_share_of_noise(pipe, given):
-    batch = region_quality.batches(given)[0]
-    mask, steps = region_quality.mask_at(batch.places[0], 12), 3
+    batch = inpainting.batches(given)[0]
+    mask, steps = inpainting.mask_at(batch.places[0], 12), 3
     drawn = pipe(
         batch.labels, num_inference_steps=steps, guidance_scale=1.0, latents=batch.noise, original=batch.images,
         mask=mask,
@@ -57,7 +57,7 @@ def test_each_step_sees_the_original_with_its_share_of_noise(pipe, given):
 
 def test_the_mask_of_a_digit_holds_it_and_lies_on_tokens(given):
     for image, place in zip(given.images, given.places, strict=True):
-        mask = region_quality.mask_at(place, region_quality.MASKS["digit"])
+        mask = inpainting.mask_at(place, inpainting.MASKS["digit"])
         rows, columns = mask.amax(1).nonzero().flatten(), mask.amax(0).nonzero().flatten()
         assert len(rows) == len(columns) == 22
         assert rows[0] % 2 == columns[0] % 2 == 0
@@ -66,8 +66,8 @@ def test_the_mask_of_a_digit_holds_it_and_lies_on_tokens(given):
 
 
 def test_batches_are_of_one_place_and_leave_none_out(given):
-    parts = region_quality.batches(given)
-    assert all((part.places == part.places[0]).all() and len(part.labels) <= region_quality.BATCH for part in parts)
+    parts = inpainting.batches(given)
+    assert all((part.places == part.places[0]).all() and len(part.labels) <= inpainting.BATCH for part in parts)
     assert torch.equal(torch.cat([part.noise for part in parts]), given.noise)
     assert torch.equal(torch.cat([part.images for part in parts]), given.images)
 
@@ -86,11 +86,11 @@ def test_the_band_is_what_is_near_the_edge():
 
 
 def test_only_what_is_under_the_mask_counts(given):
-    real = region_quality.originals(60, series=9)
+    real = inpainting.originals(60, series=9)
     pictures = (given.images * 0.16 + 0.25).clamp(0, 1)
     spoilt = pictures.clone()
     for picture, place in zip(spoilt, given.places, strict=True):
-        picture[:, region_quality.mask_at(place, 12) > 0] = 0.5
+        picture[:, inpainting.mask_at(place, 12) > 0] = 0.5
     base, same, worse = region_quality.quality_rows(
         {"full": pictures * 0.9, "same": pictures * 0.9, "worse": spoilt}, given, real, 12
     )

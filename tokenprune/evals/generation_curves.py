@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tokenprune.evals.arms import Budget
+from tokenprune.evals.arms import Budget, budget_label
 from tokenprune.evals.digits_denoisers import CHECKPOINTS, DIT, UNET
 from tokenprune.evals.digits_pipelines import GUIDANCE, DigitsPipeline, digits_pipeline, pipeline_of
 from tokenprune.evals.drawing_orders import Orders, drawing_orders
@@ -37,6 +37,10 @@ BATCH = 10
 TIMED_BATCH = 2
 WHOLE_BLOCK: Budget = {"merge_crossattn": True, "merge_mlp": True}
 CROSS: Budget = {"attention": "cross", "similar_by": "hidden"}
+VARIANTS = {"whole blocks": WHOLE_BLOCK, "cross-attention": CROSS}
+
+LATE = {(0.0, 0.3): 0.0}
+"""What `at_edm` does by default on the small DiT, both of whose stacks are at its edges."""
 
 # A number of steps, or a method with the keywords of its patch; in the order in which they are drawn.
 Kind = int | tuple[str, Budget]
@@ -48,18 +52,19 @@ ROWS: Mapping[str, Sequence[Kind]] = {
         ("uniform", {"flops": 0.65}),
         ("at_edm", {"flops": 0.65}),
         ("tomesd", {"ratio": 0.75}),
-        5,
+        ("random", {"flops": 0.65, "steps": LATE}),
         ("at_edm", {"flops": 0.54, "steps": {}}),
-        ("at_edm", {"flops": 0.8}),
-        ("random", {"flops": 0.8}),
-        ("uniform", {"flops": 0.8}),
-        8,
+        5,
+        ("toma", {"flops": 0.65}),
+        ("ras", {"flops": 0.65, "dense_steps": (0, 1, 2)}),
+        ("toca", {"flops": 0.6}),
+        ("todo", {"flops": 0.65}),
     ),
     UNET: (
         ("random", {"flops": 0.8}),
         ("at_edm", {"flops": 0.8, **CROSS}),
-        ("uniform", {"flops": 0.8}),
         ("tomesd", {"flops": 0.8, **WHOLE_BLOCK}),
+        ("uniform", {"flops": 0.8}),
         8,
         ("at_edm", {"flops": 0.8}),
         ("tomesd", {"ratio": 0.75}),
@@ -102,6 +107,9 @@ def curve_table(
     """Quality (columns of `evaluate_generation`) of the arms that were drawn, with the times that there are."""
     rows = score_drawings(arms, drawings, labels, real_features())
     for arm, row in zip(arms, rows, strict=True):
+        for words, options in VARIANTS.items():
+            if (label := f", {budget_label(options)}") in arm.budget:
+                row |= {"method": f"{arm.method}, {words}", "budget": arm.budget.replace(label, "")}
         row.update(times.get(name_of(arm), {}))
         row["note"] = row.pop("note")  # the last column
     conditions: Row = {"images": len(labels), "steps": STEPS, "guidance": GUIDANCE, "real images": REAL_IMAGES}
@@ -115,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--samples", type=int, default=1000, help="pictures a row (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    parser.add_argument("--rows", type=int, help="draw at most so many more (default: all)")
+    parser.add_argument("--rows", type=int, help="draw at most so many more, or time the first ones (default: all)")
     parser.add_argument("--rounds", type=int, help="time so many rounds instead of drawing")
     options = parser.parse_args(arguments)
     if options.samples % BATCH:
@@ -124,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     orders, clocked = drawing_orders(options.samples, options.seed), folder / "times.json"
     times: dict[str, Row] = json.loads(clocked.read_text()) if clocked.exists() else {}
-    arms = build(digits_pipeline(options.model), ROWS[options.model], orders, steps=STEPS)
+    rows = ROWS[options.model] if options.rounds is None else ROWS[options.model][: options.rows]
+    arms = build(digits_pipeline(options.model), rows, orders, steps=STEPS)
     if options.rounds is not None:
         times |= time_rows(arms, orders, options.rounds)
         clocked.write_text(json.dumps(times, indent=1))
@@ -140,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw_missing(place, len(batches), lambda number, arm=arm: arm.draw(batches[number]))  # type: ignore[misc]
         drawings[place.name] = kept(place, len(batches))
         print(f"drawn: {place.name}", flush=True)
+    if drawings[name_of(arms[0])] is None:
+        return 0  # only timed yet: the unpatched pictures are what others are held to
     drawn = [arm for arm in arms if arm.pipe is None or drawings[name_of(arm)] is not None]
     pictures = [drawings[name_of(arm)] for arm in drawn]
     table = curve_table(drawn, pictures, times, orders.labels)

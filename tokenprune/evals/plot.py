@@ -81,7 +81,7 @@ def plot_time_against_mask(table: Table, path: str | Path) -> None:
     axes.errorbar(shares, times, yerr=_ends(table.rows, "time"), marker="o", label="region, ring of one token")
     axes.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="in proportion to the mask")
     axes.set(
-        xlabel="share of the picture under the mask", ylabel="time over the full run's", xlim=(0, 1), ylim=(0, 1.1)
+        xlabel="share of the picture under the mask", ylabel="time over the full run's", xlim=(0, 1), ylim=(0, 1.25)
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
