@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -102,7 +103,7 @@ class Relative:
     speedup: Interval
     control: float
 
-    def cells(self) -> dict[str, float | bool]:
+    def cells(self) -> dict[str, Any]:
         """The cells of a table row."""
         speedup = {"speedup": self.speedup.estimate, "speedup_low": self.speedup.low, "speedup_high": self.speedup.high}
         return {**speedup, "control": self.control, "trusted": abs(self.control - 1.0) <= CONTROL_TOLERANCE}
