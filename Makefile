@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 # The versions that the suites were counted with; `make test CONSTRAINTS=/dev/null` takes the newest instead.
 CONSTRAINTS ?= tests/constraints.txt
 
-.PHONY: demo demo-diffusion bench-kernels bench-speed bench-denoisers bench-lvlm bench-gpu test test-full test-hosts lint install clean
+.PHONY: demo demo-diffusion bench-kernels bench-speed bench-denoisers bench-lvlm bench-gpu eval-diffusion
+.PHONY: test test-full test-hosts lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
@@ -26,6 +27,11 @@ bench-denoisers: $(VENV)/.installed
 
 bench-lvlm: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.lvlm_speed $(BENCH_OPTIONS)
+
+eval-diffusion: $(VENV)/.installed
+	$(BIN)/python -m tokenprune.evals.generation_curves dit-digits --output eval-output
+	$(BIN)/python -m tokenprune.evals.generation_curves unet-digits --output eval-output
+	$(BIN)/python -m tokenprune.evals.region_quality --output eval-output
 
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.gpu_bench --output bench-output $(BENCH_OPTIONS)
@@ -58,4 +64,4 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist demo-output demo-diffusion-output bench-output
+	rm -rf $(VENV) dist demo-output demo-diffusion-output bench-output eval-output

@@ -210,7 +210,7 @@ def _add_methods(command: argparse.ArgumentParser) -> None:
 def _add_generation(command: argparse.ArgumentParser) -> None:
     options = command.add_argument_group("only for dit-digits and unet-digits")
     options.add_argument("--steps", type=_positive, help="denoising steps (default: 20)")
-    options.add_argument("--guidance", type=float, help="classifier-free guidance, 1 for none (default: 1)")
+    options.add_argument("--guidance", type=float, help="classifier-free guidance, 1 for none (default: 3)")
 
 
 def _add_data(command: argparse.ArgumentParser, what: str) -> None:

@@ -68,9 +68,16 @@ def test_masks_cover_their_share(share: float) -> None:
 
 
 def test_a_smaller_mask_is_faster() -> None:
-    latents = torch.randn(16, 3, 36, 36, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(4, 3, 36, 36, generator=torch.Generator().manual_seed(0))
     table = region_speed.region_table(
-        untrained("dit-digits"), region_speed.digits, latents, shares=(0.05, 0.8), steps=4, attempts=1
+        untrained("dit-digits"), region_speed.digits, latents, shares=(0.05, 0.8), steps=3, rounds=5
     )
     small, large = (row["time"] for row in table.rows)
     assert small < 0.8 * large < large
+
+
+def test_a_step_under_a_mask_is_faster_than_one_that_computes_all() -> None:
+    latents = torch.randn(4, 3, 36, 36, generator=torch.Generator().manual_seed(0))
+    (row,) = region_speed.step_table(untrained("dit-digits"), region_speed.digits, latents, 0.1, rounds=6).rows
+    assert row["step"] < 0.6 < 0.9 < row["dense step"]
+    assert row["time"] == pytest.approx((row["dense step"] + 19 * row["step"]) / 20)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tokenprune.evals.throughput import measure
+from tokenprune.evals.throughput import measure, measure_together
 
 
 class FakeMachine:
@@ -106,3 +106,16 @@ def test_cuda_is_synchronised_around_each_sample(monkeypatch):
     timing = measure(*arms, clock=machine.clock, rounds=20, warmup=0, device="cuda")
     assert len(waits) == 2 * (3 + 3 * 20) + 4
     assert timing.peak_memory == 7
+
+
+def test_many_arms_are_timed_in_turn():
+    machine = FakeMachine()
+    costs = {"A": 0.004, "B": 0.008, "C": 0.002, "A'": 0.005}
+    base, slow, fast, control = measure_together([machine.arm(*arm) for arm in costs.items()], 4, clock=machine.clock)
+    assert [timing.speedup.estimate for timing in (base, slow, fast)] == pytest.approx([1, 0.5, 2])
+    assert control.control == slow.control == pytest.approx(0.8)
+    assert slow.cells() == pytest.approx(
+        {"speedup": 0.5, "speedup_low": 0.5, "speedup_high": 0.5, "control": 0.8, "trusted": False}
+    )
+    rounds = ["".join(machine.order[start : start + 4]) for start in range(4, len(machine.order), 4)]
+    assert rounds == ["ABCA'", "AA'CB", "CA'AB", "CBAA'"]

@@ -78,7 +78,7 @@ class Stack:
     """Blocks in a row that share one set of computed tokens; behind the last all tokens are there again.
 
     edge: whether the step schedules' "edges" spare it: the first stack of a stage on the way down, the last of a stage
-    on the way up (AT-EDM's prune-less schedule).
+    on the way up, the first and the last of a mere row of blocks (AT-EDM's prune-less schedule).
     """
 
     name: str

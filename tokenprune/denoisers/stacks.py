@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tokenprune.denoisers.host import DenoiserHost, Stack
 from tokenprune.errors import BudgetError
 from tokenprune.method import Method
@@ -10,15 +12,19 @@ FUSED = "queries, keys and values are projected at once there; unfuse the projec
 
 
 def divided(host: DenoiserHost, method: Method) -> list[Stack]:
-    """The host's stacks, a mere row of blocks divided into stacks of the method's depth."""
+    """The host's stacks, a mere row of blocks divided into stacks of the method's depth.
+
+    Of such rows, which are one stage, the first and the last stack are those at the edges.
+    """
     if not host.divisible:
         return list(host.stacks)
     stacks = []
     for row in host.stacks:
         for first in range(0, len(row.blocks), method.stack_depth):
             blocks = row.blocks[first : first + method.stack_depth]
-            stacks.append(Stack(f"{row.name}.{first}-{first + len(blocks) - 1}", blocks, row.edge))
-    return stacks
+            stacks.append(Stack(f"{row.name}.{first}-{first + len(blocks) - 1}", blocks))
+    ends = {stack.name for stack in (*stacks[:1], *stacks[-1:])}
+    return [replace(stack, edge=stack.name in ends) for stack in stacks]
 
 
 def barred_stacks(stacks: list[Stack], method: Method) -> tuple[list[str], dict[str, str]]:

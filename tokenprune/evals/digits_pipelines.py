@@ -38,11 +38,16 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_scale: float = GUIDANCE,
         latents: Tensor | None = None,
         generator: torch.Generator | None = None,
+        original: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """labels: [B] in 0..9. centres: [B, 2], row and column in pixels where the U-Net is to draw the digit (the DiT
         takes no place), None for anywhere. guidance_scale: of classifier-free guidance; 1 is one forward a step.
 
         latents: noise [B, 3, 36, 36] to start from, drawn by `generator` where it is not given.
+
+        original, mask: inpainting of images [B, 3, 36, 36] in the models' space, under a mask [36, 36] of ones; around
+        it each step is given the original with the noise that belongs to it, and at last the original itself.
         """
         model = self.denoiser
         parameter = next(model.parameters())
@@ -50,6 +55,7 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
         if latents is None:
             latents = torch.randn(len(labels), 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
         images = latents.to(parameter.device, parameter.dtype)
+        noise = images
         # The scheduler's own spacing would spend the last of its steps on the last thousandth of the way.
         sigmas = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
         self.scheduler.set_timesteps(sigmas=sigmas, device=parameter.device)
@@ -62,6 +68,10 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
                 free, bound = predict(model, twice, timestep.expand(len(both)), both, places).chunk(2)
                 velocity = free + guidance_scale * (bound - free)
             images = self.scheduler.step(velocity, timestep, images, return_dict=False)[0]
+            if original is not None and mask is not None:
+                sigma = self.scheduler.sigmas[self.scheduler.step_index]
+                around = original if sigma == 0 else (1 - sigma) * original + sigma * noise
+                images = torch.where(mask > 0, images, around)
         return to_pixels(images)
 
 

@@ -59,22 +59,28 @@ def generation_arms(
 
     Raises TokenPruneError for a method named in `methods` that is unknown or does not fit.
     """
-    base = pipeline_of(tokenprune.unpatch(shared_copy(pipe.denoiser)))
-    names = [method.name for method in tokenprune.methods(base)] if methods is None else list(methods)
+    first = unpatched_arm(pipe, orders, steps=steps, guidance=guidance)
+    assert first.pipe is not None
+    names = [method.name for method in tokenprune.methods(first.pipe)] if methods is None else list(methods)
     if baselines:
         names += [name for name in DROP_BASELINES if name not in names]
-    one_step = GenerationArm(UNPATCHED, "", base.denoiser, pipe=base, steps=1, guidance=guidance)
-    flops = steps * count_multiply_adds(lambda: one_step.draw(orders.first(1)))
-    first = replace(one_step, flops=flops, flops_ratio=1.0, steps=steps)
     arms = [first]
     for budget in budgets:
-        rows = [_method_arm(first, orders, name, budget, required=name in (methods or ())) for name in names]
+        rows = [method_arm(first, orders, name, budget, required=name in (methods or ())) for name in names]
         arms += rows
         ratios = [row.flops_ratio for row in rows if row.flops_ratio is not None]
         target = budget.get("flops") or (statistics.median(ratios) if ratios else None)
         if baselines and target is not None:
             arms.append(fewer_steps(first, max(1, round(steps * target)), budget_label(budget)))
     return arms
+
+
+def unpatched_arm(pipe: DigitsPipeline, orders: Orders, *, steps: int, guidance: float = GUIDANCE) -> GenerationArm:
+    """A copy of `pipe` that shares its weights and carries no patch; its cost is counted on one order."""
+    base = pipeline_of(tokenprune.unpatch(shared_copy(pipe.denoiser)))
+    one_step = GenerationArm(UNPATCHED, "", base.denoiser, pipe=base, steps=1, guidance=guidance)
+    flops = steps * count_multiply_adds(lambda: one_step.draw(orders.first(1)))
+    return replace(one_step, flops=flops, flops_ratio=1.0, steps=steps)
 
 
 def fewer_steps(base: GenerationArm, steps: int, budget: str) -> GenerationArm:
@@ -92,7 +98,11 @@ def fewer_steps(base: GenerationArm, steps: int, budget: str) -> GenerationArm:
     )
 
 
-def _method_arm(base: GenerationArm, orders: Orders, name: str, budget: Budget, *, required: bool) -> GenerationArm:
+def method_arm(base: GenerationArm, orders: Orders, name: str, budget: Budget, *, required: bool) -> GenerationArm:
+    """A copy of the unpatched `base` with a patch, or where it cannot be built none and the reason.
+
+    Raises TokenPruneError where the method is `required` and is unknown or does not fit.
+    """
     label = budget_label(budget)
     assert base.model is not None
     assert base.flops is not None

@@ -71,6 +71,23 @@ def plot_accuracy_against_speed(table: Table, path: str | Path, quality: str = "
     figure.savefig(path, dpi=140)
 
 
+def plot_time_against_mask(table: Table, path: str | Path) -> None:
+    """Draws `time` over `mask` of `tokenprune.evals.region_speed` to `path`, and what the mask alone would cost."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    shares, times = ([_value(row, name) for row in table.rows] for name in ("mask", "time"))
+    axes.errorbar(shares, times, yerr=_ends(table.rows, "time"), marker="o", label="region, ring of one token")
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="in proportion to the mask")
+    axes.set(
+        xlabel="share of the picture under the mask", ylabel="time over the full run's", xlim=(0, 1), ylim=(0, 1.25)
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
 def plot_training(logs: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> None:
     """Draws the losses of trainings by name over their steps to `path`; a log has the lines of a checkpoint's record.
 

@@ -8,6 +8,7 @@ The weights are random; which tokens are computed is the mask's doing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.evals.digits_denoisers import untrained
+from tokenprune.evals.plot import plot_time_against_mask
 from tokenprune.evals.shared_copy import shared_copy
+from tokenprune.evals.stats import Interval
 from tokenprune.evals.table import Row, Table, environment, interval_cells
-from tokenprune.evals.throughput import measure
+from tokenprune.evals.throughput import Relative, measure_together
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.8)
 STEPS = 20
+Draw = Callable[[nn.Module, Tensor, int], object]
 
 
 def square(side: int, share: float) -> Tensor:
@@ -36,32 +40,69 @@ def square(side: int, share: float) -> Tensor:
 
 def region_table(
     model: nn.Module,
-    draw: Callable[[nn.Module, Tensor, int], object],
+    draw: Draw,
     latents: Tensor,
     *,
     shares: Sequence[float] = SHARES,
     steps: int = STEPS,
     rounds: int = 20,
-    attempts: int = 3,
 ) -> Table:
-    """Runs of `steps` forwards on latents [B, C, H, W], with a mask and a ring of one token against none.
+    """Runs of `steps` forwards on latents [B, C, H, W], with masks and a ring of one token against none, all in turn.
 
     draw: runs the model on the latents for one step of [steps - 1 .. 0]. Columns: `mask` (share of the area), `time`
     of the whole run over the unpatched one's with a 95% interval, `control`, `trusted`.
     """
+    models = [model, *(masked(model, latents, share) for share in shares), shared_copy(model)]
+    with torch.inference_mode():
+        timings = measure_together([partial(_run, one, draw, latents, steps) for one in models], rounds)
     rows: list[Row] = []
-    for share in shares:
-        patched = tokenprune.patch(shared_copy(model), "region", mask=square(latents.shape[-1], share), ring=1)
-        arms = [partial(_run, one, draw, latents, steps) for one in (model, patched, shared_copy(model))]
-        with torch.inference_mode():
-            timing = measure(*arms, rounds=rounds, warmup=1, attempts=attempts)
-        ratio = timing.speedup
-        row: Row = {"mask": share, **interval_cells("time", 1 / ratio.estimate, 1 / ratio.high, 1 / ratio.low)}
-        rows.append(row | {"control": timing.control, "trusted": timing.trusted})
+    for share, timing in zip(shares, timings[1:-1], strict=True):
+        rows.append({"mask": share, **_time("time", timing.speedup), **_trust(timing)})
     return Table(rows, {"batch": len(latents), "steps": steps, **environment()})
 
 
-def _run(model: nn.Module, draw: Callable[[nn.Module, Tensor, int], object], latents: Tensor, steps: int) -> None:
+def step_table(model: nn.Module, draw: Draw, latents: Tensor, share: float, *, rounds: int = 20) -> Table:
+    """The same for a model that is too large for whole runs: one step of each kind.
+
+    Columns: `dense step` and `step`, time of one that fills what is kept and of one that uses it over an unpatched
+    one's, and `time`, what follows for a run of STEPS of which the first is dense.
+    """
+    later, earlier = itertools.count(1), itertools.count(-1, -1)
+    dense, masks = masked(model, latents, share), masked(model, latents, share)
+    with torch.inference_mode():
+        draw(masks, latents, 0)
+        first, step, _ = measure_together(
+            [
+                partial(draw, model, latents, 0),
+                # A step that rises begins a new run, and its first one computes everything.
+                lambda: draw(dense, latents, next(later)),
+                lambda: draw(masks, latents, next(earlier)),
+                partial(draw, shared_copy(model), latents, 0),
+            ],
+            rounds,
+        )[1:]
+    row: Row = {"mask": share, **_time("dense step", first.speedup), **_time("step", step.speedup)}
+    row["time"] = (1 / first.speedup.estimate + (STEPS - 1) / step.speedup.estimate) / STEPS
+    return Table([row | _trust(step)], {"batch": len(latents), **environment()})
+
+
+def masked(model: nn.Module, latents: Tensor, share: float) -> nn.Module:
+    """A copy of the model with `region` on a square in the middle of the latents, and a ring of one token."""
+    copy = shared_copy(model)
+    tokenprune.patch(copy, "region", mask=square(latents.shape[-1], share), ring=1)
+    return copy
+
+
+def _time(name: str, speedup: Interval) -> Row:
+    return interval_cells(name, 1 / speedup.estimate, 1 / speedup.high, 1 / speedup.low)
+
+
+def _trust(timing: Relative) -> Row:
+    cells = timing.cells()
+    return {"control": cells["control"], "trusted": cells["trusted"]}
+
+
+def _run(model: nn.Module, draw: Draw, latents: Tensor, steps: int) -> None:
     for step in range(steps - 1, -1, -1):
         draw(model, latents, step)
 
@@ -83,13 +124,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a table of the small DiT at batch 16 and one of two blocks of a DiT-XL/2."""
     parser = argparse.ArgumentParser(prog="python -m tokenprune.evals.region_speed", description=main.__doc__)
     parser.add_argument("--rounds", type=int, default=20, help="at least 20 (default: %(default)s)")
-    parser.add_argument("--attempts", type=int, default=3, help="of a quiet measurement (default: %(default)s)")
+    parser.add_argument("--table", action="append", choices=["small", "large"], help="repeatable (default: both)")
+    parser.add_argument("--plot", metavar="FILE", help="where to draw time against the mask's share (.png, .svg)")
     options = parser.parse_args(arguments)
     generator = torch.Generator().manual_seed(0)
     small, large = torch.randn(16, 3, 36, 36, generator=generator), torch.randn(1, 4, 64, 64, generator=generator)
-    timed = {"rounds": options.rounds, "attempts": options.attempts}
-    print(region_table(untrained("dit-digits"), digits, small, **timed).to_markdown(), flush=True)
-    print(region_table(dit_xl(), digits, large, shares=(0.1,), **timed).to_markdown())
+    tables = options.table or ["small", "large"]
+    if "small" in tables:
+        table = region_table(untrained("dit-digits"), digits, small, rounds=options.rounds)
+        print(table.to_markdown(), flush=True)
+        if options.plot is not None:
+            plot_time_against_mask(table, options.plot)
+    if "large" in tables:
+        print(step_table(dit_xl(), digits, large, 0.1, rounds=options.rounds).to_markdown())
     return 0
 
 

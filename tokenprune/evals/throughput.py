@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -92,6 +93,40 @@ def measure(
         peak_memory=_peak_memory(reference, device),
         peak_memory_patched=_peak_memory(candidate, device),
     )
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Of one arm of `measure_together`: `speedup` is the median over rounds of (time of the first arm) / (its time),
+    `control` that of (time of the first arm) / (time of the last)."""
+
+    speedup: Interval
+    control: float
+
+    def cells(self) -> dict[str, Any]:
+        """The cells of a table row."""
+        speedup = {"speedup": self.speedup.estimate, "speedup_low": self.speedup.low, "speedup_high": self.speedup.high}
+        return {**speedup, "control": self.control, "trusted": abs(self.control - 1.0) <= CONTROL_TOLERANCE}
+
+
+def measure_together(
+    arms: Sequence[Arm], rounds: int = 20, *, seed: int = 0, clock: Callable[[], float] = time.perf_counter
+) -> list[Relative]:
+    """Times many candidates against one reference: the first of `arms`, which the last, the control, does again.
+
+    Every round runs each arm once, so that a busy moment hits all alike, and begins one arm further on, every other
+    round backwards. For runs of a second or so, of which the reference need not be measured anew for each candidate.
+    """
+    for arm in arms:
+        arm()
+    device, taken = torch.device("cpu"), [list[float]() for _ in arms]
+    for number in range(rounds):
+        order = [(place + number) % len(arms) for place in range(len(arms))]
+        for place in order[:: 1 if number % 2 == 0 else -1]:
+            taken[place].append(sample(arms[place], 1, device, clock))
+    ratios = [[base / own for base, own in zip(taken[0], seconds, strict=True)] for seconds in taken]
+    control = statistics.median(ratios[-1])
+    return [Relative(bootstrap_median(own, seed=seed), control) for own in ratios]
 
 
 def _interleave(

@@ -45,7 +45,8 @@ def at_edm(
 
     Scored in the first block of each stack, or before a stack of one block; behind the stack a token left out is a
     copy of the most similar one computed where convolutions follow, and keeps its own value where none do. For the
-    first 30% of the steps the stacks at the edges of the stages are whole (denoising-steps-aware pruning).
+    first 30% of the steps the stacks at the edges of the stages (of a transformer the first and the last) are whole
+    (denoising-steps-aware pruning).
 
     rate: share of the tokens computed in a stack (the paper removes 63%). iterations: of the PageRank; the paper runs
     it until it settles and gives no number. attention: which graph it runs on, image tokens among themselves, or image
