@@ -31,7 +31,7 @@ from tokenprune.evals.table import Row, Table, environment
 from tokenprune.evals.throughput import measure_together
 
 STEPS = 10
-"""Of an unpatched run: half of what the pipelines take by default, after which their pictures change little."""
+"""Of an unpatched run: half of what the pipelines take by default, for half of the time."""
 
 BATCH = 10
 TIMED_BATCH = 2
