@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
@@ -75,7 +76,15 @@ def flux():
 def built(make):
     with torch.device("meta"):
         model, inputs = make()
-        return model.eval(), inputs
+    for name in ("time_text_embed", "adaln_single"):
+        if hasattr(model, name):
+            getattr(model, name).register_forward_pre_hook(to_meta, with_kwargs=True)
+    return model.eval(), inputs
+
+
+def to_meta(module, args, kwargs):
+    """The timestep alone is a number, so that its place in the run is known."""
+    return tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, (args, kwargs))
 
 
 def counted(model, inputs, share_of_noise):
@@ -83,8 +92,8 @@ def counted(model, inputs, share_of_noise):
     latents = "sample" if "sample" in inputs else "hidden_states"
     inputs = {**inputs, latents: inputs[latents].clone()}  # the same ones again would be the other call of guidance
     timestep = torch.tensor(1000.0 * share_of_noise)
-    if not isinstance(model, diffusers.UNet2DConditionModel):
-        timestep = torch.empty(1, device="meta")  # every step is alike
+    if not isinstance(model, diffusers.UNet2DConditionModel):  # these take one for each image, on their own device
+        timestep = timestep.reshape(1) / (1000.0 if isinstance(model, diffusers.FluxTransformer2DModel) else 1.0)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs, timestep=timestep)
     return counter.get_total_flops() // 2
