@@ -79,5 +79,5 @@ def test_a_smaller_mask_is_faster() -> None:
 def test_a_step_under_a_mask_is_faster_than_one_that_computes_all() -> None:
     latents = torch.randn(4, 3, 36, 36, generator=torch.Generator().manual_seed(0))
     (row,) = region_speed.step_table(untrained("dit-digits"), region_speed.digits, latents, 0.1, rounds=6).rows
-    assert row["step"] < 0.6 < 0.9 < row["dense step"]
+    assert row["step"] < row["dense step"]  # by how much is the benchmark's to say, on a machine that does nothing else
     assert row["time"] == pytest.approx((row["dense step"] + 19 * row["step"]) / 20)
