@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from lvlm_zoo import (
     KINDS,
     VIDEO,
@@ -125,6 +126,37 @@ def test_prompt_lookup() -> None:
     with tokenprune.patched(model, "uniform", keep=0.25):
         expected = generate(model, example.inputs, 8)
         close(generate(model, example.inputs, 8, prompt_lookup_num_tokens=3), expected)
+    with tokenprune.patched(model, "uniform", keep=0.25, positions="reindex"):
+        expected = generate(model, example.inputs, 8)
+        close(generate(model, example.inputs, 8, prompt_lookup_num_tokens=3), expected)
+
+
+def test_a_prompt_is_not_cropped_into_where_tokens_are_missing() -> None:
+    model, example = build("llava"), prompt("llava", text=12)
+    with tokenprune.patched(model, "uniform", keep=0.25):
+        cache = model(**example.inputs, use_cache=True).past_key_values
+        with pytest.raises(tokenprune.UnsupportedModel, match="cannot be cropped"):
+            cache.crop(1 - cache.get_seq_length())
+    with tokenprune.patched(model, "feather", keep=0.25):
+        cache = model(**example.inputs, use_cache=True).past_key_values
+        cache.crop(-3)
+        with pytest.raises(tokenprune.UnsupportedModel, match="assisted generation"):
+            model(input_ids=example.inputs["input_ids"][:, -3:], past_key_values=cache)
+
+
+def test_hooks_that_move_outputs_between_devices() -> None:
+    model, example = build("llava"), prompt("llava")
+    with tokenprune.patched(model, "top_k", keep=0.5):
+        expected = generate(model, example.inputs)
+        add_hook_to_module(model, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        close(generate(model, example.inputs), expected)
+
+
+def test_a_pixtral_tower_is_refused() -> None:
+    model = build("llava")
+    model.model.vision_tower.__class__ = type("PixtralVisionModel", (type(model.model.vision_tower),), {})
+    with pytest.raises(tokenprune.UnsupportedModel, match="Pixtral"):
+        tokenprune.patch(model, "uniform", keep=0.5)
 
 
 @pytest.mark.parametrize("name", most_in_full("llava", "qwen2_vl"))

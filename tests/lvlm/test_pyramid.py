@@ -311,6 +311,14 @@ def test_refusals() -> None:
         ask(model, Drawn(224, 224), max_tiles=8)
     with pytest.raises(tokenprune.TokenPruneError, match=r"returned \[1, 576\]"):
         ask(model, image, focus=lambda seen: torch.zeros(1, len(seen.tokens)), shrink=1, max_tiles=40)
+    with pytest.raises(tokenprune.TokenPruneError, match="NaN for 1 of"):
+        ask(
+            model,
+            image,
+            focus=lambda seen: torch.full((len(seen.tokens),), 1.0).index_fill(0, torch.tensor(0), torch.nan),
+        )
+    with pytest.raises(tokenprune.TokenPruneError, match="mode I;16"):
+        ask(model, Image.new("I;16", (600, 600)))
     with pytest.raises(tokenprune.BudgetError, match="share"):
         ask(model, image, share=0)
     with tokenprune.patched(model, "top_k", keep=0.5), pytest.raises(tokenprune.UnsupportedModel, match="unpatch"):

@@ -128,6 +128,11 @@ def describe(outer: nn.Module) -> LvlmHost:
     family = _family(model)
     assert family is not None
     tower, text = getattr(model, family.tower), getattr(model, family.text)
+    if type(tower).__name__ == "PixtralVisionModel":
+        raise UnsupportedModel(
+            "PixtralVisionModel gives the patches of all images of a call in one row, and which are of which image is"
+            " not known here; use Llava with another tower"
+        )
     config = model.config
     tokens = {"image": int(config.image_token_id)}
     inputs = ["pixel_values", "mm_encoder_outputs"]

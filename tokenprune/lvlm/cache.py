@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.errors import UnsupportedModel
 from tokenprune.kernels.merge import gather
 
 
@@ -42,6 +43,16 @@ class CacheMap:
         """A mask [B, tokens] for the entries."""
         prompt = gather(mask[:, : self.length], self.index) * self.valid.to(mask.dtype)
         return torch.cat([prompt, mask[:, self.length :]], 1)
+
+    def without_last(self, tokens: int) -> CacheMap:
+        """The map of a cache that has lost the prompt's last tokens, as where a candidate is turned down."""
+        last = torch.arange(self.length - tokens, self.length, device=self.index.device)
+        if tokens >= self.entries or not bool((self.index[:, -tokens:] == last).all()):
+            raise UnsupportedModel(
+                f"a cache cannot be cropped by {tokens} tokens into a prompt of which some are not in it; crop less, or"
+                " run the prompt anew"
+            )
+        return replace(self, index=self.index[:, :-tokens], valid=self.valid[:, :-tokens], length=self.length - tokens)
 
     def rows(self, index: Tensor) -> CacheMap:
         """The map of other samples, rows of this one."""
@@ -76,6 +87,13 @@ class _PrunedCache:
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
         self._tokenprune_map = self._tokenprune_map.rows(indices.to(self._tokenprune_map.index.device))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        known = self._tokenprune_map
+        gone = abs(tokens_to_remove) - (super().get_seq_length() - known.entries)  # type: ignore[misc]
+        if gone > 0:
+            self._tokenprune_map = known.without_last(gone)
+        super().crop(tokens_to_remove)  # type: ignore[misc]
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]

@@ -91,12 +91,22 @@ def count_call(module: nn.Module, call: Given) -> int:
     try:
         return _counted(ghost(module, on_meta=True), tree_map(_on_meta, call.args), tree_map(_on_meta, call.kwargs))
     except (NotImplementedError, RuntimeError):
-        weight = next(module.parameters())
+        shadow = ghost(module)
+        device = next(shadow.parameters()).device
+        if device.type == "meta":  # offloaded weights; numbers do not matter, sizes of grids do
+            device = torch.device("cpu")
+            for part in shadow.modules():
+                _filled(part._parameters, device)
+                _filled(part._buffers, device)
 
         def real(x: Any) -> Any:
-            return torch.zeros_like(x, device=weight.device) if isinstance(x, Tensor) and x.is_meta else x
+            return torch.zeros_like(x, device=device) if isinstance(x, Tensor) and x.is_meta else x
 
-        return _counted(ghost(module), tree_map(real, call.args), tree_map(real, call.kwargs))
+        return _counted(shadow, tree_map(real, call.args), tree_map(real, call.kwargs))
+
+
+def _filled(own: dict[str, Any], device: torch.device) -> None:
+    own.update({name: torch.zeros_like(x, device=device) for name, x in own.items() if x is not None and x.is_meta})
 
 
 def count_text(host: LvlmHost, example: Example, tokens: int) -> TextCosts:

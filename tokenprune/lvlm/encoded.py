@@ -94,7 +94,7 @@ class TowerSite:
             find = self.records
 
             def look() -> list[Tensor]:
-                return self._values(find(call), patches)
+                return self._values(find(call), tiles, patches)
 
             with torch.no_grad():
                 values += self.patch.spent.choosing(("score", key), look)
@@ -102,18 +102,21 @@ class TowerSite:
         if self.lift is not None:
             encoded.images = self.lift(encoded.values, call)
             encoded.grids = [self.grid(len(image), place, call) for place, image in enumerate(encoded.images)]
-        setattr(output, _ATTRIBUTE, encoded)
+        if isinstance(output, dict):  # an item: hooks that move outputs between devices rebuild them from their items
+            output[_ATTRIBUTE] = encoded
+        else:
+            setattr(output, _ATTRIBUTE, encoded)
         self.patch.local.latest = encoded
         if self.patch.local.call is not None:  # else it is found again by the output
             self.patch.local.encoded.append(encoded)
 
-    def _values(self, records: Sequence[Any], patches: int) -> list[Tensor]:
+    def _values(self, records: Sequence[Any], tiles: int, patches: int) -> list[Tensor]:
         after, found = self.patch.after, []
         assert after is not None
         lengths = [record.tokens for record in records]
         if any(length != lengths[0] for length in lengths) and patches != sum(lengths):
             raise UnsupportedModel("the tower's tiles have different numbers of patches")
-        if sum(r.tokens * r.hidden.shape[0] for r in records) % patches:
+        if sum(r.tokens * r.hidden.shape[0] for r in records) != tiles * patches:
             raise UnsupportedModel(
                 "the image tower is patched itself, and the layer that is scored has fewer tokens than the images have"
                 " patches; unpatch the tower, or use a method that does not look at its attention, such as 'uniform'"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.errors import UnsupportedModel
 from tokenprune.kernels.class_attention import class_attention
 from tokenprune.kernels.merge import gather
 from tokenprune.lvlm.funnel import causal_mask, narrow_mask, narrow_positions, pack_left
@@ -69,7 +70,16 @@ class Inside:
 def stages_of(cache: Any) -> list[StageMap]:
     """What a cache says of its prompt; nothing where the prompt is not in it any more."""
     stages: list[StageMap] = getattr(cache, _ATTRIBUTE, [])
-    return stages if stages and int(cache.get_seq_length()) >= stages[0].length else []
+    seen = int(cache.get_seq_length())
+    if stages and 0 < seen < stages[0].length:
+        raise UnsupportedModel(
+            f"the cache was cropped to {seen} of its prompt's {stages[0].length} tokens (assisted generation and prompt"
+            " lookup do so), which layers that have lost tokens cannot follow; generate without, or use a method that"
+            " works behind the tower, such as 'top_k'"
+        )
+    if not seen and stages:
+        delattr(cache, _ATTRIBUTE)
+    return stages if seen else []
 
 
 def remember_stages(cache: Any, stages: list[StageMap]) -> None:

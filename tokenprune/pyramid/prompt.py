@@ -73,7 +73,8 @@ def prompt_of(host: LvlmHost, crops: Crops, question: str | Tensor, processor: A
             f"the prompt, token ids {list(ids.shape)}, is to be of one sample with placeholders"
             f" ({host.tokens['image']}) of one image; {len(where)} were found"
         )
-    rows: Tensor = embeddings(ids.to(embeddings.weight.device))[0].detach()
+    device = embeddings.weight.device
+    rows: Tensor = embeddings(ids if device.type == "meta" else ids.to(device))[0].detach()
     return Prompt(rows[: int(where[0])], rows[int(where[-1]) + 1 :])
 
 

@@ -32,6 +32,11 @@ class PilRegions:
 
         if isinstance(image, (str, os.PathLike)):
             image = Image.open(image)
+        if image.mode[0] in "IF":
+            raise TokenPruneError(
+                f"PIL cuts an image of mode {image.mode} off at 255; scale it to 8 bits, or pass an object with size"
+                " and read(box, size) that does"
+            )
         self.image = image if image.mode == "RGB" else image.convert("RGB")
         self.size: tuple[int, int] = self.image.size
 

@@ -107,6 +107,10 @@ def _importance(focus: Focus, seen: Seen) -> Tensor:
     if not isinstance(scores, Tensor) or scores.shape != (len(seen.tokens),):
         given = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise TokenPruneError(f"the focus returned {given}; an importance of each token is [{len(seen.tokens)}]")
+    if bool(scores.isnan().any()):
+        raise TokenPruneError(
+            f"the focus returned NaN for {int(scores.isnan().sum())} of {len(scores)} tokens; an importance is a number"
+        )
     return scores.to(seen.places.device)
 
 
@@ -123,7 +127,9 @@ def _read_and_encode(
 
 def _encode(host: LvlmHost, crops: Crops, pixels: Tensor, shrink: int) -> Tensor:
     """[T, n, C] of the language model's tokens of crops, their grids shrunk by bilinear interpolation."""
-    features = crops.encode(pixels.to(next(host.tower.parameters())))
+    weight = next(host.tower.parameters())
+    pixels = pixels.to(weight.dtype)  # of an offloaded tower the device is not known, and its hooks move the pixels
+    features = crops.encode(pixels if weight.is_meta else pixels.to(weight.device))
     if shrink == 1:
         return features
     side = round(features.shape[1] ** 0.5)
