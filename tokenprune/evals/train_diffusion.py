@@ -11,9 +11,6 @@ training that was interrupted goes on exactly as it would have without.
 """
 
 import argparse
-import json
-import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import TokenPruneError
 from tokenprune.evals.digits_denoisers import CHECKPOINTS, DIT, UNCONDITIONAL, UNET, predict, untrained
 from tokenprune.evals.drawn_digits import IMAGE_SIZE, PIXEL_MEAN, PIXEL_STD, drawn_digit_pictures, to_model
+from tokenprune.evals.resumable import Resumable, run, ship
 
 SEED = 0
 BATCH = 32
@@ -114,20 +111,17 @@ def loss(model: nn.Module, split: Any, step: int, count: int, size: int) -> Tens
     return nn.functional.mse_loss(velocity, noise - images)
 
 
-class Training:
-    """The state of a training: weights, their moving average, optimiser, step and log."""
+class Training(Resumable):
+    """The training of one of the models."""
 
     def __init__(self, name: str, recipe: Recipe) -> None:
         torch.manual_seed(SEED)
-        self.name, self.recipe, self.step = name, recipe, 0
-        self.model = untrained(name)
-        self.average = {key: value.clone() for key, value in self.model.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=recipe.peak_lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+        self.name, self.recipe = name, recipe
+        model = untrained(name)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=recipe.peak_lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
-        self.log: list[dict[str, float]] = []
-        self.recent: list[float] = []
-        self.seconds = 0.0
+        super().__init__(model, optimizer, clip_norm=CLIP_NORM, ema_decay=EMA_DECAY)
 
     def advance(self) -> None:
         """One step, and at every VALIDATE_EVERY-th a line of the log."""
@@ -136,16 +130,7 @@ class Training:
             group["lr"] = learning_rate(self.step, self.recipe)
         size = SMALL_SIZE if self.step < self.recipe.small_steps else IMAGE_SIZE
         error = loss(self.model, "train", self.step, BATCH, size)
-        self.optimizer.zero_grad()
-        error.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
-        self.optimizer.step()
-        self.step += 1
-        self.recent.append(error.item())
-        decay = min(EMA_DECAY, self.step / (10 + self.step))
-        with torch.no_grad():
-            for key, value in self.model.state_dict().items():
-                self.average[key].lerp_(value, 1 - decay)
+        self.descend(error)
         if self.step % VALIDATE_EVERY == 0 or self.step == self.recipe.steps:
             self._validate(size)
         self.seconds += time.process_time() - start
@@ -159,72 +144,22 @@ class Training:
     def _validate(self, size: int) -> None:
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             error = loss(self.averaged(), "val", 0, VALIDATION_IMAGES, size).item()
-        mean = math.fsum(self.recent) / len(self.recent)
-        self.log.append({"step": self.step, "canvas": size, "loss": mean, "validation": error})
-        self.recent = []
-
-    def save(self, path: Path) -> None:
-        """Writes the state in one piece: a kill while writing leaves the one before."""
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "log": self.log,
-            "recent": self.recent,
-            "seconds": self.seconds,
-        }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
-
-    def resume(self, path: Path) -> None:
-        """The inverse of `save`. Raises TokenPruneError for a state of the other model."""
-        state = torch.load(path, weights_only=True)
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise TokenPruneError(f"{path} is of another model; {self.name} needs an --output of its own") from error
-        self.average = state["average"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.log, self.recent = state["step"], state["log"], state["recent"]
-        self.seconds = state["seconds"]
+        self.log.append({"step": self.step, "canvas": size, "loss": self.recent_loss(), "validation": error})
 
 
 def train(name: str, output: Path, recipe: Recipe | None = None) -> dict[str, Any]:
     """Trains the model called `name`, or goes on where a training in `output` stopped; writes the averaged weights
     (fp16) and their record to `output` and returns the record."""
-    from safetensors.torch import save_file
-
     recipe = recipe or RECIPES[name]
-    training, state = Training(name, recipe), output / "state.pt"
-    output.mkdir(parents=True, exist_ok=True)
-    if state.exists():
-        training.resume(state)
-    while training.step < recipe.steps:
-        training.advance()
-        done = training.step == recipe.steps
-        if done or training.step % VALIDATE_EVERY == 0:
-            last = training.log[-1]
-            print(
-                f"step {training.step}/{recipe.steps}  canvas {last['canvas']}  loss {last['loss']:.4f}"
-                f"  validation {last['validation']:.4f}  {training.seconds:.0f} s",
-                flush=True,
-            )
-        if done or training.step % SAVE_EVERY == 0:
-            training.save(state)
-    save_file({key: value.half() for key, value in training.average.items()}, output / CHECKPOINTS[name])
+    training = Training(name, recipe)
+    run(training, output, recipe.steps, show_every=VALIDATE_EVERY, save_every=SAVE_EVERY)
     record = {
         "architecture": f"tokenprune.evals.digits_denoisers, {name}",
         "recipe": recipe_record(recipe),
         "normalisation": {"mean": PIXEL_MEAN, "std": PIXEL_STD},
-        "log": training.log,
-        "training_cpu_seconds": round(training.seconds),
-        "threads": torch.get_num_threads(),
         "data": DATA,
     }
-    (output / CHECKPOINTS[name]).with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    return ship(training, output / CHECKPOINTS[name], record)
 
 
 def recipe_record(recipe: Recipe) -> dict[str, Any]:

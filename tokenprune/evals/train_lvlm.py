@@ -18,9 +18,7 @@ training that was interrupted goes on exactly as it would have without.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +28,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tokenprune.errors import TokenPruneError
 from tokenprune.evals import digits_lvlm
 from tokenprune.evals.digits import NUM_CLASSES, Split
 from tokenprune.evals.digits_lvlm import (
@@ -53,6 +50,7 @@ from tokenprune.evals.placed_digits import (
     Scenes,
     placed_digits,
 )
+from tokenprune.evals.resumable import Resumable, run, ship
 
 SEED = 0
 BETAS = (0.9, 0.98)
@@ -235,23 +233,22 @@ def answer_loss(
     return cross_entropy(logits.flatten(0, 1), answers.flatten()), where, shares
 
 
-class Training:
-    """The state of a training: weights, their moving average, heads, optimiser, step and log."""
+class Training(Resumable):
+    """The training of the model, with heads that are thrown away later."""
 
     def __init__(self, recipe: Recipe) -> None:
         torch.manual_seed(SEED)
-        self.recipe, self.step = recipe, 0
-        self.model: Any = digits_lvlm.lvlm()
-        config: Any = self.model.config
-        self.heads = Heads(config.vision_config.hidden_size, config.text_config.hidden_size)
-        self.average = {key: value.clone() for key, value in self.model.state_dict().items()}
-        parameters = [*self.model.parameters(), *self.heads.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=recipe.peak_lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+        self.recipe = recipe
+        model: Any = digits_lvlm.lvlm()
+        self.heads = Heads(model.config.vision_config.hidden_size, model.config.text_config.hidden_size)
+        optimizer = torch.optim.AdamW(
+            [*model.parameters(), *self.heads.parameters()],
+            lr=recipe.peak_lr,
+            betas=BETAS,
+            weight_decay=WEIGHT_DECAY,
+            fused=True,
         )
-        self.log: list[dict[str, float]] = []
-        self.recent: list[float] = []
-        self.seconds = 0.0
+        super().__init__(model, optimizer, clip_norm=CLIP_NORM, ema_decay=EMA_DECAY, others={"heads": self.heads})
 
     def loss(self, model: Any, split: Split, start: int, count: int, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss of the step's stage on scenes `start` and following, and shares of what is right."""
@@ -281,16 +278,7 @@ class Training:
         count = recipe.tower_batch if reading else recipe.answer_batch
         start = count * (self.step if reading else self.step - recipe.tower_steps)
         error, _ = self.loss(self.model, "train", start, count, self.step)
-        self.optimizer.zero_grad()
-        error.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], CLIP_NORM)
-        self.optimizer.step()
-        self.step += 1
-        self.recent.append(error.item())
-        decay = min(EMA_DECAY, self.step / (10 + self.step))
-        with torch.no_grad():
-            for key, value in self.model.state_dict().items():
-                self.average[key].lerp_(value, 1 - decay)
+        self.descend(error)
         if self.step % VALIDATE_EVERY == 0 or self.step == recipe.steps:
             self._validate()
         self.seconds += time.process_time() - begun
@@ -315,69 +303,21 @@ class Training:
     def _validate(self) -> None:
         with torch.inference_mode():
             error, shares = self.loss(self.averaged(), "val", 0, VALIDATION_SCENES, self.step - 1)
-        mean = math.fsum(self.recent) / len(self.recent)
-        self.log.append({"step": self.step, "loss": mean, "validation": error.item(), **shares})
-        self.recent = []
-
-    def save(self, path: Path) -> None:
-        """Writes the state in one piece: a kill while writing leaves the one before."""
-        state = {
-            "model": self.model.state_dict(),
-            "heads": self.heads.state_dict(),
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "log": self.log,
-            "recent": self.recent,
-            "seconds": self.seconds,
-        }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
-
-    def resume(self, path: Path) -> None:
-        """The inverse of `save`. Raises TokenPruneError for a state of another model."""
-        state = torch.load(path, weights_only=True)
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise TokenPruneError(f"{path} is of another model; name an --output of its own") from error
-        self.heads.load_state_dict(state["heads"])
-        self.average = state["average"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.log, self.recent = state["step"], state["log"], state["recent"]
-        self.seconds = state["seconds"]
+        self.log.append({"step": self.step, "loss": self.recent_loss(), "validation": error.item(), **shares})
 
 
 def train(output: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
     """Trains the model, or goes on where a training in `output` stopped; writes the averaged weights (fp16) and their
     record to `output` and returns the record."""
-    from safetensors.torch import save_file
-
-    training, state = Training(recipe), output / "state.pt"
-    output.mkdir(parents=True, exist_ok=True)
-    if state.exists():
-        training.resume(state)
-    while training.step < recipe.steps:
-        training.advance()
-        done = training.step == recipe.steps
-        if done or training.step % VALIDATE_EVERY == 0:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in training.log[-1].items())
-            print(f"{shown}  {training.seconds:.0f} s", flush=True)
-        if done or training.step % SAVE_EVERY == 0:
-            training.save(state)
-    save_file({key: value.half() for key, value in training.average.items()}, output / CHECKPOINT)
+    training = Training(recipe)
+    run(training, output, recipe.steps, show_every=VALIDATE_EVERY, save_every=SAVE_EVERY)
     record = {
         "architecture": "tokenprune.evals.digits_lvlm",
         "recipe": recipe_record(recipe),
         "normalisation": {"mean": PIXEL_MEAN, "std": PIXEL_STD},
-        "log": training.log,
-        "training_cpu_seconds": round(training.seconds),
-        "threads": torch.get_num_threads(),
         "data": DATA,
     }
-    (output / CHECKPOINT).with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    return ship(training, output / CHECKPOINT, record)
 
 
 def recipe_record(recipe: Recipe) -> dict[str, Any]:
