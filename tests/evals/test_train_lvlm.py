@@ -7,8 +7,9 @@ import torch
 from tokenprune import cli
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals import digits_lvlm, train_lvlm
+from tokenprune.evals.lvlm_losses import Batch, Heads, answer_loss, rolled_back
 from tokenprune.evals.placed_digits import GRID, PATCH, placed_digits
-from tokenprune.evals.train_lvlm import Batch, Heads, Recipe, Training
+from tokenprune.evals.train_lvlm import Recipe, Training
 
 LVLM = digits_lvlm.lvlm
 TINY = Recipe(3, 3, tower_batch=2, answer_batch=2, place_layer=1, place_from=1, colours_until=2)
@@ -75,7 +76,7 @@ def test_questions_of_one_picture_are_answered_as_if_each_were_alone(by_colour):
     model, batch = _rough(), Batch.of(placed_digits("val", 3))
     heads = Heads(32, 32)
     with torch.no_grad():
-        together, _, shares = train_lvlm.answer_loss(model, heads, batch, (0, 0), 1, by_colour=by_colour)
+        together, _, shares = answer_loss(model, heads, batch, (0, 0), 1, by_colour=by_colour)
         losses, right = [], {"recognition": [], "localisation": []}
         asked = [("recognition", digits_lvlm.what_is_there(3), digits_lvlm.names(batch.digits))]
         if by_colour:
@@ -106,7 +107,7 @@ def test_rolled_features_are_those_of_a_tower_whose_positions_are_rolled():
 
     with torch.no_grad():
         rolled = features(images.roll((roll[0] * PATCH, roll[1] * PATCH), (2, 3)))
-        found = train_lvlm.rolled_back(rolled, roll)
+        found = rolled_back(rolled, roll)
         table = tower.embeddings.position_embedding.weight
         grid = table[1:].view(GRID, GRID, -1)
         table[1:] = grid.roll((-roll[0], -roll[1]), (0, 1)).flatten(0, 1)

@@ -34,7 +34,8 @@ from tokenprune.errors import UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.lvlm.encoded import pack_here
 from tokenprune.lvlm.host import Crops, LvlmHost
-from tokenprune.lvlm.patch import LvlmPatch, attach, prepare
+from tokenprune.lvlm.patch import LvlmPatch
+from tokenprune.lvlm.prepare import attach, prepare
 from tokenprune.method import Method
 from tokenprune.registry import register_adapter
 

@@ -80,9 +80,7 @@ def run_bench(options: argparse.Namespace) -> int:
         profile=options.profile,
         show_progress=not options.quiet,
     )
-    table.environment = {"model": options.model, "inputs": source, **table.environment}
-    emit(table, options)
-    return status(table)
+    return finish(table, options, inputs=source)
 
 
 def run_eval(options: argparse.Namespace) -> int:
@@ -102,9 +100,7 @@ def run_eval(options: argparse.Namespace) -> int:
         saliency=loaded.saliency if data.classes is None else None,
         show_progress=not options.quiet,
     )
-    table.environment = {"model": options.model, **table.environment}
-    emit(table, options)
-    return status(table)
+    return finish(table, options)
 
 
 def viz(options: argparse.Namespace) -> int:
@@ -239,8 +235,10 @@ def emit(table: Table, options: argparse.Namespace) -> None:
         table.save(options.output)
 
 
-def status(table: Table) -> int:
-    """The exit code: 1 where not a single method could be run."""
+def finish(table: Table, options: argparse.Namespace, **environment: Any) -> int:
+    """Emits the table of a model's rows; the exit code, 1 where not a single method could be run."""
+    table.environment = {"model": options.model, **environment, **table.environment}
+    emit(table, options)
     unpatched = (UNPATCHED, SMALLER_INPUT, FEWER_STEPS)
     ran = [row for row in table.rows if row.get("flops_ratio") is not None and row["method"] not in unpatched]
     return 0 if ran else 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.commands import budgets, check_output, emit, set_machine, status
+from tokenprune.evals.commands import budgets, check_output, emit, finish, set_machine
 from tokenprune.evals.digits_denoisers import untrained
 from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, digits_pipeline, pipeline_of
 from tokenprune.evals.generation import evaluate_generation
@@ -34,9 +34,7 @@ def run_eval(options: argparse.Namespace) -> int:
         seed=options.seed,
         show_progress=not options.quiet,
     )
-    table.environment = {"model": options.model, **table.environment}
-    emit(table, options)
-    return status(table)
+    return finish(table, options)
 
 
 def run_bench(options: argparse.Namespace) -> int:
@@ -56,9 +54,7 @@ def run_bench(options: argparse.Namespace) -> int:
         seed=options.seed,
         show_progress=not options.quiet,
     )
-    table.environment = {"model": options.model, **table.environment}
-    emit(table, options)
-    return status(table)
+    return finish(table, options)
 
 
 def viz(options: argparse.Namespace) -> int:

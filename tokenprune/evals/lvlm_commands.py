@@ -8,7 +8,7 @@ from torch import nn
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.arms import Budget
-from tokenprune.evals.commands import budgets, check_output, emit, set_machine, status
+from tokenprune.evals.commands import budgets, check_output, finish, set_machine
 from tokenprune.evals.digits_lvlm import lvlm_digits
 from tokenprune.evals.lvlm_eval import evaluate_lvlm
 
@@ -28,9 +28,7 @@ def run_eval(options: argparse.Namespace) -> int:
         rounds=options.rounds,
         show_progress=not options.quiet,
     )
-    table.environment = {"model": options.model, **table.environment}
-    emit(table, options)
-    return status(table)
+    return finish(table, options)
 
 
 def refuse(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,21 @@ class Resumable:
     def advance(self) -> None:
         """One step, and now and then a line of the log."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates: a linear warm-up of so many steps to the peak, constant, and a linear descent to `last_share` of
+    it over the last `cooldown_share` of the steps."""
+
+    warmup: int
+    cooldown_share: float
+    last_share: float
+
+    def __call__(self, step: int, steps: int, peak: float) -> float:
+        warm = min(1.0, (step + 1) / self.warmup)
+        left = (steps - step) / (self.cooldown_share * steps)
+        return peak * warm * min(1.0, self.last_share + (1 - self.last_share) * left)
 
 
 def run(training: Resumable, output: Path, steps: int, *, show_every: int, save_every: int) -> None:

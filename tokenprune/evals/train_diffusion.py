@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tokenprune.evals.digits_denoisers import CHECKPOINTS, DIT, UNCONDITIONAL, UNET, predict, untrained
 from tokenprune.evals.drawn_digits import IMAGE_SIZE, PIXEL_MEAN, PIXEL_STD, drawn_digit_pictures, to_model
-from tokenprune.evals.resumable import Resumable, run, ship
+from tokenprune.evals.resumable import Rates, Resumable, run, ship
 
 SEED = 0
 BATCH = 32
@@ -67,9 +67,7 @@ RECIPES = {DIT: Recipe(4000, 900, 2e-3), UNET: Recipe(2500, 600, 2e-3)}
 
 def learning_rate(step: int, recipe: Recipe) -> float:
     """Linear warm-up to the peak, constant, and a linear descent over the last steps."""
-    warm = min(1.0, (step + 1) / WARMUP_STEPS)
-    left = (recipe.steps - step) / (COOLDOWN_SHARE * recipe.steps)
-    return recipe.peak_lr * warm * min(1.0, LAST_LR_SHARE + (1 - LAST_LR_SHARE) * left)
+    return Rates(WARMUP_STEPS, COOLDOWN_SHARE, LAST_LR_SHARE)(step, recipe.steps, recipe.peak_lr)
 
 
 @contextmanager
