@@ -13,6 +13,11 @@ from torch import Tensor
 import tokenprune
 
 
+@pytest.fixture(autouse=True)
+def _convolutions_as_precise_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def to_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value.cuda()

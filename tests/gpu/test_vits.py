@@ -13,6 +13,8 @@ import tokenprune
 from tokenprune.errors import TokenPruneError
 
 PAIRS = [(family, method) for family in FEW for method in METHODS]
+# timm makes the rotary table of "rotary_registers" on the CPU in each forward, and waits for its way to the device.
+ASYNCHRONOUS = [pair for pair in PAIRS if pair[0] != "rotary_registers"]
 ADAPTIVE = ("ats",)
 
 
@@ -46,7 +48,7 @@ def test_at_one_bit_for_bit(family: str) -> None:
     assert torch.equal(run(tokenprune.unpatch(model), x), plain)
 
 
-@pytest.mark.parametrize(("family", "method"), PAIRS)
+@pytest.mark.parametrize(("family", "method"), ASYNCHRONOUS)
 def test_the_host_never_waits(family: str, method: str) -> None:
     model, x = patched(family, method)
     model, x = model.cuda(), x.cuda()
@@ -59,7 +61,7 @@ def test_the_host_never_waits(family: str, method: str) -> None:
     torch.testing.assert_close(output, expected)
 
 
-@pytest.mark.parametrize(("family", "method"), PAIRS)
+@pytest.mark.parametrize(("family", "method"), ASYNCHRONOUS)
 def test_captured_in_a_graph(family: str, method: str) -> None:
     model, x = patched(family, method)
     model, x = model.cuda(), x.cuda()
