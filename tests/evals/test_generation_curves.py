@@ -40,13 +40,15 @@ def test_rows_are_drawn_timed_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generation_curves, "digits_pipeline", lambda name: pipeline_of(model))
     monkeypatch.setattr(generation_curves, "STEPS", 3)
     rows = [2, ("random", {"flops": 0.7}), ("tomesd", {"flops": 0.7, **generation_rows.WHOLE_BLOCK})]
-    rows.append(("random", {"flops": 0.01}))
+    rows += [("random", {"flops": 0.01}), ("nonsense", {"flops": 0.7})]
     monkeypatch.setattr(generation_curves, "ROWS", {"dit-digits": rows})
     monkeypatch.setattr(generation, "REAL_IMAGES", 70)
     arguments = ["dit-digits", "--output", str(tmp_path), "--samples", "10"]
 
+    failed = []
+
     def run(*more):
-        generation_curves.main([*arguments, *more])
+        failed.append(generation_curves.main([*arguments, *more]))
         table = Table.from_json((tmp_path / "curves-dit-digits.json").read_text())
         return {(row["method"], row["budget"]): row for row in table.rows}
 
@@ -61,6 +63,9 @@ def test_rows_are_drawn_timed_and_written(tmp_path, monkeypatch, capsys):
     assert whole["over_random"] == pytest.approx(whole["frechet"] - random["frechet"])
     assert whole["over_fewer_steps"] == pytest.approx(whole["frechet"] - drawn["fewer steps", ""]["frechet"])
     assert "over_random" not in random
+    assert failed == [0, 1]  # a row that fails stops none of the others, and is not there
+    assert "nonsense" in capsys.readouterr().err
+    monkeypatch.setattr(generation_curves, "ROWS", {"dit-digits": rows[-2::-1]})
 
     shutil.rmtree(tmp_path / "dit-digits-0" / "by-10")  # what was found does not need the pictures
     timed = run("--rounds", "2", "--rows", "2")  # the last two rows are not timed

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,15 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokenprune.evals.arms import budget_label
 from tokenprune.evals.digit_reader import digit_reader
 from tokenprune.evals.digits_denoisers import CHECKPOINTS
-from tokenprune.evals.digits_pipelines import GUIDANCE, digits_pipeline, pipeline_of
+from tokenprune.evals.digits_pipelines import digits_pipeline, pipeline_of
 from tokenprune.evals.drawing_orders import Orders, drawing_orders
-from tokenprune.evals.generation import REAL_IMAGES, arm_cells, quality_cells, real_features, score
+from tokenprune.evals.generation import arm_cells, quality_cells, real_features, score
 from tokenprune.evals.generation_arms import GenerationArm, unpatched_arm
-from tokenprune.evals.generation_rows import ROWS, STEPS, VARIANTS, Kind, build, name_of
-from tokenprune.evals.generation_scores import Scored, above, load_scores, longest, save_scores
+from tokenprune.evals.generation_rows import ROWS, STEPS, Kind, build, name_of
+from tokenprune.evals.generation_scores import Scored, curve_table, load_scores, save_scores
 from tokenprune.evals.kept_pictures import draw_missing, kept
 from tokenprune.evals.plot import plot_accuracy_against_speed
 from tokenprune.evals.shared_copy import shared_copy
@@ -36,8 +36,6 @@ from tokenprune.evals.table import Row, Table, environment
 from tokenprune.evals.throughput import measure_together
 
 TIMED_BATCH = 2
-FLOPS_TOLERANCE = 0.005
-"""By how much a budget's solution may be above what was asked for and still count as equal."""
 
 
 def time_rows(arms: Mapping[str, GenerationArm], orders: Orders, rounds: int) -> dict[str, Row]:
@@ -63,8 +61,9 @@ def draw_row(arm: GenerationArm, orders: Orders, place: Path, batch: int) -> Ten
 
 def score_rows(
     first: GenerationArm, kinds: Sequence[Kind], orders: Orders, pictures: Path, batch: int
-) -> Iterator[tuple[str, Scored]]:
-    """(name, what was found) of a row after the other, held to the pictures of the unpatched `first`.
+) -> Iterator[tuple[str, Scored | None]]:
+    """(name, what was found) of a row after the other, held to the pictures of the unpatched `first`; None where the
+    row failed, and why is printed.
 
     pictures: the folder in which a row's are kept, `batch` in a file.
     """
@@ -76,50 +75,20 @@ def score_rows(
     real, told = real_features(reader=reader), str(environment(device)["device"])
     base = score(draw_row(first, orders, pictures / name_of(STEPS, STEPS), batch), orders.labels, reader, real)
     for kind in kinds:
-        name, arm = name_of(kind, STEPS), build(first, kind, orders)
-        cells, draws = arm_cells(arm), list[float]()
-        if arm.pipe is not None:
-            drawn = base
-            if arm is not first:
-                drawn = score(draw_row(arm, orders, pictures / name, batch), orders.labels, reader, real)
-            cells |= quality_cells(drawn, None if arm is first else base)
-            draws = drawn.draws.tolist()
-        yield name, {"cells": {**cells, "note": arm.note}, "draws": draws, "device": told}
-
-
-def curve_table(kinds: Sequence[Kind], scores: Mapping[str, Scored], times: Mapping[str, Row], samples: int) -> Table:
-    """Quality (columns of `evaluate_generation`) of the rows that were drawn, with the times that there are.
-
-    Besides, paired: `over_random`, how far the Fréchet distance is above that of `random` at the same budget,
-    `over_fewer_steps`, above that of the most steps that take no more FLOPs, and `over_equal_time`, no more time.
-    """
-    names = {name: kind for kind in kinds if (name := name_of(kind, STEPS)) in scores}
-    runs = {kind: name for name, kind in names.items() if isinstance(kind, int)}
-    flops = {kind: kind / STEPS for kind in runs}
-    seconds = {kind: 1 / float(str(times[name]["speedup"])) for kind, name in runs.items() if name in times}
-    rows: list[Row] = []
-    for name, kind in names.items():
-        scored, timing = scores[name], times.get(name, {})
-        row = dict(scored["cells"])
-        if not isinstance(kind, int):
-            method, budget = kind
-            for words, options in VARIANTS.items():
-                if options.items() <= budget.items():
-                    plain = {key: value for key, value in budget.items() if key not in options}
-                    row |= {"method": f"{method}, {words}", "budget": budget_label(plain)}
-            plain_random = name_of(("random", {"flops": budget.get("flops")}), STEPS)
-            row |= above(scored, scores.get(plain_random), "over_random")
-            fitting = [scores[run] for run in runs.values()]
-            if scored["draws"]:
-                limit = float(str(row["flops_ratio"])) + FLOPS_TOLERANCE
-                row |= above(scored, longest(fitting, limit, flops), "over_fewer_steps")
-            if timing:
-                limit = 1 / float(str(timing["speedup"]))
-                row |= above(scored, longest(fitting, limit, seconds), "over_equal_time")
-        rows.append({**row, **timing, "note": row.pop("note")})  # the last column
-    drawn_on = ", ".join(sorted({scores[name]["device"] for name in names}))
-    conditions: Row = {"images": samples, "steps": STEPS, "guidance": GUIDANCE, "real images": REAL_IMAGES}
-    return Table(rows, {**conditions, "drawn on": drawn_on, **environment()})
+        name = name_of(kind, STEPS)
+        try:
+            arm = build(first, kind, orders)
+            cells, draws = arm_cells(arm), list[float]()
+            if arm.pipe is not None:
+                drawn = base
+                if arm is not first:
+                    drawn = score(draw_row(arm, orders, pictures / name, batch), orders.labels, reader, real)
+                cells |= quality_cells(drawn, None if arm is first else base)
+                draws = drawn.draws.tolist()
+            yield name, {"cells": {**cells, "note": arm.note}, "draws": draws, "device": told}
+        except Exception:  # one row is not to cost the others the hours that they take
+            traceback.print_exc()
+            yield name, None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,13 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     orders, kinds = drawing_orders(options.samples, options.seed), (STEPS, *ROWS[options.model])
     clocked, found = folder / "times.json", folder / f"scores-{options.samples}.json"
     times: dict[str, Row] = json.loads(clocked.read_text()) if clocked.exists() else {}
-    scores = load_scores(found)
+    scores, failed = load_scores(found), list[str]()
     pipe = digits_pipeline(options.model)
     pipe.to(options.device)
     first = unpatched_arm(pipe, orders.first(2), steps=STEPS)
 
     def save() -> Table:
-        table = curve_table(kinds, scores, times, options.samples)
+        table = curve_table(kinds, scores, times, samples=options.samples, steps=STEPS)
         for suffix in ("md", "json"):
             table.save(options.output / f"curves-{options.model}.{suffix}")
         return table
@@ -165,6 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missing = [kind for kind in kinds if name_of(kind, STEPS) not in scores][: options.rows]
         pictures = folder / f"by-{options.batch_size}"
         for name, scored in score_rows(first, missing, orders, pictures, options.batch_size):
+            if scored is None:
+                failed.append(name)
+                continue
             scores[name] = scored
             save_scores(scores, found)
             save()
@@ -174,7 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = save()
     plot_accuracy_against_speed(table, options.output / f"curves-{options.model}.png", "frechet")
     print(table.to_text())
-    return 0
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
