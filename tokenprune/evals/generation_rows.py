@@ -19,15 +19,15 @@ Kind = int | tuple[str, Budget]
 WHOLE_BLOCK: Budget = {"merge_crossattn": True, "merge_mlp": True}
 CROSS: Budget = {"attention": "cross", "similar_by": "hidden"}
 EVERY_STEP: Budget = {"steps": {}}
+# What `at_edm` does by default: on the small DiT, both of whose stacks are at its edges, it is the whole model.
+PRUNE_LESS: Budget = {"steps": {(0.0, 0.3): {"edges": 0.0}}}
 VARIANTS = {
     "whole blocks": WHOLE_BLOCK,
     "cross-attention": CROSS,
     "all steps alike": EVERY_STEP,
     "every second step dense": {"interval": 2},
+    "schedule of at_edm": PRUNE_LESS,
 }
-
-# What `at_edm` does by default: on the small DiT, both of whose stacks are at its edges, it is the whole model.
-PRUNE_LESS: Budget = {"steps": {(0.0, 0.3): {"edges": 0.0}}}
 
 
 def _at(budgets: Sequence[float], method: str, **options: Any) -> list[Kind]:
@@ -51,7 +51,7 @@ ROWS: Mapping[str, Sequence[Kind]] = {
         *_at((0.73, 0.65, 0.6), "toca", interval=2),
         *_at((0.8, 0.65, 0.55, 0.41), "at_edm", **EVERY_STEP),
         *_at((0.8, 0.65, 0.55), "random", **PRUNE_LESS),
-        *(row for method in ("top_k", "evit", "zero_tprune", "zero_tprune_uni") for row in _at((0.8, 0.65), method)),
+        *(row for method in ("top_k", "evit", "zero_tprune") for row in _at((0.8, 0.65), method)),
     ),
     UNET: (
         *(8, 7, 6, 5, 4, 9),
@@ -67,7 +67,7 @@ ROWS: Mapping[str, Sequence[Kind]] = {
         *_at((0.81, 0.74), "toca", interval=2),
         *_at((0.8, 0.65, 0.59), "at_edm", **EVERY_STEP),
         *_at((0.8, 0.69, 0.65), "random", **PRUNE_LESS),
-        *(row for method in ("top_k", "evit", "zero_tprune", "zero_tprune_uni") for row in _at((0.8, 0.65), method)),
+        *(row for method in ("top_k", "evit", "zero_tprune") for row in _at((0.8, 0.65), method)),
     ),
 }
 

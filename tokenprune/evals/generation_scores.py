@@ -66,9 +66,9 @@ def curve_table(
 ) -> Table:
     """Quality (columns of `evaluate_generation`) of the rows that were drawn, with the times that there are.
 
-    steps: of the unpatched run. Besides, paired: `over_random`, how far the Fréchet distance is above that of `random` at
-    the same budget, `over_fewer_steps`, above that of the most steps that take no more FLOPs, and `over_equal_time`, no
-    more time.
+    steps: of the unpatched run. Besides, paired: `over_random`, how far the Fréchet distance is above that of `random`
+    at the same budget, `over_fewer_steps`, above that of the most steps that take no more FLOPs, and `over_equal_time`,
+    no more time.
     """
     names = {name: kind for kind in kinds if (name := name_of(kind, steps)) in scores}
     runs = {kind: name for name, kind in names.items() if isinstance(kind, int)}
