@@ -34,9 +34,10 @@ def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor)
     out = gather(x, kept, 1).to(torch.promote_types(x.dtype, sizes.dtype))
     # x_t + sum of s_m / S (x_m - x_t) is the average of the group, and touches none but the rows that it changes.
     share = moved_sizes / gather(merged_sizes, target, 1)
-    pull = (gather(x, moved, 1) - gather(out, target, 1)) * share.unsqueeze(-1)
+    rows, flat = _rows(target, kept.shape[1]), out.flatten(0, 1)
+    pull = (gather(x, moved, 1).flatten(0, 1) - flat.index_select(0, rows)) * share.reshape(-1, 1)
     # By whole rows, as in `gather`: scatter_add takes four times as long on a CPU.
-    out.flatten(0, 1).index_add_(0, _rows(target, kept.shape[1]), pull.flatten(0, 1))
+    flat.index_add_(0, rows, pull)
     return out.to(x.dtype), merged_sizes
 
 
