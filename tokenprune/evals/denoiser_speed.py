@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.evals.real_denoisers import later_steps
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.stopwatch import Stopwatch
 from tokenprune.evals.table import Row, Table, environment, interval_cells
@@ -83,7 +84,8 @@ def unet(level: Level) -> nn.Module:
 
 
 def compare(level: Level, patch: Callable[[nn.Module], object], part: str, *, rounds: int, attempts: int) -> Timing:
-    """Times submodule `part` of the level's U-Net, patched by `patch`, against the same unpatched, batch 1."""
+    """Times submodule `part` of the level's U-Net, patched by `patch`, against the same unpatched, batch 1, in steps of
+    a run, of which each chooses its tokens."""
     base, clock = unet(level), Stopwatch()
     models = [base, shared_copy(base), shared_copy(base)]
     patch(models[1])
@@ -92,7 +94,7 @@ def compare(level: Level, patch: Callable[[nn.Module], object], part: str, *, ro
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, level.side, level.side, generator=generator)
     text = torch.randn(1, 77, level.text, generator=generator)
-    arms = [partial(model, latents, torch.tensor(100), text) for model in models]
+    arms = [later_steps(model, {"sample": latents, "encoder_hidden_states": text}) for model in models]
     with torch.inference_mode():
         return measure(*arms, rounds=rounds, warmup=1, attempts=attempts, clock=clock)
 
@@ -165,8 +167,8 @@ def unet_table(*, rounds: int = 20, attempts: int = 1) -> Table:
     base = UNet2DConditionModel(cross_attention_dim=768).eval()
     theirs = [apply_patch(shared_copy(base), ratio=0.5) for _ in range(2)]
     ours = tokenprune.patch(shared_copy(base), "tomesd", ratio=0.5)
-    latents, text = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
-    arms = [partial(model, latents, torch.tensor(100), text) for model in (theirs[0], ours, theirs[1])]
+    inputs = {"sample": torch.randn(1, 4, 64, 64), "encoder_hidden_states": torch.randn(1, 77, 768)}
+    arms = [later_steps(model, inputs) for model in (theirs[0], ours, theirs[1])]
     with torch.inference_mode():
         timing = measure(*arms, rounds=rounds, warmup=1, attempts=attempts)
     ratio = timing.speedup
