@@ -53,21 +53,18 @@ def way(method: str, *, first: bool = False, **options: Any) -> Way:
 
 
 def at_budget(flops: float) -> tuple[Way, ...]:
-    """Given tokens, the same with their choice, and an inpainting mask (a step, and the first one of a run). Every step
-    is reduced alike, so that one stands for the run."""
-    region = {"mask": square(64, MASK), "ring": 1}
-    return (
-        way("uniform", flops=flops, steps={}),
-        way("at_edm", flops=flops, steps={}),
-        Way("region", region, f"mask={MASK}"),
-        Way("region", region, f"mask={MASK}", first=True),
-    )
+    """Given tokens, the same with their choice, and an inpainting mask. Every step is reduced alike, so that one stands
+    for the run."""
+    return way("uniform", flops=flops, steps={}), way("at_edm", flops=flops, steps={}), REGION
 
 
+MASKED = {"mask": square(64, MASK), "ring": 1}
+REGION = Way("region", MASKED, f"mask={MASK}")
+FIRST_OF_REGION = Way("region", MASKED, f"mask={MASK}", first=True)
 MERGING = (way("tomesd", ratio=0.5), way("tomesd", ratio=0.5, merge_crossattn=True, merge_mlp=True))
 DENOISERS: dict[str, Denoiser] = {
-    "SDXL": Denoiser(sdxl, 1024, 2, at_budget(0.6) + MERGING),
-    "FLUX.1-dev": Denoiser(flux, 1024, 1, at_budget(0.6), noisiest=1.0),
+    "SDXL": Denoiser(sdxl, 1024, 2, (*at_budget(0.6), *MERGING, FIRST_OF_REGION)),
+    "FLUX.1-dev": Denoiser(flux, 1024, 1, (*at_budget(0.6), FIRST_OF_REGION), noisiest=1.0),
     "SD 1.5": Denoiser(sd15, 512, 2, at_budget(0.8) + MERGING),
     "SD 1.5 at 1024": Denoiser(sd15, 1024, 2, at_budget(0.7) + MERGING),
     "SD3 medium": Denoiser(sd3, 1024, 2, at_budget(0.6)),
