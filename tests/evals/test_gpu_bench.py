@@ -159,7 +159,17 @@ def multiply_adds(call: Any) -> int:
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("one", WAYS, ids=lambda one: f"{one.method} {'first' if one.first else one.label}")
+@pytest.mark.parametrize(
+    "one",
+    [
+        pytest.param(
+            one,
+            id=f"{one.method} {'first' if one.first else one.label}",
+            marks=[pytest.mark.full] if one.method in ("uniform", "tomesd") else [],
+        )
+        for one in WAYS
+    ],
+)
 def test_a_denoiser_row_promises_what_its_step_costs(one: gpu_denoisers.Way, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_denoisers, "measure", called_once)
     monkeypatch.setattr(gpu_denoisers, "DENOISERS", {"tiny": TINY})
