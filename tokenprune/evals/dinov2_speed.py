@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
+from tokenprune.evals.bench import timing_cells
 from tokenprune.evals.overhead import overhead_cells
 from tokenprune.evals.shared_copy import shared_copy
-from tokenprune.evals.table import Row, Table, environment, interval_cells
+from tokenprune.evals.table import Row, Table, environment
 from tokenprune.evals.throughput import measure
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -41,9 +42,9 @@ def speed_table(
 ) -> Table:
     """A row for each of `methods` (name: options) at `flops` on images [B, C, H, W].
 
-    Columns: `speedup` (`tokenprune.evals.throughput`), `promised` (1 / FLOPs ratio), `kept_promise` (the one over the
-    other), `control`, `trusted`, and from the profile of the eager model `overhead` of the unpatched forward's time
-    with its parts (`tokenprune.evals.overhead`). With `compile_models` all are compiled, and nothing is profiled.
+    Columns: `promised` (1 / FLOPs ratio), `kept_promise` (the speed-up over it), those of
+    `tokenprune.evals.bench.timing_cells`, and from the profile of the eager model `overhead` of the unpatched forward's
+    time with its parts (`tokenprune.evals.overhead`). With `compile_models` all are compiled, and nothing is profiled.
     """
     rows: list[Row] = []
     for name, options in methods.items():
@@ -57,10 +58,8 @@ def speed_table(
         with torch.inference_mode():
             arms = [partial(module, images) for module in runs]
             timing = measure(*arms, rounds=rounds, attempts=attempts, device=images.device)
-        ratio = timing.speedup
-        row: Row = {"method": name, **interval_cells("speedup", ratio.estimate, ratio.low, ratio.high)}
-        row |= {"promised": promised, "kept_promise": ratio.estimate / promised}
-        row |= {"control": timing.control, "trusted": timing.trusted}
+        row: Row = {"method": name, "promised": promised, "kept_promise": timing.speedup.estimate / promised}
+        row |= timing_cells(timing, len(images))
         if not compile_models:
             row |= overhead_cells(model, patched, images, rounds=rounds)
         rows.append(row)
