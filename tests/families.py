@@ -30,7 +30,7 @@ FAMILIES = {
 # For what the block's inside does not decide: prefix, rotary tables, a bias that is computed inside, no prefix.
 FEW = ("class_token", "rotary_registers", "bias_own_table", "map_pool")
 # All run on every family with an option or two; cait's talking heads take no bias.
-METHODS = ("random", "uniform", "top_k", "evit", "tome", "zero_tprune", "zero_tprune_uni")
+METHODS = ("random", "uniform", "top_k", "evit", "tome", "zero_tprune", "zero_tprune_uni", "k_medoids", "dpc_knn")
 
 
 def build(family: str) -> nn.Module:

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from families import METHODS
 from torch import Tensor, nn
 
 import tokenprune
 from tokenprune import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
-
-METHODS = ["random", "uniform", "top_k", "evit", "tome", "zero_tprune", "zero_tprune_uni"]
 
 
 @pytest.fixture

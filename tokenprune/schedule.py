@@ -97,6 +97,15 @@ class Stages:
 
 
 @dataclass(frozen=True)
+class InFrontOfStages(Stages):
+    """Stages of a method that reduces behind a block: one block earlier, so that the same blocks see fewer tokens."""
+
+    def places(self, layout: Layout) -> tuple[int, ...]:
+        places = super().places(layout)
+        return places if self.at is not None else tuple(sorted({max(0, block - 1) for block in places}))
+
+
+@dataclass(frozen=True)
 class MergedShare(Stages):
     """Stages of a method whose option is the share that is merged away."""
 

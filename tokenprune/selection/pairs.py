@@ -17,18 +17,26 @@ def merge_similar_pairs(scores: Tensor | None, record: AttentionRecord, keep: in
     the n - `keep` most similar pairs are merged into b. The tokens that leave: the rest of A, then B. Prefix tokens
     take part in no set, which for one class token is the original's split.
     """
-    metric, n = record.metric, record.tokens
+    metric, n, batch = record.metric, record.tokens, record.origin.shape[0]
     first = record.num_prefix_tokens % 2
-    a = torch.arange(first, n, 2, device=metric.device)
-    b = torch.arange(1 - first, n, 2, device=metric.device)
+    a = torch.arange(first, n, 2, device=metric.device).expand(batch, -1)
+    b = torch.arange(1 - first, n, 2, device=metric.device).expand(batch, -1)
     similarity, match = cosine_match(metric[:, first::2], metric[:, 1 - first :: 2])
+    return merge_best(similarity, match, a, b, n - keep)
+
+
+def merge_best(
+    similarity: Tensor, match: Tensor, a: Tensor, b: Tensor, removed: int, others: Tensor | None = None
+) -> Reduction:
+    """Merge the `removed` tokens of a [B, M] with the highest similarity [B, M] into their match, the place [B, M] of a
+    token of b [B, N]. The tokens that leave: `others` [B, K], which are in neither set, the rest of a, then b."""
     order = ranked(similarity)
-    merged, rest = order[:, : n - keep], order[:, n - keep :].sort(dim=1).values
-    batch = metric.shape[0]
+    merged, rest = order[:, :removed], order[:, removed:].sort(dim=1).values
+    front = gather(a, rest) if others is None else torch.cat([others, gather(a, rest)], 1)
     return Reduction(
-        kept=torch.cat([a[rest], b.expand(batch, -1)], 1),
-        moved=a[merged],
-        target=gather(match, merged) + rest.shape[1],
+        kept=torch.cat([front, b], 1),
+        moved=gather(a, merged),
+        target=gather(match, merged) + front.shape[1],
     )
 
 

@@ -9,7 +9,7 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
 from tokenprune.reduction import Reduction
-from tokenprune.selection.top_k import ranked
+from tokenprune.selection.pairs import merge_best
 
 
 def split_by_windows(scores: Tensor | None, record: AttentionRecord, sy: int, sx: int) -> tuple[Tensor, Tensor]:
@@ -46,13 +46,7 @@ def merge_into_windows(
         return Reduction(record.origin)
     others, chosen = split_by_windows(scores, record, sy, sx)
     similarity, match = cosine_match(gather(record.hidden, others), gather(record.hidden, chosen))
-    order = ranked(similarity)
-    moved, rest = order[:, : record.tokens - keep], order[:, record.tokens - keep :].sort(dim=1).values
-    return Reduction(
-        kept=torch.cat([gather(others, rest), chosen], 1),
-        moved=gather(others, moved),
-        target=gather(match, moved) + rest.shape[1],
-    )
+    return merge_best(similarity, match, others, chosen, record.tokens - keep)
 
 
 def keep_smaller_grid(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
