@@ -106,6 +106,17 @@ class InFrontOfStages(Stages):
 
 
 @dataclass(frozen=True)
+class HalfOfEveryBlock(Stages):
+    """Stages in every block, of which each can merge half of its tokens."""
+
+    def places(self, layout: Layout) -> tuple[int, ...]:
+        return super().places(layout) if self.at is not None else tuple(range(layout.depth))
+
+    def fewest(self, entering: int, layout: Layout) -> int:
+        return entering - entering // 2
+
+
+@dataclass(frozen=True)
 class MergedShare(Stages):
     """Stages of a method whose option is the share that is merged away."""
 

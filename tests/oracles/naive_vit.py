@@ -5,6 +5,7 @@ decides or moves is a Python list. Nothing here is fast, and nothing here comes 
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +23,11 @@ class Token:
     hidden: Tensor
     members: tuple[int, ...]
     representative: int | None  # None: a fused token, which no single patch stands for
+    weight: float | None = None  # what it counts for in attention and averages, where that is not its patches
 
     @property
-    def size(self) -> int:
-        return len(self.members)
+    def size(self) -> float:
+        return len(self.members) if self.weight is None else self.weight
 
 
 @dataclass
@@ -80,7 +82,7 @@ def _rotate(x: Tensor, row: Tensor) -> Tensor:
 
 
 def _attend(
-    attn: nn.Module, x: Tensor, rows: Sequence[Tensor | None], sizes: Sequence[int]
+    attn: nn.Module, x: Tensor, rows: Sequence[Tensor | None], sizes: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention over x [N, C] with log(size) on each key's logit: the output [N, C], A [H, N, N], keys and values
     [H, N, d]."""
@@ -140,7 +142,7 @@ def _run_image(
         if after_block:
             x = x + _branch(block, 2, block.mlp(block.norm2(x)))
         prefix = x[:p]
-        tokens = [Token(x[p + j], token.members, token.representative) for j, token in enumerate(tokens)]
+        tokens = [dataclasses.replace(token, hidden=x[p + j]) for j, token in enumerate(tokens)]
         if index in schedule:
             keep = schedule[index](len(tokens))
             place = Place(index, tokens, p, class_token, attention.tolist(), keys.tolist(), keep, values.tolist())
@@ -153,7 +155,7 @@ def _run_image(
             x = torch.cat([prefix, torch.stack([token.hidden for token in tokens])])
             x = x + _branch(block, 2, block.mlp(block.norm2(x)))
             prefix = x[:p]
-            tokens = [Token(x[p + j], token.members, token.representative) for j, token in enumerate(tokens)]
+            tokens = [dataclasses.replace(token, hidden=x[p + j]) for j, token in enumerate(tokens)]
 
     x = model.norm(torch.cat([prefix, torch.stack([token.hidden for token in tokens])]))
     if model.global_pool == "token":

@@ -19,6 +19,11 @@ def keep_top_k(scores: Tensor | None, record: AttentionRecord, keep: int) -> Red
     return Reduction(ranked(scores)[:, :keep].sort(dim=1).values)
 
 
+def keep_all(record: AttentionRecord) -> Reduction:
+    """Keep every token, in order."""
+    return keep_evenly(None, record, record.tokens)
+
+
 def fuse_rest(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
     """Keep the `keep` - 1 highest scores and append the others' sum weighted by their scores (EViT, equation 4)."""
     assert scores is not None
