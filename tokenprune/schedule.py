@@ -168,8 +168,12 @@ class EveryBlock:
         return tuple(counts)
 
     def fewest(self, entering: int, layout: Layout) -> int:
-        # Every second token of the sequence is a candidate; the one behind an odd prefix is not.
-        return max(1, (entering + layout.num_prefix_tokens % 2) // 2)
+        return alternate_tokens(entering, layout)
+
+
+def alternate_tokens(entering: int, layout: Layout) -> int:
+    """Tokens left where every second one of the sequence goes; the one behind an odd prefix is no candidate."""
+    return max(1, (entering + layout.num_prefix_tokens % 2) // 2)
 
 
 def checked_places(at: tuple[int, ...], depth: int) -> tuple[int, ...]:

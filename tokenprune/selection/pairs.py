@@ -6,8 +6,9 @@ from torch import Tensor
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
+from tokenprune.ragged import RaggedReduction
 from tokenprune.reduction import Reduction
-from tokenprune.selection.top_k import ranked
+from tokenprune.selection.top_k import first_of, ranked
 
 
 def merge_similar_pairs(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
@@ -17,12 +18,31 @@ def merge_similar_pairs(scores: Tensor | None, record: AttentionRecord, keep: in
     the n - `keep` most similar pairs are merged into b. The tokens that leave: the rest of A, then B. Prefix tokens
     take part in no set, which for one class token is the original's split.
     """
-    metric, n, batch = record.metric, record.tokens, record.origin.shape[0]
-    first = record.num_prefix_tokens % 2
-    a = torch.arange(first, n, 2, device=metric.device).expand(batch, -1)
-    b = torch.arange(1 - first, n, 2, device=metric.device).expand(batch, -1)
-    similarity, match = cosine_match(metric[:, first::2], metric[:, 1 - first :: 2])
-    return merge_best(similarity, match, a, b, n - keep)
+    a, b = alternating(record, record.num_prefix_tokens % 2)
+    similarity, match = cosine_match(*halves(record.metric, record.num_prefix_tokens % 2))
+    return merge_best(similarity, match, a, b, record.tokens - keep)
+
+
+def alternating(record: AttentionRecord, first: int) -> tuple[Tensor, Tensor]:
+    """Positions [B, M] and [B, n - M] of every second token, from `first` (0 or 1) on, and of the others."""
+    every = torch.arange(record.tokens, device=record.origin.device).expand_as(record.origin)
+    a, b = halves(every, first)
+    return a, b
+
+
+def halves(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Every second of the tokens x [B, n, ...], from `first` (0 or 1) on, and the others."""
+    return x[:, first::2], x[:, 1 - first :: 2]
+
+
+def merge_above(
+    similarity: Tensor, match: Tensor, a: Tensor, b: Tensor, threshold: Tensor, least: int
+) -> RaggedReduction:
+    """Merge the tokens of a [B, M] whose similarity [B, M] is at least the threshold [B, 1], and as many more of the
+    next that `least` go, into their match, the place [B, M] of a token of b [B, N]; a and b are all tokens."""
+    goes = first_of(similarity, (similarity >= threshold).sum(1, keepdim=True).clamp_min(least))
+    own = torch.arange(a.shape[1] + b.shape[1], device=a.device).expand(a.shape[0], -1)
+    return RaggedReduction(own.scatter(1, a, torch.where(goes, gather(b, match), a)))
 
 
 def merge_best(

@@ -13,6 +13,13 @@ def ranked(scores: Tensor) -> Tensor:
     return scores.sort(dim=1, descending=True, stable=True).indices
 
 
+def first_of(scores: Tensor, count: Tensor) -> Tensor:
+    """Which are among the `count` [B, 1] highest scores of their image, [B, n]."""
+    order = ranked(scores)
+    place = torch.arange(scores.shape[1], device=scores.device)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, place < count)
+
+
 def keep_top_k(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
     """Keep the `keep` highest scores [B, n] in their original order, drop the rest."""
     assert scores is not None
