@@ -17,6 +17,7 @@ from torch import nn
 
 import tokenprune
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.registry import make_method
 from tokenprune.selection.windows import pool_similar_windows
 
 FAST = ("class_token", "mean_pool_registers")
@@ -88,6 +89,21 @@ def test_an_image_of_one_colour_loses_the_most(method: str) -> None:
     assert len(passages[1][0].kept) > len(passages[0][0].kept)
     assert logits[0].isfinite().all()
     assert not torch.equal(logits[1], expected[1]) or len(passages[1][0].kept) == 35
+
+
+def test_algms_threshold_is_that_of_the_oracle_among_many_tokens() -> None:
+    """200 tokens in three dimensions, of which some lie between the thresholds of one layer and the next."""
+    hidden = torch.randn(1, 201, 3, generator=torch.Generator().manual_seed(0)).double()
+    origin, found = torch.arange(200)[None], []
+    for block in (1, 2, 3, 4):
+        record = AttentionRecord(hidden, origin, 1, block, 12, None)
+        target = make_method("algm", {}).reduce_ragged(record, 200).target[0]
+        found.append([j for j in range(200) if target[j] == j])
+        tokens = [naive_vit.Token(hidden[0, 1 + j], (j,), j) for j in range(200)]
+        left = naive_adaptive.merge_alike(naive_vit.Place(block, tokens, 1, True, [], [], 200))
+        assert [token.representative for token in left] == found[-1]
+        assert [token.members for token in left] == [tuple((target == j).nonzero()[:, 0].tolist()) for j in found[-1]]
+    assert len({len(left) for left in found}) == 4
 
 
 def recorded_plain(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
