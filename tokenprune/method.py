@@ -55,9 +55,9 @@ class Method:
     position: "mid" reduces between attention and MLP, "post" after the block. merges: whether leaving tokens stand for
     several patches (sizes are tracked). drops: of a method that merges, (block, depth, tokens removed) -> how many of
     those it drops instead. proportional: whether log(size) is added to the attention logits of a key.
-    needs: what must be captured ("queries", "keys", "values", "cross": those of the cross-attention; "stacks": that all
-    tokens are back behind a few blocks; "grid": that the tokens fill one; "steps": that
-    the model is run once for each step of a run).
+    needs: what must be captured ("queries", "keys", "values", "block_input": hidden states in front of the block,
+    "cross": those of the cross-attention; "stacks": that all tokens are back behind a few blocks; "grid": that the
+    tokens fill one; "steps": that the model is run once for each step of a run).
 
     For denoisers: stack_share: share of the tokens that is computed in a stack of blocks where there is no budget.
     stack_depth: blocks that share one choice where a model does not divide them into stacks itself. steps: how strongly

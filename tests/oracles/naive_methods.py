@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from naive_vit import Place, Token
+from naive_vit import Matrix, Place, Token
 
 
 def highest(scores: Sequence[float], count: int, margins: list[float]) -> list[int]:
@@ -55,10 +55,15 @@ def evit(place: Place) -> list[Token]:
 
 def mean_keys(place: Place) -> list[list[float]]:
     """The key of each patch token, averaged over the heads."""
-    heads = len(place.keys)
-    channels = len(place.keys[0][0])
+    return mean_of_heads(place, place.keys)
+
+
+def mean_of_heads(place: Place, parts: Sequence[Matrix]) -> list[list[float]]:
+    """What the heads have for each patch token, in the mean: parts [head][token][channel]."""
+    heads = len(parts)
+    channels = len(parts[0][0])
     return [
-        [sum(head[place.prefix + j][c] for head in place.keys) / heads for c in range(channels)]
+        [sum(head[place.prefix + j][c] for head in parts) / heads for c in range(channels)]
         for j in range(len(place.tokens))
     ]
 

@@ -42,6 +42,8 @@ class Place:
     keys: Sequence[Matrix]  # [head][token][channel], after the key norm and before rotary
     keep: int  # of an adaptive method the most
     values: Sequence[Matrix] = ()  # [head][token][channel]
+    queries: Sequence[Matrix] = ()  # [head][token][channel], after the query norm and before rotary
+    entered: Sequence[Sequence[float]] = ()  # hidden states of the patch tokens as they entered the block
     margins: list[float] = field(default_factory=list)  # how close each decision was; 0 would be a tie
 
 
@@ -83,13 +85,13 @@ def _rotate(x: Tensor, row: Tensor) -> Tensor:
 
 def _attend(
     attn: nn.Module, x: Tensor, rows: Sequence[Tensor | None], sizes: Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention over x [N, C] with log(size) on each key's logit: the output [N, C], A [H, N, N], keys and values
-    [H, N, d]."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Attention over x [N, C] with log(size) on each key's logit: the output [N, C], A [H, N, N], and queries, keys and
+    values [H, N, d], before rotary."""
     n = x.shape[0]
     q, k, v = attn.qkv(x).reshape(n, 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
     q, k = attn.q_norm(q), attn.k_norm(k)
-    keys = k
+    parts = q, k, v
     q = torch.stack([q[:, i] if row is None else _rotate(q[:, i], row) for i, row in enumerate(rows)], dim=1)
     k = torch.stack([k[:, i] if row is None else _rotate(k[:, i], row) for i, row in enumerate(rows)], dim=1)
     logits = attn.scale * (q @ k.transpose(1, 2))
@@ -100,7 +102,7 @@ def _attend(
     out = attn.norm(out)
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
-    return attn.proj(out), attention, keys, v
+    return attn.proj(out), attention, parts
 
 
 def _branch(block: nn.Module, number: int, y: Tensor) -> Tensor:
@@ -137,7 +139,8 @@ def _run_image(
         x = torch.cat([prefix, torch.stack([token.hidden for token in tokens])])
         rows = [None] * p + [None if rope is None else rope[token.representative] for token in tokens]
         sizes = [1] * p + [token.size if proportional else 1 for token in tokens]
-        out, attention, keys, values = _attend(block.attn, block.norm1(x), rows, sizes)
+        entered = x[p:].tolist()
+        out, attention, (queries, keys, values) = _attend(block.attn, block.norm1(x), rows, sizes)
         x = x + _branch(block, 1, out)
         if after_block:
             x = x + _branch(block, 2, block.mlp(block.norm2(x)))
@@ -145,7 +148,18 @@ def _run_image(
         tokens = [dataclasses.replace(token, hidden=x[p + j]) for j, token in enumerate(tokens)]
         if index in schedule:
             keep = schedule[index](len(tokens))
-            place = Place(index, tokens, p, class_token, attention.tolist(), keys.tolist(), keep, values.tolist())
+            place = Place(
+                index,
+                tokens,
+                p,
+                class_token,
+                attention.tolist(),
+                keys.tolist(),
+                keep,
+                values.tolist(),
+                queries.tolist(),
+                entered,
+            )
             if keep < len(tokens) or adaptive:
                 tokens = reduce(place)
             assert 1 <= len(tokens) <= keep if adaptive else len(tokens) == keep

@@ -1,13 +1,19 @@
 """Selections by similar pairs."""
 
+from __future__ import annotations
+
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
+from tokenprune.kernels.pairwise import nearest
 from tokenprune.ragged import RaggedReduction
 from tokenprune.reduction import Reduction
+from tokenprune.scores.fixed import hashed_scores
 from tokenprune.selection.top_k import first_of, ranked
 
 
@@ -60,16 +66,49 @@ def merge_best(
     )
 
 
-def similar_to_important(importance: Tensor, metric: Tensor, remove: int) -> Tensor:
+Partition = Literal["sequential_u", "sequential_i", "alternate", "random", "none"]
+
+
+def similar_to_important(
+    importance: Tensor,
+    x: Tensor,
+    remove: int,
+    record: AttentionRecord,
+    *,
+    metric: str = "cosine",
+    partition: Partition = "sequential_u",
+    seed: int = 0,
+) -> Tensor:
     """Which `remove` tokens are redundant: True in [B, n] (Zero-TPrune's similarity stage, section 3.3).
 
-    Sequential-U partition: the less important half of the tokens are candidates, each is compared with the more
-    important half by the cosine of keys `metric` [B, n, D], and the candidates most similar to a partner go.
+    Some of the tokens are candidates, each is compared with the others by the `metric` of x [B, n, D], and the
+    candidates nearest to one of those go. Sequential-U partition: the candidates are the less important half. Others:
+    the more important half ("sequential_i"), every second of all in order ("alternate"), a half drawn by `seed`
+    ("random"), or each token, which is then compared with those that are more important ("none").
     importance: [B, n].
     """
     order = ranked(importance)
-    half = order.shape[1] // 2
-    strong, weak = order[:, : order.shape[1] - half], order[:, order.shape[1] - half :].sort(dim=1).values
-    similarity, _ = cosine_match(gather(metric, weak), gather(metric, strong))
-    gone = gather(weak, ranked(similarity)[:, :remove])
+    if partition == "none":
+        every = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        rank = torch.zeros_like(order).scatter(1, order, every)
+        near, weak = nearest(x, x, metric=metric, ranks=(rank, rank))[0], every
+    else:
+        strong, weak = _parts(order, record, partition, seed)
+        a, b = gather(x, weak), gather(x, strong)
+        near = (cosine_match(a, b) if metric == "cosine" else nearest(a, b, metric=metric))[0]
+    gone = gather(weak, ranked(near)[:, :remove])
     return torch.zeros_like(importance, dtype=torch.bool).scatter(1, gone, True)
+
+
+def _parts(order: Tensor, record: AttentionRecord, partition: Partition, seed: int) -> tuple[Tensor, Tensor]:
+    """Positions of those that stay and, ascending, of the candidates, half of the tokens [B, n] in falling order."""
+    half = order.shape[1] // 2
+    if partition == "random":
+        order = ranked(hashed_scores(record, seed))
+    if partition == "sequential_i":
+        strong, weak = order[:, half:], order[:, :half]
+    elif partition == "alternate":
+        strong, weak = halves(order, 0)
+    else:
+        strong, weak = order[:, : order.shape[1] - half], order[:, order.shape[1] - half :]
+    return strong, weak.sort(dim=1).values
