@@ -32,7 +32,7 @@ FEW = ("class_token", "rotary_registers", "bias_own_table", "map_pool")
 # All run on every family with an option or two; cait's talking heads take no bias.
 METHODS = (
     *("random", "uniform", "top_k", "evit", "tome", "zero_tprune", "zero_tprune_uni"),
-    *("k_medoids", "dpc_knn", "pitome", "tofu", "diffrate"),
+    *("k_medoids", "dpc_knn", "pitome", "tofu", "diffrate", "pomt"),
 )
 PROPORTIONAL = ("tome", "pitome", "tofu", "diffrate")
 

@@ -31,14 +31,16 @@ def keep_all(record: AttentionRecord) -> Reduction:
     return keep_evenly(None, record, record.tokens)
 
 
-def fuse_rest(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
-    """Keep the `keep` - 1 highest scores and append the others' sum weighted by their scores (EViT, equation 4)."""
+def fuse_rest(scores: Tensor | None, record: AttentionRecord, keep: int, *, equal: bool = False) -> Reduction:
+    """Keep the `keep` - 1 highest scores and append the others' sum weighted by their scores (EViT, equation 4), or
+    their mean where `equal`."""
     assert scores is not None
     if keep >= scores.shape[1]:
         return keep_top_k(scores, record, keep)
     order = ranked(scores)
     kept, moved = order[:, : keep - 1].sort(dim=1).values, order[:, keep - 1 :].sort(dim=1).values
-    return Reduction(kept, moved, weights=gather(scores, moved))
+    weights = torch.full_like(moved, 1 / moved.shape[1], dtype=scores.dtype) if equal else gather(scores, moved)
+    return Reduction(kept, moved, weights=weights)
 
 
 def keep_evenly(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
