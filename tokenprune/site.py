@@ -102,6 +102,8 @@ class Site:
         if state.pack is not None:  # re-indexed where the attention is called
             now.kwargs, now.attended = kwargs, False
             return args, kwargs
+        if self.reduces and "block_input" in self.patch.method.needs:
+            now.before = args[0] if args else next(iter(kwargs.values()))
         return args, reindexed(self, kwargs, state, x.dtype)
 
     def resume(self, x: Tensor, kwargs: dict[str, Any]) -> None:
@@ -117,6 +119,8 @@ class Site:
         if now.state.pack is not None:
             now.kwargs, now.attended = kwargs, False
             return
+        if self.reduces and "block_input" in self.patch.method.needs:
+            now.before = x
         now.rope = kwargs.get(self.rope_argument) if self.rope_argument else None
         biases = (kwargs.get(name) for name in {self.key_bias, *self.bias_arguments} if name is not None)
         now.bias = next((bias for bias in biases if bias is not None), None)

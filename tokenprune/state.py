@@ -84,9 +84,9 @@ class Flow:
     """What the block that runs now in this thread has captured, emptied when the block ends; and how the forward was
     entered and what the last block left, emptied when the entry point returns.
 
-    front: of how many tokens in front alone this block's output is computed, None for all. Of a ragged batch also: the
-    block's arguments, what each group of images captured where they ran one by one, and whether an attention has kept
-    them apart.
+    before: hidden states as they entered this block. front: of how many tokens in front alone its output is computed,
+    None for all. Of a ragged batch also: the block's arguments, what each group of images captured where they ran one
+    by one, and whether an attention has kept them apart.
     """
 
     site: Site | None = None
@@ -95,6 +95,7 @@ class Flow:
     keys: Tensor | None = None
     inputs: Caught | None = None
     values: Caught | None = None
+    before: Tensor | None = None
     bias: Tensor | None = None
     rope: RopeTable | None = None
     front: int | None = None
@@ -107,7 +108,8 @@ class Flow:
     def clear(self) -> None:
         """Let go of what a block has captured."""
         self.site = self.state = self.kwargs = self.groups = None
-        self.queries = self.keys = self.inputs = self.values = self.bias = self.rope = self.front = None
+        self.queries = self.keys = self.inputs = self.values = self.before = None
+        self.bias = self.rope = self.front = None
         self.attended = True
 
     def end(self) -> None:

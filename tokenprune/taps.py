@@ -96,6 +96,7 @@ class Taps:
             sizes=state.sizes,
             bias=now.bias.detach() if now.bias is not None else None,
             rotate=rotate,
+            before=now.before.detach() if now.before is not None else None,
         )
 
 

@@ -254,7 +254,7 @@ def _split(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Queries and keys out of the fused projection, before CaiT mixes the heads."""
     assert keys is not None
-    parts = keys.reshape(*keys.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+    parts = keys.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # type: ignore[no-untyped-call]
     return parts[0], parts[1]
 
 

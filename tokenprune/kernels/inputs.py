@@ -1,5 +1,6 @@
 """What the attention operations do to their inputs alike."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 # An exported program is to run without this package, so small operations are traced as torch's own there. Before
 # torch 2.7 exporting looks like compiling.
 exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+# Bytes of a map that a thread works on at a time, so that they stay in its cache.
+CACHED = 2 * 2**20
 
 EPSILON = 1e-12  # the smallest norm to divide by, as in torch's normalize
 
@@ -62,6 +66,19 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which operators on x's device keep the dtypes that they are given."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def some_rows(
+    batch: int, rows: int, row_bytes: int, memory_limit: int, device: torch.device
+) -> Iterator[tuple[slice, slice]]:
+    """Images and rows that take `memory_limit` bytes together at `row_bytes` a row, but at least one row; on a CPU
+    rather what fits its cache."""
+    work = min(memory_limit, CACHED * torch.get_num_threads()) if device.type == "cpu" else memory_limit
+    block = max(1, min(rows, work // row_bytes))
+    images = max(1, min(batch, work // (block * row_bytes)))
+    for image in range(0, batch, images):
+        for start in range(0, rows, block):
+            yield slice(image, image + images), slice(start, start + block)
 
 
 def precision(q: Tensor) -> torch.dtype:

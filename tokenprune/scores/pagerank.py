@@ -1,6 +1,7 @@
 """Weighted PageRank on the attention graph (Zero-TPrune, Wang et al., CVPR 2024, section 3.2)."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +50,9 @@ def passing_heads(scores: Tensor, variance: tuple[float, float] | None) -> Tenso
     return (passed | ~passed.any(1, keepdim=True)).to(scores.dtype)
 
 
-def fuse_heads(scores: Tensor, heads: Tensor) -> Tensor:
+def fuse_heads(scores: Tensor, heads: Tensor, how: Literal["rms", "mean"] = "rms") -> Tensor:
     """Head fusion that emphasises informative regions (section 3.2, EIR): the root mean square over the heads that
-    count. scores: [B, H, n], heads: [B, H, 1]. Returns [B, n]."""
+    count, or their mean. scores: [B, H, n], heads: [B, H, 1]. Returns [B, n]."""
+    if how == "mean":
+        return (heads * scores).sum(1) / heads.sum(1)
     return ((heads * scores.square()).sum(1) / heads.sum(1)).sqrt()
