@@ -61,6 +61,15 @@ def patch_scores(name: str, maps: list[Tensor], query: str) -> list[list[float]]
     return scores
 
 
+def class_scores_of_layers(name: str, example: Example, start: int = 0) -> list[list[float]]:
+    """The class token's attention, mean over the layers from `start` to the one whose output is used."""
+    depth = build(name).config.vision_config.num_hidden_layers
+    layers = range(start, depth + LAYER.get(name, -1) + 1)
+    assert len(layers) > 1
+    found = [patch_scores(name, attention_maps(name, example, layer), "class") for layer in layers]
+    return [[sum(column) / len(layers) for column in zip(*tiles, strict=True)] for tiles in zip(*found, strict=True)]
+
+
 def placeholder_scores(name: str, tiles: list[list[float]]) -> list[list[float]]:
     """Means over the patches that a placeholder stands for."""
     if name in ("llava", "paligemma"):
@@ -98,6 +107,7 @@ def test_the_attention_is_that_of_the_host(name: str) -> None:
     if name in CLASS_TOKEN:
         received = placeholder_scores(name, patch_scores(name, maps, "class"))
         assert kept_by(model, example, "fopru", keep=0.25, query="cls") == [best(row, keep) for row in received]
+        received = placeholder_scores(name, class_scores_of_layers(name, example))
     else:
         with pytest.raises(tokenprune.UnsupportedMethod, match="a class token"):
             tokenprune.patch(model, "fopru", query="cls")
@@ -151,9 +161,13 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def test_visionzip() -> None:
+@pytest.mark.parametrize("layers", [{}, {"start_layer": 0}], ids=["one layer", "all layers"])
+def test_visionzip(layers: dict[str, int]) -> None:
     example, model = prompt("llava"), build("llava")
     scores = patch_scores("llava", attention_maps("llava", example), "class")[0]
+    if layers:
+        alone, scores = scores, class_scores_of_layers("llava", example)[0]
+        assert best(scores, 6) != best(alone, 6)
     hidden, _, keys = tower_states(model, example, -2)
     metric = keys[1:].view(16, 4, 8).mean(1)
     dominant = best(scores, 6)
@@ -169,16 +183,20 @@ def test_visionzip() -> None:
             merged[t] = hidden[t] + torch.stack([hidden[i] for i in members]).mean(0)
     gone = [example.images[0][i] for i in range(16) if i not in dominant + targets]
     expected = by_hand(model, example.inputs, gone, change=with_features(model, example, merged))
-    with tokenprune.patched(model, "visionzip", tokens=8, contextual=0.25):
+    with tokenprune.patched(model, "visionzip", tokens=8, contextual=0.25, **layers):
         close(generate(model, example.inputs), expected)
     assert (by_hand(model, example.inputs, gone)[1] - expected[1]).abs().max() > 1e-3
 
 
 @torch.no_grad()
-def test_prumerge() -> None:
+@pytest.mark.parametrize("start", [None, 1])
+def test_prumerge(start: int | None) -> None:
     example, model = prompt("llava"), build("llava")
     hidden, q, k = tower_states(model, example, -1)
     row = (q[0] @ k.T / 32**0.5).softmax(0)[1:]
+    if start is not None:
+        _, before, keys = tower_states(model, example, -2)
+        row = (row + (before[0] @ keys.T / 32**0.5).softmax(0)[1:]) / 2
     scores = row.tolist()
     ordered = sorted(scores)
     quartile = [ordered[int(p)] + (p % 1) * (ordered[int(p) + 1] - ordered[int(p)]) for p in (15 * 0.25, 15 * 0.75)]
@@ -193,8 +211,18 @@ def test_prumerge() -> None:
         merged[extra] = sum(scores[j] * hidden[j] for j in rest)
         gone = [example.images[0][i] for i in rest if i != extra]
         expected = by_hand(model, example.inputs, gone, change=with_features(model, example, merged))
-        with tokenprune.patched(model, "prumerge", neighbours=3, **budget):
+        with tokenprune.patched(model, "prumerge", neighbours=3, start_layer=start, **budget):
             close(generate(model, example.inputs), expected)
+
+
+def test_layers_that_cannot_be_looked_at_are_refused() -> None:
+    for method, last in (("visionzip", 1), ("prumerge", 2)):
+        with pytest.raises(tokenprune.UnsupportedMethod, match=f"use start_layer=0 to {last}"):
+            tokenprune.patch(build("llava"), method, start_layer=last + 1)
+    with pytest.raises(tokenprune.UnsupportedMethod, match="a class token"):
+        tokenprune.patch(build("paligemma"), "visionzip", start_layer=0)
+    with pytest.raises(tokenprune.BudgetError, match="start_layer"):
+        tokenprune.patch(build("llava"), "visionzip", start_layer=-1)
 
 
 def features_of(model: Any, example: Example) -> Tensor:
@@ -260,23 +288,26 @@ def test_cdpruner() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 30])
 @pytest.mark.parametrize("name", most_in_full("internvl", names=("llava", "internvl", "qwen2_5_vl")))
-def test_zero_tprune_ranks_the_towers_graph(name: str) -> None:
+def test_zero_tprune_ranks_the_towers_graph(name: str, steps: int) -> None:
     """PageRank by matrix powers of the host's own maps; the similarity stage off, as it has tests of its own."""
     example, model = prompt(name), build(name)
     prefix, tiles = CLASS_TOKEN.get(name, 0), []
+    rounds = {} if steps == 1 else {"iterations": steps}  # one behind the last layer (section 4.1 of the paper)
     for tile in torch.cat(attention_maps(name, example)).double():
         tokens = tile.shape[-1]
         start = torch.ones(tokens).double()
         if prefix:
             start[0] = tokens**0.5
-        heads = [(start / start.sum()) @ torch.linalg.matrix_power(a, 30) for a in tile]
+        heads = [(start / start.sum()) @ torch.linalg.matrix_power(a, steps) for a in tile]
         spread = [((h[prefix:] / h[prefix:].mean()) ** 2).mean() - 1 for h in heads]
         passed = [h for h, s in zip(heads, spread, strict=True) if 0.01 <= s <= 0.7] or heads
         tiles.append((sum(h[prefix:] ** 2 for h in passed) / len(passed)).sqrt().tolist())
     ranks = placeholder_scores(name, tiles)
     keep = len(ranks[0]) // 2
-    assert kept_by(model, example, "zero_tprune", keep=0.5, similarity=0) == [best(row, keep) for row in ranks]
+    kept = kept_by(model, example, "zero_tprune", keep=0.5, similarity=0, **rounds)
+    assert kept == [best(row, keep) for row in ranks]
     assert kept_by(model, example, "zero_tprune", keep=0.5) != kept_by(model, example, "uniform", keep=0.5)
 
 

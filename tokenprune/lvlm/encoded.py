@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import UnsupportedModel
 from tokenprune.lvlm.costs import Given, given
 from tokenprune.lvlm.host import LvlmHost, Scored, TowerCall, patch_ones
+from tokenprune.lvlm.recipe import AfterTower
 from tokenprune.lvlm.record import record_of
 
 if TYPE_CHECKING:
@@ -58,34 +60,42 @@ def encoded_of(output: Any) -> Encoded | None:
 
 
 class TowerSite:
-    """Hooks on the tower and on the layer of it that is scored."""
+    """Hooks on the tower and on the layers of it that are scored; `scored` is the last of them."""
 
     def __init__(self, patch: LvlmPatch, host: LvlmHost, scored: Scored | None) -> None:
         self.patch = patch
         self.arguments = patch.names.tower
         self.records = scored.records if scored is not None else None
+        self.index = scored.index if scored is not None else 0
         self.lift, self.tiles, self.grid = host.lift, host.tiles, host.grid
 
-    def attach(self, host: LvlmHost, scored: Scored | None) -> None:
+    def attach(self, host: LvlmHost, scored: Sequence[Scored]) -> None:
         """Put the hooks on the tower, the one behind it innermost."""
         host.tower.register_forward_pre_hook(self.enter, with_kwargs=True)
         host.tower.register_forward_hook(self.leave, with_kwargs=True, prepend=True)
-        for kind, module in scored.taps if scored is not None else ():
-            tap = _Tap(self, kind)
-            if kind.endswith("_inputs"):
-                module.register_forward_pre_hook(tap.inputs, with_kwargs=True)
-            else:
-                module.register_forward_hook(tap.output)
+        for layer in scored:
+            for kind, module in layer.taps:
+                tap = _Tap(self.patch, layer.index, kind)
+                if kind.endswith("_inputs"):
+                    module.register_forward_pre_hook(tap.inputs, with_kwargs=True)
+                else:
+                    module.register_forward_hook(tap.output)
+        for layer in scored[:-1]:
+            layer.layer.register_forward_hook(_Look(self.patch, layer).leave)
 
     def enter(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: the tower starts."""
-        self.patch.local.caught = {}
-        self.patch.local.given = given(args, kwargs)
+        local = self.patch.local
+        local.bound = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        local.caught, local.scores = {}, []
+        local.given = given(args, kwargs)
 
     def leave(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook: it has ended."""
-        caught, self.patch.local.caught = self.patch.local.caught, {}
-        call = TowerCall({**dict(zip(self.arguments, args, strict=False)), **kwargs}, output, caught)
+        local = self.patch.local
+        call = TowerCall(local.bound, output, local.caught.get(self.index, {}))
+        before = local.scores or []
+        local.bound, local.caught, local.scores = {}, {}, None
         tiles, patches = self.tiles(call)
         values = [patch_ones(tiles, patches, output.last_hidden_state)]
         scored = self.patch.after is not None and self.patch.after.score is not None
@@ -94,10 +104,10 @@ class TowerSite:
             find = self.records
 
             def look() -> list[Tensor]:
-                return self._values(find(call), tiles, patches)
+                return self._values(find(call), before, tiles, patches)
 
             with torch.no_grad():
-                values += self.patch.spent.choosing(("score", key), look)
+                values += self.patch.spent.choosing(("score", key, self.index), look)
         encoded = Encoded(self.patch.key, torch.cat(values, -1), scored, given=[self.patch.local.given])
         if self.lift is not None:
             encoded.images = self.lift(encoded.values, call)
@@ -110,19 +120,21 @@ class TowerSite:
         if self.patch.local.call is not None:  # else it is found again by the output
             self.patch.local.encoded.append(encoded)
 
-    def _values(self, records: Sequence[Any], tiles: int, patches: int) -> list[Tensor]:
+    def _values(self, records: Sequence[Any], before: Sequence[Tensor], tiles: int, patches: int) -> list[Tensor]:
         after, found = self.patch.after, []
         assert after is not None
         lengths = [record.tokens for record in records]
         if any(length != lengths[0] for length in lengths) and patches != sum(lengths):
             raise UnsupportedModel("the tower's tiles have different numbers of patches")
-        if sum(r.tokens * r.hidden.shape[0] for r in records) != tiles * patches:
+        looked_at = [sum(r.tokens * r.hidden.shape[0] for r in records), *map(len, before)]
+        if any(tokens != tiles * patches for tokens in looked_at):
             raise UnsupportedModel(
                 "the image tower is patched itself, and the layer that is scored has fewer tokens than the images have"
                 " patches; unpatch the tower, or use a method that does not look at its attention, such as 'uniform'"
             )
         if after.score is not None:
-            found.append(torch.cat([after.score(record).reshape(-1, 1).float() for record in records]))
+            layers = [*before, _scores(after, records)]
+            found.append(torch.stack(layers).mean(0) if len(layers) > 1 else layers[0])
         if after.keys is not None:
             found.append(torch.cat([after.keys(record).flatten(0, 1).float() for record in records]))
         return [value.view(-1, patches, value.shape[-1]) for value in found]
@@ -160,17 +172,48 @@ class ProjectorSite:
 
 
 class _Tap:
-    """A hook that keeps what a module put out, or was given."""
+    """A hook that keeps what a module of a layer put out, or was given."""
 
-    def __init__(self, site: TowerSite, kind: str) -> None:
-        self.patch = site.patch
+    def __init__(self, patch: LvlmPatch, index: int, kind: str) -> None:
+        self.patch = patch
+        self.index = index
         self.kind = kind
 
     def output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.patch.local.caught[self.kind] = output
+        self._keep(output)
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.patch.local.caught[self.kind] = kwargs
+        self._keep(kwargs)
+
+    def _keep(self, value: Any) -> None:
+        self.patch.local.caught.setdefault(self.index, {})[self.kind] = value
+
+
+class _Look:
+    """A hook behind a layer before the last that is scored: scores it at once, so that what was caught may go."""
+
+    def __init__(self, patch: LvlmPatch, scored: Scored) -> None:
+        self.patch = patch
+        self.records, self.index = scored.records, scored.index
+
+    def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        local, after = self.patch.local, self.patch.after
+        caught = local.caught.pop(self.index, {})
+        if local.scores is None or after is None:  # run anew in a backward pass
+            return
+        call = TowerCall(local.bound, None, {**caught, "hidden": output})
+
+        def look() -> Tensor:
+            return _scores(after, self.records(call))
+
+        with torch.no_grad():
+            local.scores.append(self.patch.spent.choosing(("score", local.given.shapes, self.index), look))
+
+
+def _scores(after: AfterTower, records: Sequence[AttentionRecord]) -> Tensor:
+    """[patches, 1] of all images of a call."""
+    assert after.score is not None
+    return torch.cat([after.score(record).reshape(-1, 1).float() for record in records])
 
 
 def pack_here(model: nn.Module, pack: Any, features: Sequence[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:

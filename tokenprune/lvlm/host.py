@@ -24,12 +24,15 @@ class TowerCall:
 
 @dataclass(frozen=True)
 class Scored:
-    """The tower's layer whose attention is looked at.
+    """A layer of the tower whose attention is looked at, the tower's `index`-th.
 
     taps: (kind, module) whose output is caught under that kind; a kind that ends in "_inputs" catches the keyword
-    arguments. records: the call -> one record for each group of equally long images, in order, prefix tokens in front.
+    arguments. records: the call -> one record for each group of equally long images, in order, prefix tokens in front;
+    before the tower has ended the call has no output, and "hidden" is caught, what the layer put out.
     """
 
+    layer: nn.Module
+    index: int
     taps: Sequence[tuple[str, nn.Module]]
     records: Callable[[TowerCall], list[AttentionRecord]]
 

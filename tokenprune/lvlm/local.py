@@ -52,7 +52,9 @@ class Local:
     latest: Encoded | None = None
     prompts: list[Prefill] = field(default_factory=list)
     given: Given = field(default_factory=lambda: Given((), {}))
-    caught: dict[str, Any] = field(default_factory=dict)
+    bound: dict[str, Any] = field(default_factory=dict)
+    caught: dict[int, dict[str, Any]] = field(default_factory=dict)
+    scores: list[Tensor] | None = None
 
 
 class _OfThread(threading.local):

@@ -21,15 +21,19 @@ from tokenprune.selection.top_k import ranked
 
 
 @register_method("prumerge")
-def prumerge(*, rate: float | None = None, neighbours: int = 32) -> Method:
+def prumerge(*, rate: float | None = None, neighbours: int = 32, start_layer: int | None = None) -> Method:
     """Keep the tokens that the class token attends to far more than to the others in the tower's last layer, add to
     each its most similar ones, and append one token that stands for the rest.
 
     rate: share kept, the appended token included; without a budget each image keeps its outliers (above the third
     quartile by one and a half times the distance of the quartiles) and that token. neighbours: how many of the others
-    are added to a kept one, by the cosine of keys, weighted by the attention that they receive.
+    are added to a kept one, by the cosine of keys, weighted by the attention that they receive. start_layer: the
+    class token's attention is the mean over the tower's layers from this one (0 the first) to the last (Wang et al.,
+    VTC-CLS, 2024); None, as published, for the last alone.
     """
     checked_count("neighbours", neighbours, smallest=1, example=32)
+    if start_layer is not None:
+        checked_count("start_layer", start_layer, smallest=0, example=0)
     select = partial(kept_and_neighbours, neighbours=neighbours)
     return Method(
         name="prumerge",
@@ -38,7 +42,13 @@ def prumerge(*, rate: float | None = None, neighbours: int = 32) -> Method:
         select=select,
         needs=frozenset({"language model", "class token"}),
         after_tower=AfterTower(
-            select, score=class_attention_of_one_head, keys=joined_keys, layer=-1, merges=True, count=outliers
+            select,
+            score=class_attention_of_one_head,
+            keys=joined_keys,
+            layer=-1,
+            start_layer=start_layer,
+            merges=True,
+            count=outliers,
         ),
     )
 

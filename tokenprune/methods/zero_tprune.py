@@ -93,9 +93,9 @@ class ImportanceAndSimilarity:
         gone = similar_to_important(scores, record.metric, min(share, removed, record.tokens // 2))
         return keep_top_k(torch.where(gone, -1.0, scores), record, keep)
 
-    def settled(self, record: AttentionRecord) -> Tensor:
-        """[B, n]: importance at a place of its own, after as many iterations as the first blocks have."""
-        return self.importance(record, self.rounds(0, record.depth))
+    def importance_here(self, record: AttentionRecord) -> Tensor:
+        """[B, n]: importance after as many iterations as this block has."""
+        return self.importance(record, self.rounds(record.place, record.depth))
 
     def __call__(self, scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
         if torch._C._get_tracing_state() is not None:
@@ -155,8 +155,8 @@ def zero_tprune(
     its share of them at the first block and from three quarters of the depth on. variance: bounds of the head filter,
     None for no filter. class_start: the class token starts with sqrt(N) times the weight of the others.
 
-    Behind the tower of a vision-language model the graph is that of the layer whose output is used, the iterations are
-    those of the first blocks, and the similarity stage's part is that of the last.
+    Behind the tower of a vision-language model the graph is that of the layer whose output is used. It is the last of
+    those that run for the language model, and iterations and the similarity stage's part are those of the last block.
 
     The paper finds places, rates and the similarity stage's part by random search for each model, and prints them in
     part (10 tokens a stage in DeiT-S, with importance pruning growing with depth). The defaults here were found the
@@ -170,7 +170,7 @@ def zero_tprune(
         schedule=EarlyBlocks(rate, places),
         select=stage,
         needs=frozenset({"queries", "keys"}),
-        after_tower=AfterTower(stage.after_tower, score=stage.settled, keys=mean_keys),
+        after_tower=AfterTower(stage.after_tower, score=stage.importance_here, keys=mean_keys),
     )
 
 
