@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import UnsupportedModel
 from tokenprune.lvlm.costs import Given, given
 from tokenprune.lvlm.host import LvlmHost, Scored, TowerCall, patch_ones
-from tokenprune.lvlm.recipe import AfterTower
+from tokenprune.lvlm.looks import hook_layers, scores_of
 from tokenprune.lvlm.record import record_of
 
 if TYPE_CHECKING:
@@ -73,15 +72,7 @@ class TowerSite:
         """Put the hooks on the tower, the one behind it innermost."""
         host.tower.register_forward_pre_hook(self.enter, with_kwargs=True)
         host.tower.register_forward_hook(self.leave, with_kwargs=True, prepend=True)
-        for layer in scored:
-            for kind, module in layer.taps:
-                tap = _Tap(self.patch, layer.index, kind)
-                if kind.endswith("_inputs"):
-                    module.register_forward_pre_hook(tap.inputs, with_kwargs=True)
-                else:
-                    module.register_forward_hook(tap.output)
-        for layer in scored[:-1]:
-            layer.layer.register_forward_hook(_Look(self.patch, layer).leave)
+        hook_layers(self.patch, scored)
 
     def enter(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: the tower starts."""
@@ -133,8 +124,8 @@ class TowerSite:
                 " patches; unpatch the tower, or use a method that does not look at its attention, such as 'uniform'"
             )
         if after.score is not None:
-            layers = [*before, _scores(after, records)]
-            found.append(torch.stack(layers).mean(0) if len(layers) > 1 else layers[0])
+            last = scores_of(after, records)
+            found.append(torch.stack([*(one.to(last.device) for one in before), last]).mean(0))
         if after.keys is not None:
             found.append(torch.cat([after.keys(record).flatten(0, 1).float() for record in records]))
         return [value.view(-1, patches, value.shape[-1]) for value in found]
@@ -169,51 +160,6 @@ class ProjectorSite:
             merged.append(x.index_copy(0, reduction.kept[0], reduction(x.unsqueeze(0))[0]))
         encoded.merged = True
         return (torch.stack(merged), *args[1:]), kwargs
-
-
-class _Tap:
-    """A hook that keeps what a module of a layer put out, or was given."""
-
-    def __init__(self, patch: LvlmPatch, index: int, kind: str) -> None:
-        self.patch = patch
-        self.index = index
-        self.kind = kind
-
-    def output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._keep(output)
-
-    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._keep(kwargs)
-
-    def _keep(self, value: Any) -> None:
-        self.patch.local.caught.setdefault(self.index, {})[self.kind] = value
-
-
-class _Look:
-    """A hook behind a layer before the last that is scored: scores it at once, so that what was caught may go."""
-
-    def __init__(self, patch: LvlmPatch, scored: Scored) -> None:
-        self.patch = patch
-        self.records, self.index = scored.records, scored.index
-
-    def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        local, after = self.patch.local, self.patch.after
-        caught = local.caught.pop(self.index, {})
-        if local.scores is None or after is None:  # run anew in a backward pass
-            return
-        call = TowerCall(local.bound, None, {**caught, "hidden": output})
-
-        def look() -> Tensor:
-            return _scores(after, self.records(call))
-
-        with torch.no_grad():
-            local.scores.append(self.patch.spent.choosing(("score", local.given.shapes, self.index), look))
-
-
-def _scores(after: AfterTower, records: Sequence[AttentionRecord]) -> Tensor:
-    """[patches, 1] of all images of a call."""
-    assert after.score is not None
-    return torch.cat([after.score(record).reshape(-1, 1).float() for record in records])
 
 
 def pack_here(model: nn.Module, pack: Any, features: Sequence[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
