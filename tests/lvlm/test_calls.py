@@ -131,6 +131,45 @@ def test_prompt_lookup() -> None:
         close(generate(model, example.inputs, 8, prompt_lookup_num_tokens=3), expected)
 
 
+CHOSEN_BY_TEXT: list[tuple[str, dict[str, Any]]] = [
+    ("cdpruner", {"tokens": 7}),
+    ("feather", {"keep": 0.25}),
+    ("fastv", {"keep": 0.5, "place": 2}),
+    ("pyramid_drop", {"rate": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), CHOSEN_BY_TEXT)
+def test_candidates_of_prompt_lookup_are_no_part_of_the_question(method: str, options: dict[str, Any]) -> None:
+    """The prompt's own forward brings candidates, which are turned down; tokens are chosen as without them."""
+    model, differ = build("llava"), 0
+    lengths: list[int] = []
+    language_model(model).register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    for seed in range(4):
+        example = prompt("llava", seed, text=12)
+        ids = example.inputs["input_ids"]
+        ids[0, -8:] = torch.tensor([40 + seed, 41, 42, 43, 44, 45, 40 + seed, 41])
+        longer = torch.cat([ids, ids[:, -6:-3]], 1)
+        grown = {**example.inputs, "input_ids": longer, "attention_mask": torch.ones_like(longer)}
+        with tokenprune.patched(model, method, **options):
+            expected = generate(model, example.inputs, 6)
+            lengths.clear()
+            close(generate(model, example.inputs, 6, prompt_lookup_num_tokens=3), expected)
+            assert lengths[0] == ids.shape[1] + 3
+            kept = []
+            for inputs in (example.inputs, grown):
+                with tokenprune.record(model) as recording:
+                    model(**inputs)
+                kept.append([place.kept.tolist() for place in recording.forwards[0].places])
+            differ += kept[0] != kept[1]
+            with tokenprune.record(model) as recording:
+                generate(model, example.inputs, 6, prompt_lookup_num_tokens=3)
+            assert [place.kept.tolist() for place in recording.forwards[0].places] == kept[0]
+    assert differ  # with the candidates in the question other tokens would be chosen
+
+
 def test_a_prompt_is_not_cropped_into_where_tokens_are_missing() -> None:
     model, example = build("llava"), prompt("llava", text=12)
     with tokenprune.patched(model, "uniform", keep=0.25):

@@ -43,10 +43,12 @@ class Call:
 
 @dataclass(eq=False)
 class Local:
-    """What this thread is in the middle of."""
+    """What this thread is in the middle of. candidates: tokens at the end of a prompt's forward that are none of the
+    prompt, but guesses at its continuation."""
 
     call: Call | None = None
     labels: Tensor | None = None
+    candidates: int = 0
     inside: Inside | None = None
     encoded: list[Encoded] = field(default_factory=list)
     latest: Encoded | None = None

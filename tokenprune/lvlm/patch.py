@@ -88,6 +88,7 @@ class LvlmPatch(Portable):
         """Hook: the whole is called. Labels are copied, as those of tokens that are left out will be ignored."""
         self.model = weakref.ref(outer)
         bound = bind(self.names.outer, args, kwargs)
+        self.local.candidates = _candidates(bound)
         labels = bound.get("labels")
         self.local.labels = labels.clone() if isinstance(labels, Tensor) else None
         if self.local.labels is None or not self.active:
@@ -201,6 +202,14 @@ class LvlmPatch(Portable):
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
+
+
+def _candidates(bound: Mapping[str, Any]) -> int:
+    """Tokens behind the prompt, which assisted generation and prompt lookup append to the prompt's own forward: they
+    alone ask for several logits where images are encoded before and a cache is filled."""
+    logits = bound.get("logits_to_keep")
+    generates = _given(bound.get("mm_encoder_outputs")) and bound.get("past_key_values") is not None
+    return logits - 1 if generates and isinstance(logits, int) and logits > 1 else 0
 
 
 def _given(value: Any) -> bool:
