@@ -167,6 +167,8 @@ def test_candidates_of_prompt_lookup_are_no_part_of_the_question(method: str, op
             with tokenprune.record(model) as recording:
                 generate(model, example.inputs, 6, prompt_lookup_num_tokens=3)
             assert [place.kept.tolist() for place in recording.forwards[0].places] == kept[0]
+        with tokenprune.patched(model.model, method, **options):
+            close(generate(model, example.inputs, 6, prompt_lookup_num_tokens=3), expected)
     assert differ  # with the candidates in the question other tokens would be chosen
 
 
@@ -268,6 +270,29 @@ def test_labels_and_logits_of_the_prompts_length(name: str) -> None:
         getattr(model.model, "vision_tower", None) or getattr(model.model, "visual", None) or model.model.vision_model
     )
     assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in tower.parameters())
+
+
+@pytest.mark.parametrize("method", ["uniform", "feather"])
+def test_labels_that_the_patch_does_not_see_are_refused(method: str) -> None:
+    """Those of the model around the one that is patched, which would count tokens that were left out."""
+    model, example = build("llava"), prompt("llava")
+    labels = example.inputs["input_ids"].clone()
+    with tokenprune.patched(model, method, keep=0.25):
+        expected = model(**example.inputs, labels=labels)
+    with tokenprune.patched(model.model, method, keep=0.25):
+        for asked in (
+            lambda: model(**example.inputs, labels=labels),
+            lambda: model.train()(**example.inputs, labels=labels),
+        ):
+            with pytest.raises(tokenprune.UnsupportedModel, match=r"patch\(model, .*LlavaForConditionalGeneration"):
+                asked()
+        model.eval()
+        got = model(**example.inputs)
+        assert (got.logits - expected.logits).abs().max() <= 2e-6 * expected.logits.abs().max()
+        text = {k: v for k, v in example.inputs.items() if k != "pixel_values"}
+        text["input_ids"] = torch.tensor([[1, 5, 6, 7]])
+        text["attention_mask"] = torch.ones_like(text["input_ids"])
+        assert model(**text, labels=text["input_ids"]).loss.isfinite()
 
 
 def test_right_padding_in_training() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.lvlm.cache import CacheMap
 from tokenprune.lvlm.costs import Given
@@ -70,6 +71,20 @@ _THREAD = _OfThread()
 def local_of(patch: LvlmPatch) -> Local:
     """This thread's part of a patch."""
     return _THREAD.by_patch.setdefault(patch, Local())
+
+
+def arguments_around(model: nn.Module) -> Mapping[str, Any]:
+    """What the module around `model` is being called with, by name; nothing where none is.
+
+    A module does not know what it is part of, and hooks on it do not see the arguments of that: the stack does.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        holder = frame.f_locals.get("self")
+        if isinstance(holder, nn.Module) and any(part is model for part in holder.children()):
+            return frame.f_locals
+    return {}
 
 
 def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

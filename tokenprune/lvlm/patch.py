@@ -24,7 +24,7 @@ from tokenprune.lvlm.cache import entries_of, map_of
 from tokenprune.lvlm.costs import Spent
 from tokenprune.lvlm.encoded import encoded_of
 from tokenprune.lvlm.host import LvlmHost
-from tokenprune.lvlm.local import Call, Local, bind, local_of, mask_of_entries, shape_of
+from tokenprune.lvlm.local import Call, Local, arguments_around, bind, local_of, mask_of_entries, shape_of
 from tokenprune.lvlm.plan import counts_of
 from tokenprune.lvlm.prefill import Prefill, mean_costs
 from tokenprune.lvlm.recipe import AfterTower, InsideModel
@@ -107,6 +107,16 @@ class LvlmPatch(Portable):
         cache = bound.get("past_key_values")
         past, mask = map_of(cache), bound.get("attention_mask")
         call = Call(self._placeholders(model, bound, cache), past, entries_of(cache), _padding(mask))
+        if not self.whole and call.visual is not None:
+            around = arguments_around(model)
+            local.candidates = _candidates({**bound, "logits_to_keep": around.get("logits_to_keep")})
+            if isinstance(around.get("labels"), Tensor):
+                whole = type(around["self"]).__name__
+                raise UnsupportedModel(
+                    f"labels are given to a {whole}, and only the {type(model).__name__} in it is patched: those of"
+                    f" tokens that are left out would count; tokenprune.patch(model, {self.method.name!r}, ...) of the"
+                    f" {whole} works"
+                )
         local.call = call
         if past is None or not self.masks_first:
             return None
