@@ -287,6 +287,33 @@ def test_images_and_questions() -> None:
         tokenprune.coarse_to_fine(model, picture, torch.tensor([[1, 2]]), processor=Processor())
 
 
+def test_ids_of_two_images_are_refused() -> None:
+    image = Drawn(300, 200)
+    apart, side_by_side = [1, 5, IMAGE, IMAGE, 20, IMAGE, IMAGE, 31], [1, 5, *[IMAGE] * 32, 31]
+    for name, ids in (("llava", apart), ("llava", side_by_side), ("llava_next", apart), ("idefics3", apart)):
+        with pytest.raises(tokenprune.TokenPruneError, match="one image"):
+            tokenprune.coarse_to_fine(build(name), image, torch.tensor([ids]), processor=Processor())
+    one = torch.tensor([[1, 5, *[IMAGE] * 16, 31]])
+    assert tokenprune.coarse_to_fine(build("llava"), image, one, processor=Processor(), max_new_tokens=1).steps
+
+
+def test_several_answers_and_all_of_the_output() -> None:
+    model, image = build("llava"), Drawn(300, 200)
+    beams = {"num_beams": 4, "num_return_sequences": 3, "do_sample": False, "max_new_tokens": 3}
+    answer = tokenprune.coarse_to_fine(
+        model, image, IDS, processor=Processor(), return_dict_in_generate=True, output_scores=True, **beams
+    )
+    mask = torch.ones(answer.embeds.shape[:2], dtype=torch.long)
+    expected = model.generate(inputs_embeds=answer.embeds, attention_mask=mask, **beams)
+    assert len(expected) == 3
+    assert torch.equal(answer.sequences, expected)
+    assert answer.texts == [" ".join(map(str, row)) for row in expected.tolist()]
+    assert len(set(answer.texts)) == 3
+    assert answer.text == answer.texts[0]
+    assert len(answer.output.scores) == 3
+    assert ask(model, image).output is None
+
+
 def test_a_path(tmp_path: Any) -> None:
     model, drawn = build("llava"), Drawn(300, 200)
     picture = Image.fromarray(drawn.read((0, 0, 300, 200), (300, 200)))

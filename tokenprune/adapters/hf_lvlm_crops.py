@@ -17,7 +17,9 @@ BOTH_WAYS = "its image tokens attend in both directions, by masks that the model
 def llava_crops(model: Any) -> Crops:
     """Of the LLaVA family, where each patch becomes a token; of those that pack crops, rows end in a newline."""
     separator = getattr(model, "image_newline", None)
-    return Crops(int(model.config.vision_config.image_size), partial(_as_llava, model), separator, shrink=2)
+    tower = model.config.vision_config
+    one = (int(tower.image_size) // int(tower.patch_size)) ** 2 if separator is None else None
+    return Crops(int(tower.image_size), partial(_as_llava, model), separator, shrink=2, tokens=one)
 
 
 def internvl_crops(model: Any) -> Crops:

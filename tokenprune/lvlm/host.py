@@ -58,13 +58,15 @@ class Crops:
 
     side: of a crop in pixels. encode: normalised pixels [T, 3, side, side] -> [T, n, C], tokens of the language model,
     row by row. separator: [C] what ends a row of tokens, None for nothing. shrink: by how much more the sides of a
-    crop's grid of tokens may be shrunk, 2 where each patch becomes a token.
+    crop's grid of tokens may be shrunk, 2 where each patch becomes a token. tokens: of an image that the model encodes
+    itself, None where that depends on its size.
     """
 
     side: int
     encode: Callable[[Tensor], Tensor]
     separator: Tensor | None = None
     shrink: int = 1
+    tokens: int | None = None
 
 
 @dataclass
