@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from typing import Any
@@ -213,6 +214,89 @@ def test_prumerge(start: int | None) -> None:
         expected = by_hand(model, example.inputs, gone, change=with_features(model, example, merged))
         with tokenprune.patched(model, "prumerge", neighbours=3, start_layer=start, **budget):
             close(generate(model, example.inputs), expected)
+
+
+TOWERS = [
+    ("Dinov2WithRegisters", "default", 4),
+    ("Dinov2WithRegisters", "full", 5),
+    ("Dinov2", "default", 0),
+    ("DeiT", "default", 1),
+    ("ViT", "full", 1),
+    ("Beit", "default", 0),
+    ("DINOv3ViT", "default", 2),
+    ("ViTMSN", "default", 0),
+]
+
+
+def llava_with(tower: str, strategy: str) -> Any:
+    """Llava with another tower, of 16 patches."""
+    more = {
+        "Dinov2WithRegisters": {"num_register_tokens": 4},
+        "DINOv3ViT": {"num_register_tokens": 2, "intermediate_size": 64},
+    }.get(tower, {})
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
+    config = copy.deepcopy(build("llava").config)
+    config.vision_config = getattr(transformers, f"{tower}Config")(**sizes, **more)
+    config.vision_feature_select_strategy = strategy
+    torch.manual_seed(0)
+    model: Any = transformers.LlavaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.mul_(6)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def projected(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """What the projector is given [images, n, C]."""
+    given: list[Tensor] = []
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    model(**inputs)
+    hook.remove()
+    return given[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("tower", "strategy", "more"), TOWERS)
+def test_tokens_of_other_towers_that_are_no_patches_stay(tower: str, strategy: str, more: int) -> None:
+    """Class and register tokens that the model is given beside the patches."""
+    model, example = llava_with(tower, strategy), prompt("llava")
+    ids = example.inputs["input_ids"]
+    start = example.images[0][0]
+    ids = torch.cat([ids[:, :start], ids[:, start : start + 1].expand(1, more), ids[:, start:]], 1)
+    inputs = {**example.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    plain = generate(model, inputs)
+    for method, options in (("uniform", {"tokens": 4}), ("divprune", {"tokens": 4}), ("visionzip", {"tokens": 6})):
+        if method == "visionzip" and tower in ("Beit", "DINOv3ViT", "ViTMSN"):
+            with pytest.raises(tokenprune.UnsupportedMethod, match="attention"):
+                tokenprune.patch(model, method, **options)
+            continue
+        (before,) = projected(model, inputs)
+        with tokenprune.patched(model, method, **options), tokenprune.record(model) as recording:
+            got = generate(model, inputs)
+            (after,) = projected(model, inputs)
+        (kept,) = recording.forwards[0].places[0].kept.tolist()
+        gone = [start + more + i for i in range(16) if i not in kept]
+        if method == "visionzip":
+            changed = (before != after).any(1).nonzero().flatten().tolist()
+            assert len(changed) == 1
+            rest = [more + i for i in range(16) if i not in kept]
+            assert torch.allclose(after[changed[0]], before[changed[0]] + before[rest].mean(0), atol=1e-5)
+        else:
+            close(got, by_hand(model, inputs, gone))
+        if method == "uniform":
+            assert kept == [2, 6, 10, 14]
+    with tokenprune.patched(model, "uniform", keep=1.0):
+        close(generate(model, inputs), plain)
+
+
+def test_patches_that_are_taken_for_other_tokens_are_refused_when_patched() -> None:
+    with pytest.raises(tokenprune.UnsupportedModel, match="use 'full'"):
+        tokenprune.patch(llava_with("SiglipVision", "default"), "uniform", keep=0.5)
+    model = build("llava_next")
+    model.config.vision_feature_select_strategy = "full"
+    with pytest.raises(tokenprune.UnsupportedModel, match="strategy='default'"):
+        tokenprune.patch(model, "uniform", keep=0.5)
 
 
 def test_layers_that_cannot_be_looked_at_are_refused() -> None:

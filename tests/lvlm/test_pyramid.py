@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from lvlm_zoo import IMAGE, KINDS, build, language_model
 from PIL import Image
 from torch import Tensor, nn
@@ -285,6 +286,27 @@ def test_images_and_questions() -> None:
         ask(model, torch.zeros(3, 300, 200))
     with pytest.raises(tokenprune.TokenPruneError, match="placeholders"):
         tokenprune.coarse_to_fine(model, picture, torch.tensor([[1, 2]]), processor=Processor())
+
+
+@torch.no_grad()
+def test_a_crops_register_tokens_do_not_go_on() -> None:
+    """They belong to no place of the crop's grid."""
+    config = copy.deepcopy(build("llava").config)
+    config.vision_config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=14,
+        num_register_tokens=4,
+    )
+    model: Any = transformers.LlavaForConditionalGeneration(config).eval()
+    projected: list[Tensor] = []
+    model.model.multi_modal_projector.register_forward_hook(lambda _, args, out: projected.append(out))
+    answer = ask(model, Drawn(300, 160), shrink=1)
+    assert projected[0].shape[1] == 20
+    assert torch.equal(answer.embeds[0, 2:18], projected[0][0, 4:])
+    assert answer.tokens == 16 + len(answer.steps[0].kept)
 
 
 def test_ids_of_two_images_are_refused() -> None:

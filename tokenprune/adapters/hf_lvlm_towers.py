@@ -19,10 +19,11 @@ from tokenprune.lvlm.host import Scored, TowerCall, pooled, square
 
 @dataclass(frozen=True)
 class TowerFacts:
-    """prefix: (tower) -> its prefix tokens. at: (model, tower, layer asked for) -> what is read there."""
+    """prefix: (tower) -> its prefix tokens. at: (model, tower, layer asked for) -> what is read there, None where it is
+    not known."""
 
     prefix: Callable[[Any], int]
-    at: Callable[[Any, Any, int | None], Scored]
+    at: Callable[[Any, Any, int | None], Scored | None]
 
 
 def _prefix_of(prefix: int, tower: Any) -> int:
@@ -129,15 +130,20 @@ def _rotate(cos: Tensor, sin: Tensor, x: Tensor) -> Tensor:
     return x.float() * cos.float() + torch.cat([-second, first], -1) * sin.float()
 
 
+def _unknown(model: Any, tower: Any, layer: int | None) -> None:
+    """Rotary tables and a bias of their own."""
+
+
 _SIGLIP_LIKE = TowerFacts(lambda tower: 0, partial(_by_projections, "encoder.layers", "self_attn", 0))
 _ROW = TowerFacts(lambda tower: 0, _by_packed_row)
 SCORED = {
     name: TowerFacts(
         partial(_prefix_of, prefix),
-        partial(_by_projections, layers, "self_attn" if layers == "encoder.layers" else "attention", prefix),
+        partial(_by_projections, layers, "self_attn" if layers == "encoder.layers" else "attention", prefix)
+        if "dinov3" not in name and "beit" not in name
+        else _unknown,
     )
     for name, (layers, prefix) in TOWERS.items()
-    if "dinov3" not in name and "beit" not in name  # rotary tables and a bias of their own
 } | {
     "internvl.InternVLVisionModel": TowerFacts(
         lambda tower: 1, partial(_by_projections, "encoder.layer", "attention", 1)
@@ -173,9 +179,10 @@ def grid_of_packed(model: Any, placeholders: int, place: int, call: TowerCall) -
     return (rows // merge, columns // merge) if frames == 1 else None
 
 
-def lift_tiles(groups: Callable[[Tensor], Tensor] | None, values: Tensor, call: TowerCall) -> list[Tensor]:
-    """Values [T, n, C] of patches for the placeholders of each tile."""
-    return list(values if groups is None else pooled(values, groups))
+def lift_tiles(groups: Callable[[Tensor], Tensor] | None, others: int, values: Tensor, call: TowerCall) -> list[Tensor]:
+    """Values [T, n, C] of patches for the placeholders of each tile, the first `others` of which are no patches."""
+    lifted = values if groups is None else pooled(values, groups)
+    return list(torch.nn.functional.pad(lifted, (0, 0, others, 0)))
 
 
 def lift_merged(model: Any, values: Tensor, call: TowerCall) -> list[Tensor]:

@@ -102,7 +102,9 @@ class TowerSite:
         encoded = Encoded(self.patch.key, torch.cat(values, -1), scored, given=[self.patch.local.given])
         if self.lift is not None:
             encoded.images = self.lift(encoded.values, call)
-            encoded.grids = [self.grid(len(image), place, call) for place, image in enumerate(encoded.images)]
+            encoded.grids = [
+                self.grid(int((image[:, 0] > 0.5).sum()), place, call) for place, image in enumerate(encoded.images)
+            ]
         if isinstance(output, dict):  # an item: hooks that move outputs between devices rebuild them from their items
             output[_ATTRIBUTE] = encoded
         else:
@@ -151,13 +153,14 @@ class ProjectorSite:
         assert after is not None
         merged = []
         for place, x in enumerate(features):
-            _, scores, metric = encoded.take(place)
+            own, scores, metric = encoded.take(place)
             assert metric is not None
-            record = record_of(x.detach().unsqueeze(0), encoded.grids[place], metric.unsqueeze(0))
+            patches, where = x[own], own.nonzero().squeeze(1)
+            record = record_of(patches.detach().unsqueeze(0), encoded.grids[place], metric.unsqueeze(0))
             scored = scores.unsqueeze(0) if scores is not None else None
             with torch.no_grad():
-                reduction = after.select(scored, record, self.patch.count_alone(scores, len(x)))
-            merged.append(x.index_copy(0, reduction.kept[0], reduction(x.unsqueeze(0))[0]))
+                reduction = after.select(scored, record, self.patch.count_alone(scores, len(patches)))
+            merged.append(x.index_copy(0, where[reduction.kept[0]], reduction(patches.unsqueeze(0))[0]))
         encoded.merged = True
         return (torch.stack(merged), *args[1:]), kwargs
 
