@@ -190,8 +190,9 @@ def test_visionzip(layers: dict[str, int]) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("spatial", [False, True])
 @pytest.mark.parametrize("start", [None, 1])
-def test_prumerge(start: int | None) -> None:
+def test_prumerge(start: int | None, spatial: bool) -> None:
     example, model = prompt("llava"), build("llava")
     hidden, q, k = tower_states(model, example, -1)
     row = (q[0] @ k.T / 32**0.5).softmax(0)[1:]
@@ -202,7 +203,20 @@ def test_prumerge(start: int | None) -> None:
     ordered = sorted(scores)
     quartile = [ordered[int(p)] + (p % 1) * (ordered[int(p) + 1] - ordered[int(p)]) for p in (15 * 0.25, 15 * 0.75)]
     outliers = [i for i in range(16) if scores[i] > quartile[1] + 1.5 * (quartile[1] - quartile[0])]
-    for kept, budget in ((outliers, {}), (best(scores, 5), {"tokens": 6})):
+    assert 1 <= len(outliers) <= 3
+
+    def chosen(by_attention: int, more: int) -> list[int]:
+        even = [(2 * j + 1) * 16 // (2 * more) for j in range(more)]
+        first = best(scores, by_attention)
+        both = sorted({*first, *even})
+        left = sorted((i for i in range(16) if i not in both), key=lambda i: -scores[i])
+        return sorted([*both, *left[: by_attention + more - len(both)]])
+
+    if spatial:
+        cases = [(chosen(len(outliers), 3 * len(outliers)), {}), (chosen(2, 5), {"tokens": 8})]
+    else:
+        cases = [(outliers, {}), (best(scores, 5), {"tokens": 6})]
+    for kept, budget in cases:
         rest = [i for i in range(16) if i not in kept]
         merged = hidden.clone()
         for i in kept:
@@ -212,7 +226,7 @@ def test_prumerge(start: int | None) -> None:
         merged[extra] = sum(scores[j] * hidden[j] for j in rest)
         gone = [example.images[0][i] for i in rest if i != extra]
         expected = by_hand(model, example.inputs, gone, change=with_features(model, example, merged))
-        with tokenprune.patched(model, "prumerge", neighbours=3, start_layer=start, **budget):
+        with tokenprune.patched(model, "prumerge", neighbours=3, spatial=spatial, start_layer=start, **budget):
             close(generate(model, example.inputs), expected)
 
 

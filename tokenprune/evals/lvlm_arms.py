@@ -22,7 +22,7 @@ ORIGINAL, REINDEX = "original", "reindex"
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "fopru": {"rows": {"strategy": "row"}, "class token": {"query": "cls"}},
     "visionzip": {"all layers": {"start_layer": 0}},
-    "prumerge": {"all layers": {"start_layer": 0}},
+    "prumerge": {"spatial": {"spatial": True}, "all layers": {"start_layer": 0}},
     "feather": {
         "with rotary": {"rotary": True},
         "no grid": {"stride": GRID},
