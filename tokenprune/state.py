@@ -29,7 +29,7 @@ class TokenState:
     """The prunable tokens between two blocks.
 
     entering: tokens that entered the first place. tokens: how many are left, n. origin: [B, n] original patch of each
-    (None: all, in order). sizes: [B, n] patches in each (None: one each). source: [B, entering] position that holds
+    (None: all, in order). sizes: [B, P + n] patches in each, behind ones for the prefix tokens (None: one each). source: [B, entering] position that holds
     each original patch, -1 where it was dropped (for recordings). undo: for each place so far, what brings its leaving
     tokens back to those that entered it (for dense outputs). reduced: the reduced tensor behind a restored one, that
     had been changed in place `version` times (None: not known). grid:

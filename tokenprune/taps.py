@@ -93,7 +93,7 @@ class Taps:
             queries=queries.detach() if queries is not None else None,
             keys=keys.detach() if keys is not None else None,
             values=values.detach() if values is not None else None,
-            sizes=state.sizes,
+            sizes=None if state.sizes is None else state.sizes[:, self.patch.num_prefix_tokens :],
             bias=now.bias.detach() if now.bias is not None else None,
             rotate=rotate,
         )
