@@ -81,9 +81,7 @@ class ImportanceAndSimilarity:
         """[B, n]: PageRank per head, filtered and fused; [len(iterations), B, n] for several counts."""
         scores = weighted_pagerank(record, iterations, class_start=self.class_start)
         scores = scores[..., record.num_prefix_tokens :]
-        after = scores if isinstance(iterations, Sequence) else scores.unsqueeze(0)
-        fused = [fuse_heads(one, passing_heads(one, self.variance)) for one in after]
-        return torch.stack(fused) if isinstance(iterations, Sequence) else fused[0]
+        return fuse_heads(scores, passing_heads(scores, self.variance))
 
     def after_tower(self, scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
         """The stages of `__call__` by importance [B, n] found before, as they are in the last blocks."""
@@ -91,7 +89,7 @@ class ImportanceAndSimilarity:
         removed = record.tokens - keep
         share = self.similarity if isinstance(self.similarity, int) else round(self.similarity[1] * removed)
         gone = similar_to_important(scores, record.metric, min(share, removed, record.tokens // 2))
-        return keep_top_k(torch.where(gone, -1.0, scores), record, keep)
+        return keep_top_k(scores.scatter(1, gone, -1.0), record, keep)
 
     def settled(self, record: AttentionRecord) -> Tensor:
         """[B, n]: importance at a place of its own, after as many iterations as the first blocks have."""
@@ -114,7 +112,7 @@ class ImportanceAndSimilarity:
         else:
             order, importance = self.importance(record, 1), self.importance(record, rounds)
         gone = similar_to_important(order, record.metric, redundant)
-        return keep_top_k(torch.where(gone, -1.0, importance), record, keep)
+        return keep_top_k(importance.scatter(1, gone, -1.0), record, keep)
 
 
 def _whole(value: object) -> TypeGuard[int]:

@@ -19,21 +19,19 @@ def merge_similar_pairs(scores: Tensor | None, record: AttentionRecord, keep: in
     """
     metric, n = record.metric, record.tokens
     first = record.num_prefix_tokens % 2
-    a = torch.arange(first, n, 2, device=metric.device)
-    b = torch.arange(1 - first, n, 2, device=metric.device)
     similarity, match = cosine_match(metric[:, first::2], metric[:, 1 - first :: 2])
     order = ranked(similarity)
     merged, rest = order[:, : n - keep], order[:, n - keep :].sort(dim=1).values
-    batch = metric.shape[0]
+    b = torch.arange(1 - first, n, 2, device=metric.device).expand(metric.shape[0], -1)
     return Reduction(
-        kept=torch.cat([a[rest], b.expand(batch, -1)], 1),
-        moved=a[merged],
-        target=gather(match, merged) + rest.shape[1],
+        kept=torch.cat([torch.rsub(rest, first, alpha=-2), b], 1),  # first + 2 rest, in one operation
+        moved=torch.rsub(merged, first, alpha=-2),
+        target=match.gather(1, merged) + rest.shape[1],
     )
 
 
 def similar_to_important(importance: Tensor, metric: Tensor, remove: int) -> Tensor:
-    """Which `remove` tokens are redundant: True in [B, n] (Zero-TPrune's similarity stage, section 3.3).
+    """Positions [B, remove] of redundant tokens (Zero-TPrune's similarity stage, section 3.3).
 
     Sequential-U partition: the less important half of the tokens are candidates, each is compared with the more
     important half by the cosine of keys `metric` [B, n, D], and the candidates most similar to a partner go.
@@ -43,5 +41,4 @@ def similar_to_important(importance: Tensor, metric: Tensor, remove: int) -> Ten
     half = order.shape[1] // 2
     strong, weak = order[:, : order.shape[1] - half], order[:, order.shape[1] - half :].sort(dim=1).values
     similarity, _ = cosine_match(gather(metric, weak), gather(metric, strong))
-    gone = gather(weak, ranked(similarity)[:, :remove])
-    return torch.zeros_like(importance, dtype=torch.bool).scatter(1, gone, True)
+    return weak.gather(1, ranked(similarity)[:, :remove])
