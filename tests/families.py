@@ -34,7 +34,11 @@ FAMILIES = {
 # For what the block's inside does not decide: prefix, rotary tables, a bias that is computed inside, no prefix.
 FEW = ("class_token", "rotary_registers", "bias_own_table", "map_pool")
 # All run on every family with an option or two; cait's talking heads take no bias.
-METHODS = ("random", "uniform", "top_k", "evit", "tome", "zero_tprune", "zero_tprune_uni")
+METHODS = (
+    *("random", "uniform", "top_k", "evit", "tome", "zero_tprune", "zero_tprune_uni"),
+    *("k_medoids", "dpc_knn", "pitome", "tofu", "diffrate", "pomt"),
+)
+PROPORTIONAL = ("tome", "pitome", "tofu", "diffrate")
 
 
 def build(family: str) -> nn.Module:
@@ -59,7 +63,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 def options(family: str, method: str) -> dict[str, bool]:
     """What `method` needs to work on `family`."""
-    return {"proportional": False} if (family, method) == ("talking_heads", "tome") else {}
+    return {"proportional": False} if family == "talking_heads" and method in PROPORTIONAL else {}
 
 
 def states_in_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -109,12 +110,23 @@ def test_merging_is_that_of_a_fixed_method(family: str) -> None:
         torch.testing.assert_close(features[i], fixed.forward_features(one)[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["ats", "merge_threshold"])
-@pytest.mark.parametrize("family", RAGGED)
+# Those of random models are not much alike, and what they have in common makes them so with depth.
+NEAR: dict[str, dict[str, Any]] = {"saint": {"threshold": 0.5, "neighbours": 2}, "algm": {"threshold": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [(family, method) for family in RAGGED for method in ("ats", "merge_threshold")]
+    + [
+        pytest.param(family, method, marks=[] if family in FEW else pytest.mark.full)
+        for family in RAGGED
+        for method in NEAR
+    ],
+)
 def test_an_image_does_not_depend_on_its_mates(family: str, method: str) -> None:
     model = build(family)
     x = images(model, BATCH)
-    tokenprune.patch(model, method, schedule=PLACES)
+    tokenprune.patch(model, method, schedule={0: 1.0, 1: 1.0, 2: 1.0}, **NEAR.get(method, {}))
     state = torch.get_rng_state()
     together, left = run(model, x), kept(model, x)
     assert_ragged(model)
@@ -126,6 +138,32 @@ def test_an_image_does_not_depend_on_its_mates(family: str, method: str) -> None
     torch.testing.assert_close(flipped, together, rtol=1e-4, atol=1e-5)
     assert torch.equal(run(model, x), together)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", ["ats", *NEAR])
+def test_promises_of_every_adaptive_method(method: str) -> None:
+    """The identity at 1.0, no trace behind `unpatch`, NaN for its image alone, batches of none and of one, copies."""
+    model = build("class_token")
+    x = images(model, 3)
+    plain, features = run(model, x), model.forward_features(x)
+    tokenprune.patch(model, method, keep=1.0)
+    assert torch.equal(run(model, x), plain)
+    tokenprune.patch(model, method, keep=0.6, **NEAR.get(method, {}))
+    out = run(model, x)
+    assert not torch.equal(out, plain)
+    assert model.forward_features(x).shape == features.shape
+    assert all(len(image) <= 21 for image in kept(model, x)[-1])
+    broken = x.clone()
+    broken[1] = float("nan")
+    got = run(model, broken)
+    assert got[1].isnan().all()
+    torch.testing.assert_close(got[[0, 2]], out[[0, 2]], rtol=1e-4, atol=1e-5)
+    assert run(model, x[:0]).shape == (0, out.shape[1])
+    assert torch.equal(run(pickle.loads(pickle.dumps(model)), x), out)
+    model(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    tokenprune.unpatch(model)
+    assert torch.equal(run(model, x), plain)
 
 
 @pytest.mark.parametrize("family", RAGGED)

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from families import METHODS, build
 from torch import Tensor, nn
 
 import tokenprune
 from tokenprune import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
-
-METHODS = ["random", "uniform", "top_k", "evit", "tome", "zero_tprune", "zero_tprune_uni"]
 
 
 @pytest.fixture
@@ -254,6 +253,15 @@ def test_batches_of_none_and_of_one(works: nn.Module, method: str) -> None:
             torch.testing.assert_close(works(images[i : i + 1])[0], together[i], rtol=1e-4, atol=1e-5)
         assert torch.equal(works(images), together)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("family", "method"), [("talking_heads", "top_k"), ("class_token", "pomt")])
+def test_a_batch_of_none_where_parts_are_split(family: str, method: str) -> None:
+    """Queries and keys out of one projection, and values (BEiT and EVA themselves take no batch of none)."""
+    model = build(family)
+    x = torch.randn(0, 3, *model.pretrained_cfg["input_size"][-2:])
+    expected = model(x).shape
+    assert tokenprune.patch(model, method, keep=0.5)(x).shape == expected
 
 
 def test_an_image_of_another_size_raises_and_leaves_the_model_usable(works: nn.Module) -> None:

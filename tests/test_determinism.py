@@ -36,7 +36,7 @@ def test_batch_mates_do_not_matter(family: str, method: str) -> None:
     model = tokenprune.patch(build(family), method, keep=0.5, **options(family, method))
     x = images(model, 5)
     together = sources(model, x)
-    assert len(together) >= 2
+    assert len(together) >= (1 if method == "pomt" else 2)
     assert equal(sources(model, x), together)
     for i in range(5):
         assert equal(sources(model, x[i : i + 1]), [source[i : i + 1] for source in together])

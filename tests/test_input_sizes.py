@@ -186,11 +186,12 @@ def test_a_head_that_reads_every_patch_counts_with_the_image() -> None:
     assert multiply_adds(model, x) / cost == pytest.approx(0.6, abs=0.03)
 
 
-@pytest.mark.parametrize("method", ["top_k", "evit", "tome"])
+@pytest.mark.parametrize("method", ["top_k", "evit", "tome", "tofu", "diffrate"])
 def test_restoring_the_grid_in_a_forward_counts(method: str) -> None:
     """A forward without pooling ends on the full grid: regressing its patches is in the budget, at many of them too."""
     model = dynamic("vit_tiny_patch16_224", global_pool="")
-    for size, tolerance in (((20, 28), 1e-6), ((128, 128), 2e-3)):
+    # What diffrate compares with what depends on how many stay, which a cost model of another size does not know.
+    for size, tolerance in (((20, 28), 1e-6), ((128, 128), 1e-2 if method == "diffrate" else 2e-3)):
         x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
         tokenprune.unpatch(model)
         cost = multiply_adds(model, x)

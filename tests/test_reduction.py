@@ -3,6 +3,7 @@ import torch
 
 from tokenprune.kernels.merge import gather
 from tokenprune.reduction import Reduction
+from tokenprune.restore import dropped
 
 
 def test_dropping_keeps_the_named_rows() -> None:
@@ -45,6 +46,31 @@ def test_fusing_appends_the_weighted_sum() -> None:
     assert reduction.follow(torch.tensor([[4, 5, 6]])).tolist() == [[5, 4]]
     assert reduction.source(3).tolist() == [[1, 0, 1]]
     assert reduction.merged_sizes(torch.ones(1, 3)).tolist() == [[1.0, 2.0]]
+
+
+def test_averages_worked_by_hand() -> None:
+    # (3, 4) of size 3 takes (0, 10) and (1, 0); (6, 0) stays alone, and (9, 9) is dropped.
+    x = torch.tensor([[[3.0, 4.0], [0.0, 10.0], [6.0, 0.0], [9.0, 9.0], [1.0, 0.0]]])
+    sizes = torch.tensor([[3.0, 1.0, 5.0, 1.0, 1.0]])
+    kept, moved, target = torch.tensor([[2, 0]]), torch.tensor([[1, 4]]), torch.tensor([[1, 1]])
+    by_size, equal, norm = (Reduction(kept, moved, target, average=a)(x, sizes) for a in ("size", "equal", "norm"))
+    torch.testing.assert_close(by_size, torch.tensor([[[6.0, 0.0], [2.0, 22 / 5]]]))
+    torch.testing.assert_close(equal, torch.tensor([[[6.0, 0.0], [4 / 3, 14 / 3]]]))
+    torch.testing.assert_close(norm, torch.tensor([[[6.0, 0.0], [20 / 23.36**0.5, 44 / 23.36**0.5]]]))
+    assert torch.equal(norm[:, 0], x[:, 2])  # bit by bit
+    torch.testing.assert_close(norm[0, 1].norm(), torch.tensor(10.0))
+
+
+def test_shares_of_sizes_and_what_is_dropped() -> None:
+    shares = torch.tensor([[0.5, 0.25]])
+    kept, moved, target = torch.tensor([[2, 0]]), torch.tensor([[1, 4]]), torch.tensor([[1, 1]])
+    reduction = Reduction(kept, moved, target, shares=shares)
+    assert reduction.merged_sizes(torch.tensor([[3.0, 1.0, 5.0, 1.0, 2.0]])).tolist() == [[5.0, 4.0]]
+    assert reduction.source(5).tolist() == [[1, 1, 0, -1, 1]]
+    twice = reduction.tiled(2)
+    assert twice.merged_sizes(torch.ones(2, 5)).tolist() == [[1.0, 1.75]] * 2
+    assert dropped(reduction, 5).tolist() == [[3]]
+    assert dropped(Reduction(kept), 5).tolist() == [[1, 3, 4]]
 
 
 def test_a_dense_matrix_mixes() -> None:

@@ -31,13 +31,14 @@ class AttentionRecord:
 
     queries, keys: [B, H, N, D] after their norms and before rotary embedding (None where the host exposes none; with
     grouped queries keys have fewer heads). values: [B, H, N, D], only for a method that needs them. hidden: [B, N, C]
-    at the place. sizes: [B, n] original patches per token (None: one each). origin: [B, n] original patch of each
-    token. grid: (rows, columns) of the original patches, None where they fill none (the host dropped some, or was given
-    patches instead of images). bias: additive attention bias [B or 1, H, N, N] of the host, or None. scale: multiplies
-    q.k. place: index of the place, of `depth`. cross: the block's cross-attention, only for a method that needs it.
-    step: a whole number [] that tells one step of a denoising run from another. text: embeddings [B, T, C] of the text
-    of a prompt. log_sums: where not None, a score that goes through whole rows of attention leaves the log-sum-exp of
-    each row [B, H, N] in it, for what needs some of their entries again.
+    at the place; before: [B, N, C] as they entered the block, only for a method that needs them. sizes: [B, n] original
+    patches per token (None: one each). origin: [B, n] original patch of each token. grid: (rows, columns) of the
+    original patches, None where they fill none (the host dropped some, or was given patches instead of images). bias:
+    additive attention bias [B or 1, H, N, N] of the host, or None. scale: multiplies q.k. place: index of the place, of
+    `depth`. cross: the block's cross-attention, only for a method that needs it. step: a whole number [] that tells one
+    step of a denoising run from another. text: embeddings [B, T, C] of the text of a prompt. log_sums: where not None,
+    a score that goes through whole rows of attention leaves the log-sum-exp of each row [B, H, N] in it, for what needs
+    some of their entries again.
     """
 
     hidden: Tensor
@@ -58,6 +59,7 @@ class AttentionRecord:
     step: Tensor | None = None
     text: Tensor | None = None
     log_sums: list[Tensor] | None = None
+    before: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -98,6 +100,17 @@ class AttentionRecord:
         if self.values is None:
             raise UnsupportedMethod("this method weighs by values, and the block exposes none; try 'top_k'")
         return self.values
+
+    @property
+    def block_input(self) -> Tensor:
+        """Hidden states [B, N, C] as they entered the block.
+
+        Raises:
+            UnsupportedMethod: they are not known here.
+        """
+        if self.before is None:
+            raise UnsupportedMethod("this method compares what entered the block, which is not known here")
+        return self.before
 
     @property
     def metric(self) -> Tensor:

@@ -53,8 +53,9 @@ class BlockCost:
 @dataclass(frozen=True)
 class CostModel:
     """Multiply-adds of one image's forward. tokens: prunable tokens at the size that was counted. regressed: channels
-    of the tokens that are dropped and restored in a forward, 0 where none are. unpatched: the same without a patch,
-    where a patched forward costs less even if it keeps every token."""
+    of the tokens that are dropped and restored in a forward, 0 where none are. drops: (block, depth, tokens removed) ->
+    how many of those are dropped and not merged, None for all. unpatched: the same without a patch, where a patched
+    forward costs less even if it keeps every token."""
 
     tokens: int
     stem: float
@@ -62,6 +63,7 @@ class CostModel:
     head: Curve
     head_sees_all: bool
     regressed: int = 0
+    drops: Callable[[int, int, int], int] | None = None
     unpatched: CostModel | None = None
 
     def total(self, tokens: int, leaving: Mapping[int, int] | None = None, *, adaptive: bool = False) -> float:
@@ -76,8 +78,9 @@ class CostModel:
             keep = left if leaving is None else leaving.get(index, left)
             if keep < left or (adaptive and leaving is not None and index in leaving):
                 cost += block.score(left)
-                if self.regressed and keep < left:
-                    cost += regression_cost(left - keep, keep, self.regressed)
+                lost = left - keep if self.drops is None else self.drops(index, len(self.blocks), left - keep)
+                if self.regressed and lost:
+                    cost += regression_cost(lost, keep, self.regressed)
                 left = keep
             cost += block.behind(left)
         if self.head_sees_all:  # counted with all tokens of its size, and linear in them
@@ -121,7 +124,13 @@ def probe_sizes(tokens: int) -> tuple[int, ...]:
 
 
 def cost_model(
-    tokens: int, depth: int, runs: Sequence[tuple[Probe, int]], *, head_sees_all: bool, regressed: int
+    tokens: int,
+    depth: int,
+    runs: Sequence[tuple[Probe, int]],
+    *,
+    head_sees_all: bool,
+    regressed: int,
+    drops: Callable[[int, int, int], int] | None = None,
 ) -> CostModel:
     """The cost model out of counted runs (probe, total) at different token counts."""
     before: list[list[tuple[int, int]]] = [[] for _ in range(depth)]
@@ -142,7 +151,7 @@ def cost_model(
         for b, s, a in zip(before, score, behind, strict=True)
     )
     stem = runs[0][0].marks[0][2]
-    return CostModel(tokens, stem, blocks, Curve(tuple(head)), head_sees_all, regressed)
+    return CostModel(tokens, stem, blocks, Curve(tuple(head)), head_sees_all, regressed, drops)
 
 
 def pad_tokens(x: Tensor, length: int) -> Tensor:

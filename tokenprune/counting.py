@@ -14,8 +14,9 @@ from tokenprune.self_check import check_front
 from tokenprune.solver import Counts
 
 
-def ghosted(host: Host, adapter: Adapter, patch: Patch, probe: Probe | None) -> Host:
-    """The host's ghost with a patch of its own attached, that counts or really reduces."""
+def ghosted(host: Host, adapter: Adapter, patch: Patch, probe: Probe | None, *, last_alone: bool = False) -> Host:
+    """The host's ghost with a patch of its own attached, that counts or really reduces. last_alone: the blocks before
+    the last one only hand on their input."""
     copy = adapter.host(ghost(host.model, on_meta=True))
     for block, checked in zip(copy.blocks, host.blocks, strict=True):
         if checked.mid is None:
@@ -25,7 +26,11 @@ def ghosted(host: Host, adapter: Adapter, patch: Patch, probe: Probe | None) -> 
     shadow = Patch(copy, patch.adapter, patch.method, patch.budget)
     shadow.costs, shadow.solved, shadow.probe = patch.costs, dict(patch.solved), probe
     shadow.active, shadow.prefix_only_last = patch.active, patch.prefix_only_last
-    attach(copy, shadow)
+    sites = attach(copy, shadow)
+    if last_alone:
+        for block, site in zip(copy.blocks[:-1], sites, strict=False):
+            block.module.forward = _hand_on
+            site.reduces = False
     return copy
 
 
@@ -42,21 +47,25 @@ def count_costs(host: Host, adapter: Adapter, patch: Patch) -> CostModel:
         total = count_flops(bare.model, bare.example)
         return CostModel(host.tokens, total, (), Curve(((host.tokens, 0),)), head_sees_all=True)
     restored = bool(patch.restored_blocks(host.model, {}))
-    regressed = host.blocks[-1].width if restored and not patch.method.merges else 0
-    runs = _probed(host, adapter, patch)
-    return cost_model(host.tokens, len(host.blocks), runs, head_sees_all=restored, regressed=regressed)
+    method = patch.method
+    regressed = host.blocks[-1].width if restored and (not method.merges or method.drops is not None) else 0
+    return cost_model(
+        host.tokens,
+        len(host.blocks),
+        _probed(host, adapter, patch),
+        head_sees_all=restored,
+        regressed=regressed,
+        drops=method.drops,
+    )
 
 
 def _probed(host: Host, adapter: Adapter, patch: Patch, *, last_alone: bool = False) -> list[tuple[Probe, int]]:
-    """Counted runs at different token counts. last_alone: the blocks before the last one only hand on their input."""
+    """Counted runs at different token counts."""
     runs = []
     schedule = patch.method.schedule
     for tokens in probe_sizes(host.tokens):
         probe = Probe(tokens, lambda n: max(schedule.fewest(n, patch.layout), n - n // 8))
-        copy = ghosted(host, adapter, patch, probe)
-        if last_alone:
-            for block in copy.blocks[:-1]:
-                block.module.forward = _hand_on
+        copy = ghosted(host, adapter, patch, probe, last_alone=last_alone)
         runs.append((probe, count_flops(copy.model, copy.example, probe)))
     return runs
 

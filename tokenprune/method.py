@@ -53,10 +53,11 @@ class Method:
     K, a number of its own for each image (a record then holds images of equal length). schedule: in which blocks, how
     much at each.
     position: "mid" reduces between attention and MLP, "post" after the block. merges: whether leaving tokens stand for
-    several patches (sizes are tracked). proportional: whether log(size) is added to the attention logits of a key.
-    needs: what must be captured ("queries", "keys", "values", "cross": those of the cross-attention; "stacks": that all
-    tokens are back behind a few blocks; "grid": that the tokens fill one; "steps": that
-    the model is run once for each step of a run).
+    several patches (sizes are tracked). drops: of a method that merges, (block, depth, tokens removed) -> how many of
+    those it drops instead. proportional: whether log(size) is added to the attention logits of a key.
+    needs: what must be captured ("queries", "keys", "values", "block_input": hidden states in front of the block,
+    "cross": those of the cross-attention; "stacks": that all tokens are back behind a few blocks; "grid": that the
+    tokens fill one; "steps": that the model is run once for each step of a run).
 
     For denoisers: stack_share: share of the tokens that is computed in a stack of blocks where there is no budget.
     stack_depth: blocks that share one choice where a model does not divide them into stacks itself. steps: how strongly
@@ -79,6 +80,7 @@ class Method:
     score: Score | None = None
     position: Literal["mid", "post"] = "mid"
     merges: bool = False
+    drops: Callable[[int, int, int], int] | None = None
     proportional: bool = False
     adaptive: bool = False
     needs: frozenset[str] = frozenset()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tokenprune.kernels.inputs import EPSILON, precision
 from tokenprune.kernels.merge import gather, merge, merge_sizes, source
 
 
@@ -18,9 +20,12 @@ class Reduction:
     Three forms: an *index* (only `kept`: the others are dropped), *groups* (`moved` tokens are added, weighted, to the
     leaving token `target`) and a *dense* matrix [B, K, n] for soft clusterings.
 
-    kept: [B, K'] positions that leave, in the order in which they leave. moved: [B, M] positions that are merged.
-    target: [B, M] position among the K leaving tokens that takes each moved one. weights: [B, M] share with which a
-    moved token enters a fused token appended at the end (EViT); None where merging is an average weighted by size.
+    kept: [B, K'] positions that leave, in the order in which they leave. moved: [B, M] positions that are merged; what
+    is neither kept nor moved is dropped. target: [B, M] position among the K leaving tokens that takes each moved one.
+    weights: [B, M] share with which a moved token enters a fused token appended at the end (EViT); None where merging
+    is an average. average: of a group, weighted by "size", with "equal" weights, or that by size rescaled to the
+    largest "norm" in the group (MLERP, Kim et al., "Token Fusion", WACV 2024, section 3.3). shares: [B, M] of its size
+    with which a moved token adds to that of its target; None for all of it.
     """
 
     kept: Tensor
@@ -28,6 +33,13 @@ class Reduction:
     target: Tensor | None = None
     weights: Tensor | None = None
     matrix: Tensor | None = None
+    average: Literal["size", "equal", "norm"] = "size"
+    shares: Tensor | None = None
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens are merged into others that leave."""
+        return self.moved is not None and not self.fuses
 
     @property
     def fuses(self) -> bool:
@@ -35,9 +47,10 @@ class Reduction:
         return self.weights is not None
 
     @property
-    def merges(self) -> bool:
-        """Whether there are moved tokens, which are averaged with leaving ones."""
-        return self.moved is not None and self.moved.shape[1] > 0 and self.weights is None and self.matrix is None
+    def averages_by_size(self) -> bool:
+        """Whether tokens are averaged by size, as `merge` does it with their sizes."""
+        plain = self.matrix is None and self.weights is None and self.shares is None and self.average == "size"
+        return plain and self.moved is not None and self.moved.shape[1] > 0
 
     @property
     def tokens(self) -> int:
@@ -55,10 +68,13 @@ class Reduction:
         if self.fuses:
             return torch.cat([sizes.gather(1, self.kept), sizes.gather(1, self.moved).sum(1, keepdim=True)], 1)
         assert self.target is not None
+        if self.shares is not None:
+            added = gather(sizes, self.moved) * self.shares.to(sizes.dtype)
+            return gather(sizes, self.kept).scatter_add(1, self.target, added)
         return merge_sizes(sizes, self.kept, self.moved, self.target)
 
     def __call__(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Reduce x [B, n, C] to [B, K, C]; merged groups are averages weighted by `sizes` [B, n] (None: all one)."""
+        """Reduce x [B, n, C] to [B, K, C]; merged groups are averages, weighted by `sizes` [B, n] (None: all one)."""
         if self.matrix is not None:
             return torch.bmm(self.matrix.to(x.dtype), x)
         if self.moved is None or self.moved.shape[1] == 0:
@@ -67,11 +83,24 @@ class Reduction:
             fused = torch.bmm(self.weights.to(x.dtype).unsqueeze(1), gather(x, self.moved))
             return torch.cat([gather(x, self.kept), fused], 1)
         assert self.target is not None
-        return merge(x, self.kept, self.moved, self.target, sizes)[0]
+        merged = merge(x, self.kept, self.moved, self.target, None if self.average == "equal" else sizes)[0]
+        return self._as_long(merged, x) if self.average == "norm" else merged
+
+    def _as_long(self, merged: Tensor, x: Tensor) -> Tensor:
+        """`merged` [B, K, C], each group's average as long as its longest member of x [B, n, C]."""
+        assert self.moved is not None
+        assert self.target is not None
+        lengths = torch.linalg.vector_norm(x.to(precision(x)), dim=-1)
+        longest = gather(lengths, self.kept).scatter_reduce(1, self.target, gather(lengths, self.moved), "amax")
+        own = torch.linalg.vector_norm(merged.to(longest.dtype), dim=-1).clamp_min(EPSILON)
+        grown = (merged * (longest / own).unsqueeze(-1)).to(x.dtype)
+        took = torch.zeros_like(self.kept, dtype=torch.bool).scatter(1, self.target, True)
+        return torch.where(took.unsqueeze(-1), grown, merged)
 
     def with_sizes(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """self(x, sizes) and `merged_sizes` [B, K] of tokens that are averaged, at once."""
-        assert self.merges and self.moved is not None and self.target is not None
+        """self(x, sizes) and `merged_sizes` [B, K] at once, where tokens are averaged by size."""
+        assert self.moved is not None
+        assert self.target is not None
         leaving, merged = merge(x, self.kept, self.moved, self.target, sizes)
         return leaving, merged.detach() if merged.requires_grad else merged
 
@@ -138,5 +167,6 @@ class Reduction:
         """The same for a batch that holds `copies` of its images, one after the other."""
         if copies == 1:
             return self
-        parts = (self.kept, self.moved, self.target, self.weights, self.matrix)
-        return Reduction(*(None if p is None else p.repeat(copies, *[1] * (p.ndim - 1)) for p in parts))  # type: ignore[arg-type]
+        names = ("kept", "moved", "target", "weights", "matrix", "shares")
+        parts = {name: part for name in names if (part := getattr(self, name)) is not None}
+        return replace(self, **{name: part.repeat(copies, *[1] * (part.ndim - 1)) for name, part in parts.items()})

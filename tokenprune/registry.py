@@ -21,9 +21,10 @@ AdapterType = TypeVar("AdapterType", bound=type)
 _METHODS: dict[str, Callable[..., Method]] = {}
 _FAMILIES: dict[str, Family] = {}
 _BUILTIN_METHODS = (
-    "baselines", "top_k", "evit", "tome", "zero_tprune", "ats", "at_edm", "tomesd", "todo", "toma", "region", "ras",
-    "toca", "fopru", "visionzip", "prumerge", "divprune", "cdpruner", "pool", "feather",
-    "fastv", "pyramid_drop",
+    "baselines", "top_k", "evit", "tome", "zero_tprune", "ats", "k_medoids", "dpc_knn",
+    "pitome", "tofu", "diffrate", "saint", "algm", "pomt",
+    "at_edm", "tomesd", "todo", "toma", "region", "ras", "toca", "fopru", "visionzip", "prumerge", "divprune",
+    "cdpruner", "pool", "feather", "fastv", "pyramid_drop",
 )  # fmt: skip
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {

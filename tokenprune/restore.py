@@ -69,15 +69,14 @@ def undo(state: TokenState, reduction: Reduction, x: Tensor) -> Undo:
     """How the tokens x [B, n, C] that enter a place are brought back from those that leave it; a fused token takes no
     part."""
     count = x.shape[1]
-    if reduction.matrix is not None or (reduction.moved is not None and not reduction.fuses):
+    if reduction.matrix is not None:
         return Undo(reduction.source(count))
-    source = Reduction(reduction.kept).source(count)
-    gone = count - reduction.kept.shape[1]
-    if gone == 0:
-        return Undo(source)
+    source = represented(reduction).source(count)
     lost = dropped(reduction, count)
+    if lost.shape[1] == 0:
+        return Undo(source)
     metric = placed(x, state)
-    step = stride(count - gone)
+    step = stride(reduction.kept.shape[1])
     weights = estimate(gather(metric, lost), gather(metric, reduction.kept[:, ::step]))
     return Undo(source.clamp(min=0), lost, weights, step)
 
@@ -90,18 +89,29 @@ def stand_ins(state: TokenState, reduction: Reduction, x: Tensor) -> Tensor:
     the image.
     """
     count = x.shape[1]
-    if reduction.moved is not None and not reduction.fuses:
-        return reduction.source(count)
     lost = dropped(reduction, count)
+    if lost.shape[1] == 0:
+        return reduction.source(count)
     metric = placed(x, state)
     match = cosine_match(gather(metric, lost), gather(metric, reduction.kept))[1]
-    return Reduction(reduction.kept, lost, match).source(count)
+    stand_in = Reduction(reduction.kept, lost, match).source(count)
+    if not reduction.merges:
+        return stand_in
+    source = reduction.source(count)
+    return torch.where(source < 0, stand_in, source)
+
+
+def represented(reduction: Reduction) -> Reduction:
+    """The same, of which only the tokens that are kept or merged into those have a source."""
+    return reduction if reduction.merges else Reduction(reduction.kept)
 
 
 def dropped(reduction: Reduction, count: int) -> Tensor:
-    """Positions [B, m] of the `count` entering tokens that are not kept, ascending."""
-    source = Reduction(reduction.kept).source(count)
+    """Positions [B, m] of the `count` entering tokens that are neither kept nor merged into those, ascending."""
+    source = represented(reduction).source(count)
     gone = count - reduction.kept.shape[1]
+    if reduction.merges and reduction.moved is not None:
+        gone -= reduction.moved.shape[1]
     return (source < 0).to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :gone]
 
 

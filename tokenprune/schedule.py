@@ -97,6 +97,26 @@ class Stages:
 
 
 @dataclass(frozen=True)
+class InFrontOfStages(Stages):
+    """Stages of a method that reduces behind a block: one block earlier, so that the same blocks see fewer tokens."""
+
+    def places(self, layout: Layout) -> tuple[int, ...]:
+        places = super().places(layout)
+        return places if self.at is not None else tuple(sorted({max(0, block - 1) for block in places}))
+
+
+@dataclass(frozen=True)
+class HalfOfEveryBlock(Stages):
+    """Stages in every block, of which each can merge half of its tokens."""
+
+    def places(self, layout: Layout) -> tuple[int, ...]:
+        return super().places(layout) if self.at is not None else tuple(range(layout.depth))
+
+    def fewest(self, entering: int, layout: Layout) -> int:
+        return entering - entering // 2
+
+
+@dataclass(frozen=True)
 class MergedShare(Stages):
     """Stages of a method whose option is the share that is merged away."""
 
@@ -148,8 +168,12 @@ class EveryBlock:
         return tuple(counts)
 
     def fewest(self, entering: int, layout: Layout) -> int:
-        # Every second token of the sequence is a candidate; the one behind an odd prefix is not.
-        return max(1, (entering + layout.num_prefix_tokens % 2) // 2)
+        return alternate_tokens(entering, layout)
+
+
+def alternate_tokens(entering: int, layout: Layout) -> int:
+    """Tokens left where every second one of the sequence goes; the one behind an odd prefix is no candidate."""
+    return max(1, (entering + layout.num_prefix_tokens % 2) // 2)
 
 
 def checked_places(at: tuple[int, ...], depth: int) -> tuple[int, ...]:

@@ -103,6 +103,8 @@ class Site:
         if state.pack is not None:  # re-indexed where the attention is called
             now.kwargs, now.attended = kwargs, False
             return args, kwargs
+        if self.reduces and "block_input" in self.patch.method.needs:
+            now.before = args[0] if args else next(iter(kwargs.values()))
         return args, reindexed(self, kwargs, state, x.dtype)
 
     def resume(self, x: Tensor, kwargs: dict[str, Any]) -> None:
@@ -118,6 +120,8 @@ class Site:
         if now.state.pack is not None:
             now.kwargs, now.attended = kwargs, False
             return
+        if self.reduces and "block_input" in self.patch.method.needs:
+            now.before = x
         now.rope = kwargs.get(self.rope_argument) if self.rope_argument else None
         biases = (kwargs.get(name) for name in {self.key_bias, *self.bias_arguments} if name is not None)
         now.bias = next((bias for bias in biases if bias is not None), None)
@@ -135,7 +139,7 @@ class Site:
         if state is None:
             tokens = x.shape[1] - self.patch.num_prefix_tokens
             entry = now.entry
-            dense = entry.dense if entry is not None else frozenset()
+            dense = entry.dense if entry is not None else ()
             grid = entry.grid if entry is not None else self.patch.grid
             if grid is not None and grid[0] * grid[1] != tokens:  # some were dropped before the first block
                 grid = None
@@ -145,7 +149,7 @@ class Site:
                 forward = self.patch.new_forward(grid)
             last = entry.last if entry is not None and entry.last is not None else self.patch.depth - 1
             if entry is None and self.patch.method.adaptive:  # a loop of the user's own over the blocks
-                dense = frozenset({last})
+                dense = (last,)
             front = entry.front if entry is not None else None
             state = TokenState(tokens, tokens, grid=grid, forward=forward, dense=dense, last=last, front=front)
             if torch.is_grad_enabled() or x.requires_grad:
@@ -256,7 +260,7 @@ def _leaving(
         leaving = torch.cat([x[:, :prefix], reduction(x[:, prefix:])], 1)
     else:  # the whole sequence, as a slice of it would be copied to be gathered
         whole = reduction.with_prefix(prefix)
-        if merges and whole.merges:
+        if merges and whole.averages_by_size:
             leaving, sizes = whole.with_sizes(x, sizes)
             return leaving if prefix else _in_layout_of(x, leaving), sizes
         leaving = whole(x, sizes) if prefix else _in_layout_of(x, whole(x, sizes))

@@ -28,13 +28,13 @@ class TokenState:
     """The prunable tokens between two blocks.
 
     entering: tokens that entered the first place. tokens: how many are left, n. origin: [B, n] original patch of each
-    (None: all, in order). sizes: [B, P + n] patches in each, behind ones for the prefix tokens (None: one each). source: [B, entering] position that holds
-    each original patch, -1 where it was dropped (for recordings). undo: for each place so far, what brings its leaving
-    tokens back to those that entered it (for dense outputs). reduced: the reduced tensor behind a restored one, that
-    had been changed in place `version` times (None: not known). grid:
-    (rows, columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward.
-    dense: blocks whose output is restored in this forward. last: the block behind which the model's own tail follows.
-    front: of how many tokens in front alone the last block's output is computed, None for all.
+    (None: all, in order). sizes: [B, P + n] patches in each, behind ones for the prefix tokens (None: one each).
+    source: [B, entering] position that holds each original patch, -1 where it was dropped (for recordings). undo: for
+    each place so far, what brings its leaving tokens back to those that entered it (for dense outputs). reduced: the
+    reduced tensor behind a restored one, that had been changed in place `version` times (None: not known). grid: (rows,
+    columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward. dense:
+    blocks whose output is restored in this forward. last: the block behind which the model's own tail follows. front:
+    of how many tokens in front alone the last block's output is computed, None for all.
     pack: where the images keep different numbers of tokens, which then holds origin and sizes; tokens is the largest
     number, source holds rows of the pack, and undo leads from pack to pack. counts: (block, tokens that left it of
     each image).
@@ -50,7 +50,7 @@ class TokenState:
     version: int | None = None
     grid: tuple[int, int] | None = None
     forward: Forward | None = None
-    dense: frozenset[int] = frozenset()
+    dense: tuple[int, ...] = ()
     last: int | None = None
     front: int | None = None
     pack: Pack | None = None
@@ -70,7 +70,7 @@ class Entry:
     has. front: as in TokenState. pack: how the tokens lay behind the last block, where the images had different numbers
     of them."""
 
-    dense: frozenset[int]
+    dense: tuple[int, ...]
     whole: bool
     grid: tuple[int, int] | None
     last: int | None = None
@@ -83,9 +83,9 @@ class Flow:
     """What the block that runs now in this thread has captured, emptied when the block ends; and how the forward was
     entered and what the last block left, emptied when the entry point returns.
 
-    front: of how many tokens in front alone this block's output is computed, None for all. Of a ragged batch also: the
-    block's arguments, what each group of images captured where they ran one by one, and whether an attention has kept
-    them apart.
+    before: hidden states as they entered this block. front: of how many tokens in front alone its output is computed,
+    None for all. Of a ragged batch also: the block's arguments, what each group of images captured where they ran one
+    by one, and whether an attention has kept them apart.
     """
 
     site: Site | None = None
@@ -94,6 +94,7 @@ class Flow:
     keys: Tensor | None = None
     inputs: Caught | None = None
     values: Caught | None = None
+    before: Tensor | None = None
     bias: Tensor | None = None
     rope: RopeTable | None = None
     front: int | None = None
@@ -106,7 +107,8 @@ class Flow:
     def clear(self) -> None:
         """Let go of what a block has captured."""
         self.site = self.state = self.kwargs = self.groups = None
-        self.queries = self.keys = self.inputs = self.values = self.bias = self.rope = self.front = None
+        self.queries = self.keys = self.inputs = self.values = self.before = None
+        self.bias = self.rope = self.front = None
         self.attended = True
 
     def end(self) -> None:

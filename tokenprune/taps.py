@@ -100,6 +100,7 @@ class Taps:
             sizes=None if state.sizes is None else state.sizes[:, self.patch.num_prefix_tokens :],
             bias=now.bias.detach() if now.bias is not None else None,
             rotate=rotate,
+            before=now.before.detach() if now.before is not None else None,
         )
 
 

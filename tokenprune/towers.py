@@ -103,4 +103,5 @@ def _check_adaptive(host: Host, method: Method, budget: Budget) -> None:
 
 def _caught(block: BlockHost) -> set[str]:
     kinds = {kind for kind, _ in block.taps}
-    return kinds | ({"queries", "keys"} if "inputs" in kinds else set()) | ({"values"} if block.values else set())
+    own = {"block_input"} | ({"queries", "keys"} if "inputs" in kinds else set())
+    return kinds | own | ({"values"} if block.values else set())

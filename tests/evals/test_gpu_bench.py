@@ -110,16 +110,17 @@ def test_vision_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compiled_vision_transformers_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[bool] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module, *, fullgraph: compiled.append(fullgraph))
-    monkeypatch.setattr(gpu_vits, "COMPILED", ((gpu_vits.Vit("vit_tiny_patch16_224", 32, (2, 1)), "tome"),))
+    compiled: list[tuple[bool, str]] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, *, fullgraph, mode: compiled.append((fullgraph, mode)))
+    monkeypatch.setattr(gpu_vits, "COMPILED", (gpu_vits.Vit("vit_tiny_patch16_224", 32, (1,)),))
+    monkeypatch.setattr(gpu_vits, "METHODS", ("tome",))
     monkeypatch.setattr(dinov2_speed, "measure", partial(measure, sample_seconds=0.0))
     cases = list(gpu_vits.compiled_vit_cases(CPU, [torch.float32]))
     rows = [{**case.labels, **row} for case in cases for row in case.run()]
-    assert compiled == [True] * 6
+    assert compiled == [(True, mode) for mode in ("reduce-overhead", "default") for _ in range(3)]
     assert [(row["method"], row["batch"], row["compiled"]) for row in rows] == [
-        ("tome", 2, "whole"),
-        ("tome", 1, "whole"),
+        ("tome", 1, "reduce-overhead"),
+        ("tome", 1, "default"),
     ]
     assert all(row["images_per_s"] > 0 for row in rows)
 

@@ -1,7 +1,6 @@
 """The first methods against oracles written from the definitions, on random models of 7 x 5 patches.
 
-The oracle runs in float64 and the package in float32. `MARGIN` keeps the comparison exact: no decision of the oracle
-may be so close that rounding could turn it.
+The oracle runs in float64 and the package in float32. `compared.MARGIN` keeps the comparison exact.
 """
 
 import functools
@@ -15,13 +14,11 @@ import naive_vit
 import pytest
 import tiny_models
 import torch
+from compared import TOLERANCE, assert_same, clear_oracle, recorded
 from naive_zero_tprune import zero_tprune
-from torch import Tensor, nn
+from torch import Tensor
 
 import tokenprune
-
-MARGIN = 2e-5
-TOLERANCE = 1e-4  # of the logits, relative to the largest
 
 DEEP = {2: 0.7, 5: 0.75, 10: 0.6}
 ROUNDS = {2: 30, 5: 5, 10: 1}
@@ -69,45 +66,6 @@ CASES = {
     "zero_tprune-narrow-filter": zero_tprune_case(iterations=ROUNDS, similarity=4, variance=(0.1, 0.3)),
     "zero_tprune_uni": zero_tprune_case("zero_tprune_uni", iterations={2: 2, 5: 1, 10: 1}, similarity=4),
 }
-
-
-def recorded(model: nn.Module, x: Tensor) -> tuple[Tensor, list[dict[int, naive_vit.Passage]]]:
-    """The logits of one forward, and for each image what the package recorded at each place."""
-    with torch.no_grad(), tokenprune.record(model) as record:
-        logits = model(x)
-    passages: list[dict[int, naive_vit.Passage]] = [{} for _ in range(len(x))]
-    for place in record.forwards[-1].places:
-        for image, kept, source in zip(passages, place.kept.tolist(), place.source.tolist(), strict=True):
-            image[int(place.name.removeprefix("blocks."))] = naive_vit.Passage(kept, source)
-    return logits, passages
-
-
-def assert_same_passage(ours: naive_vit.Passage, oracle: naive_vit.Passage) -> None:
-    assert ours.source == oracle.source
-    assert len(ours.kept) == len(oracle.kept)
-    for mine, other in zip(ours.kept, oracle.kept, strict=True):
-        assert other is None or mine == other
-
-
-def assert_same(logits: Tensor, passages: list[dict[int, naive_vit.Passage]], oracle: naive_vit.Outcome) -> None:
-    for ours, theirs in zip(passages, oracle.passages, strict=True):
-        assert set(ours) == set(theirs)
-        for block, passage in theirs.items():
-            assert_same_passage(ours[block], passage)
-    scale = oracle.logits.abs().max().item()
-    torch.testing.assert_close(logits.double(), oracle.logits, rtol=0, atol=TOLERANCE * scale)
-
-
-def clear_oracle(
-    model: nn.Module, reduce: naive_vit.Reduce, schedule: Mapping[int, naive_vit.Leaving], **run: bool
-) -> tuple[Tensor, naive_vit.Outcome]:
-    """Images and the oracle's outcome on them: of the first seed whose decisions are all clear."""
-    for seed in range(8):
-        x = tiny_models.images(seed=seed)
-        oracle = naive_vit.run(model, x, reduce, schedule, **run)
-        if oracle.margin > MARGIN:
-            return x, oracle
-    raise AssertionError("every seed has a decision too close to compare in float32")
 
 
 @pytest.mark.parametrize(

@@ -9,42 +9,18 @@ import naive_vit
 import pytest
 import tiny_models
 import torch
+from compared import assert_same, clear_oracle, recorded
 from torch import Tensor, nn
 
 import tokenprune
 
-MARGIN = 2e-5
-TOLERANCE = 1e-4  # of the logits, relative to the largest
 PATCHES = tiny_models.PATCHES
 
 
-def recorded(model: nn.Module, x: Tensor) -> tuple[Tensor, list[dict[int, naive_vit.Passage]]]:
-    """The logits, and for each image what was recorded at each place."""
-    with torch.no_grad(), tokenprune.record(model) as record:
-        logits = model(x)
-    passages: list[dict[int, naive_vit.Passage]] = [{} for _ in range(len(x))]
-    for place in record.forwards[-1].places:
-        for image, kept, source in zip(passages, place.kept.tolist(), place.source.tolist(), strict=True):
-            block = int(place.name.removeprefix("blocks."))
-            image[block] = naive_vit.Passage([patch for patch in kept if patch >= 0], source)
-    return logits, passages
-
-
-def clear_oracle(model: nn.Module, most: dict[int, int]) -> tuple[Tensor, naive_vit.Outcome]:
-    """Images and the oracle's outcome on them: of the first seed whose decisions are all clear."""
+def clear_ats(model: nn.Module, most: dict[int, int]) -> tuple[Tensor, naive_vit.Outcome]:
+    """Images and the oracle's outcome on them, which takes many narrow decisions."""
     schedule = {block: (lambda _, count=count: count) for block, count in most.items()}
-    for seed in range(30):
-        x = tiny_models.images(seed=seed)
-        oracle = naive_vit.run(model, x, naive_ats.ats, schedule, adaptive=True)
-        if oracle.margin > MARGIN:
-            return x, oracle
-    raise AssertionError("every seed has a decision too close to compare in float32")
-
-
-def assert_same(logits: Tensor, passages: list[dict[int, naive_vit.Passage]], oracle: naive_vit.Outcome) -> None:
-    assert passages == oracle.passages
-    scale = oracle.logits.abs().max().item()
-    torch.testing.assert_close(logits.double(), oracle.logits, rtol=0, atol=TOLERANCE * scale)
+    return clear_oracle(model, naive_ats.ats, schedule, seeds=30, adaptive=True)
 
 
 @pytest.mark.parametrize("variant", tiny_models.VARIANTS)
@@ -53,7 +29,7 @@ def test_agrees_with_the_oracle(variant: str, shares: dict[int, float]) -> None:
     model, most, left = tiny_models.build(variant), {}, PATCHES
     for block, share in shares.items():
         most[block] = left = math.ceil(share * left)
-    x, oracle = clear_oracle(model, most)
+    x, oracle = clear_ats(model, most)
     tokenprune.patch(model, "ats", schedule=shares)
     logits, passages = recorded(model, x)
     assert_same(logits, passages, oracle)
@@ -66,7 +42,7 @@ def test_agrees_with_the_oracle(variant: str, shares: dict[int, float]) -> None:
 def test_published_places_and_samples(variant: str) -> None:
     """As many samples as patches, in the blocks 3 to 11."""
     model = tiny_models.build(variant)
-    x, oracle = clear_oracle(model, dict.fromkeys(range(3, 12), PATCHES))
+    x, oracle = clear_ats(model, dict.fromkeys(range(3, 12), PATCHES))
     tokenprune.patch(model, "ats")
     assert_same(*recorded(model, x), oracle)
 

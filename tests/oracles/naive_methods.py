@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from naive_vit import Place, Token
+from naive_vit import Matrix, Place, Token
 
 
 def highest(scores: Sequence[float], count: int, margins: list[float]) -> list[int]:
@@ -55,10 +55,15 @@ def evit(place: Place) -> list[Token]:
 
 def mean_keys(place: Place) -> list[list[float]]:
     """The key of each patch token, averaged over the heads."""
-    heads = len(place.keys)
-    channels = len(place.keys[0][0])
+    return mean_of_heads(place, place.keys)
+
+
+def mean_of_heads(place: Place, parts: Sequence[Matrix]) -> list[list[float]]:
+    """What the heads have for each patch token, in the mean: parts [head][token][channel]."""
+    heads = len(parts)
+    channels = len(parts[0][0])
     return [
-        [sum(head[place.prefix + j][c] for head in place.keys) / heads for c in range(channels)]
+        [sum(head[place.prefix + j][c] for head in parts) / heads for c in range(channels)]
         for j in range(len(place.tokens))
     ]
 
@@ -80,24 +85,37 @@ def closest(keys: Sequence[Sequence[float]], a: int, candidates: Sequence[int]) 
     return best, best_similarity, best_similarity - second
 
 
-def tome(place: Place) -> list[Token]:
-    tokens, removed = place.tokens, len(place.tokens) - place.keep
-    keys = mean_keys(place)
-    side_a = [j for j in range(len(tokens)) if (j + place.prefix) % 2 == 0]
-    side_b = [j for j in range(len(tokens)) if (j + place.prefix) % 2 == 1]
+def similar_pairs(place: Place) -> tuple[list[int], dict[int, list[int]]]:
+    """ToMe's choice: the tokens of side A that stay, and for each of side B, in order, those of A that go to it."""
+    removed, keys = len(place.tokens) - place.keep, mean_keys(place)
+    side_a = [j for j in range(len(place.tokens)) if (j + place.prefix) % 2 == 0]
+    side_b = [j for j in range(len(place.tokens)) if (j + place.prefix) % 2 == 1]
     assert removed <= len(side_a)
     assert side_b
+    return pairs_of(keys, side_a, side_b, removed, place.margins)
 
+
+def pairs_of(
+    keys: Sequence[Sequence[float]], side_a: Sequence[int], side_b: Sequence[int], removed: int, margins: list[float]
+) -> tuple[list[int], dict[int, list[int]]]:
+    """The same between two sides: the `removed` tokens of A that are most similar to one of B go to that one."""
     partner = {a: closest(keys, a, side_b) for a in side_a}
-    merged = [side_a[i] for i in highest([partner[a][1] for a in side_a], removed, place.margins)]
-    place.margins.extend(partner[a][2] for a in merged)
+    merged = [side_a[i] for i in highest([partner[a][1] for a in side_a], removed, margins)]
+    margins.extend(partner[a][2] for a in merged)
+    groups = {b: [a for a in merged if partner[a][0] == b] for b in side_b}
+    return [a for a in side_a if a not in merged], groups
 
-    destinations = []
-    for b in side_b:
-        group = [b] + [a for a in merged if partner[a][0] == b]
-        hidden = torch.zeros_like(tokens[b].hidden)
-        for j in group:
-            hidden = hidden + tokens[j].size * tokens[j].hidden
-        members = tuple(sorted(member for j in group for member in tokens[j].members))
-        destinations.append(Token(hidden / len(members), members, tokens[b].representative))
-    return [tokens[a] for a in side_a if a not in merged] + destinations
+
+def merge_by_size(tokens: Sequence[Token], into: int, others: Sequence[int]) -> Token:
+    """Token `into` with `others`, averaged by size."""
+    group = [into, *others]
+    hidden = torch.zeros_like(tokens[into].hidden)
+    for j in group:
+        hidden = hidden + tokens[j].size * tokens[j].hidden
+    members = tuple(sorted(member for j in group for member in tokens[j].members))
+    return Token(hidden / sum(tokens[j].size for j in group), members, tokens[into].representative)
+
+
+def tome(place: Place) -> list[Token]:
+    stay, groups = similar_pairs(place)
+    return [place.tokens[a] for a in stay] + [merge_by_size(place.tokens, b, others) for b, others in groups.items()]

@@ -5,6 +5,7 @@ decides or moves is a Python list. Nothing here is fast, and nothing here comes 
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +23,11 @@ class Token:
     hidden: Tensor
     members: tuple[int, ...]
     representative: int | None  # None: a fused token, which no single patch stands for
+    weight: float | None = None  # what it counts for in attention and averages, where that is not its patches
 
     @property
-    def size(self) -> int:
-        return len(self.members)
+    def size(self) -> float:
+        return len(self.members) if self.weight is None else self.weight
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Place:
     keys: Sequence[Matrix]  # [head][token][channel], after the key norm and before rotary
     keep: int  # of an adaptive method the most
     values: Sequence[Matrix] = ()  # [head][token][channel]
+    queries: Sequence[Matrix] = ()  # [head][token][channel], after the query norm and before rotary
+    entered: Sequence[Sequence[float]] = ()  # hidden states of the patch tokens as they entered the block
     margins: list[float] = field(default_factory=list)  # how close each decision was; 0 would be a tie
 
 
@@ -80,14 +84,14 @@ def _rotate(x: Tensor, row: Tensor) -> Tensor:
 
 
 def _attend(
-    attn: nn.Module, x: Tensor, rows: Sequence[Tensor | None], sizes: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention over x [N, C] with log(size) on each key's logit: the output [N, C], A [H, N, N], keys and values
-    [H, N, d]."""
+    attn: nn.Module, x: Tensor, rows: Sequence[Tensor | None], sizes: Sequence[float]
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Attention over x [N, C] with log(size) on each key's logit: the output [N, C], A [H, N, N], and queries, keys and
+    values [H, N, d], before rotary."""
     n = x.shape[0]
     q, k, v = attn.qkv(x).reshape(n, 3, attn.num_heads, attn.head_dim).permute(1, 2, 0, 3)
     q, k = attn.q_norm(q), attn.k_norm(k)
-    keys = k
+    parts = q, k, v
     q = torch.stack([q[:, i] if row is None else _rotate(q[:, i], row) for i, row in enumerate(rows)], dim=1)
     k = torch.stack([k[:, i] if row is None else _rotate(k[:, i], row) for i, row in enumerate(rows)], dim=1)
     logits = attn.scale * (q @ k.transpose(1, 2))
@@ -98,7 +102,7 @@ def _attend(
     out = attn.norm(out)
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
-    return attn.proj(out), attention, keys, v
+    return attn.proj(out), attention, parts
 
 
 def _branch(block: nn.Module, number: int, y: Tensor) -> Tensor:
@@ -135,15 +139,27 @@ def _run_image(
         x = torch.cat([prefix, torch.stack([token.hidden for token in tokens])])
         rows = [None] * p + [None if rope is None else rope[token.representative] for token in tokens]
         sizes = [1] * p + [token.size if proportional else 1 for token in tokens]
-        out, attention, keys, values = _attend(block.attn, block.norm1(x), rows, sizes)
+        entered = x[p:].tolist()
+        out, attention, (queries, keys, values) = _attend(block.attn, block.norm1(x), rows, sizes)
         x = x + _branch(block, 1, out)
         if after_block:
             x = x + _branch(block, 2, block.mlp(block.norm2(x)))
         prefix = x[:p]
-        tokens = [Token(x[p + j], token.members, token.representative) for j, token in enumerate(tokens)]
+        tokens = [dataclasses.replace(token, hidden=x[p + j]) for j, token in enumerate(tokens)]
         if index in schedule:
             keep = schedule[index](len(tokens))
-            place = Place(index, tokens, p, class_token, attention.tolist(), keys.tolist(), keep, values.tolist())
+            place = Place(
+                index,
+                tokens,
+                p,
+                class_token,
+                attention.tolist(),
+                keys.tolist(),
+                keep,
+                values.tolist(),
+                queries.tolist(),
+                entered,
+            )
             if keep < len(tokens) or adaptive:
                 tokens = reduce(place)
             assert 1 <= len(tokens) <= keep if adaptive else len(tokens) == keep
@@ -153,7 +169,7 @@ def _run_image(
             x = torch.cat([prefix, torch.stack([token.hidden for token in tokens])])
             x = x + _branch(block, 2, block.mlp(block.norm2(x)))
             prefix = x[:p]
-            tokens = [Token(x[p + j], token.members, token.representative) for j, token in enumerate(tokens)]
+            tokens = [dataclasses.replace(token, hidden=x[p + j]) for j, token in enumerate(tokens)]
 
     x = model.norm(torch.cat([prefix, torch.stack([token.hidden for token in tokens])]))
     if model.global_pool == "token":

@@ -1,9 +1,10 @@
 """Zero-TPrune (arXiv 2305.17328) by loops: weighted PageRank on the full attention graph, head fusion, similarity."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from naive_methods import closest, highest, mean_keys
+from naive_methods import cosine, highest, mean_of_heads
 from naive_vit import Matrix, Place, Token
 
 PAPER_VARIANCE = (0.01, 0.7)
@@ -57,7 +58,46 @@ def fuse_heads(heads: Sequence[Sequence[float]], eta: Sequence[int]) -> list[flo
     ]
 
 
-def importance(place: Place, iterations: int, variance: tuple[float, float], uniform_start: bool) -> list[float]:
+def feature_of(place: Place, feature: str) -> list[list[float]]:
+    """What tokens are compared by: a mean over heads of the attention's parts, or hidden states in front of the block
+    or behind it."""
+    if feature == "x_pre":
+        return [list(row) for row in place.entered]
+    if feature == "x":
+        return [token.hidden.tolist() for token in place.tokens]
+    return mean_of_heads(place, {"key": place.keys, "query": place.queries, "value": place.values}[feature])
+
+
+def closeness(a: Sequence[float], b: Sequence[float], metric: str) -> float:
+    """The more, the nearer."""
+    if metric == "cosine":
+        return cosine(a, b)
+    if metric == "dot":
+        return sum(x * y for x, y in zip(a, b, strict=True))
+    apart = [abs(x - y) for x, y in zip(a, b, strict=True)]
+    if metric == "chebyshev":
+        return -max(apart)
+    order = {"manhattan": 1, "euclidean": 2, "minkowski_3": 3, "minkowski_4": 4, "minkowski_5": 5}[metric]
+    return -(sum(d**order for d in apart) ** (1 / order))
+
+
+def partners(order: Sequence[int], partition: str) -> dict[int, list[int]]:
+    """The candidates for removal, ascending, each with the tokens that it is compared with; order: by importance."""
+    n = len(order)
+    half = n // 2
+    if partition == "none":
+        return {j: list(order[: order.index(j)]) for j in range(n)}
+    weak, strong = {
+        "sequential_u": (order[n - half :], order[: n - half]),
+        "sequential_i": (order[:half], order[half:]),
+        "alternate": (order[1::2], order[0::2]),
+    }[partition]
+    return {j: sorted(strong) for j in sorted(weak)}
+
+
+def importance(
+    place: Place, iterations: int, variance: tuple[float, float], uniform_start: bool, fusion: str = "rms"
+) -> list[float]:
     """The fused score of each patch token after `iterations` rounds on the graph of all tokens."""
     total = place.prefix + len(place.tokens)
     start = start_scores(total, place.class_token and not uniform_start)
@@ -65,18 +105,35 @@ def importance(place: Place, iterations: int, variance: tuple[float, float], uni
     for threshold in variance:
         if 0 < threshold < math.inf:
             place.margins.extend(abs(head_variance(scores) / threshold - 1) for scores in heads)
-    return fuse_heads(heads, passing_heads(heads, variance))
+    eta = passing_heads(heads, variance)
+    if fusion == "mean":
+        count = len(heads[0])
+        return [sum(e * scores[i] for e, scores in zip(eta, heads, strict=True)) / sum(eta) for i in range(count)]
+    return fuse_heads(heads, eta)
 
 
 def similar_tokens(
-    scores: Sequence[float], keys: Sequence[Sequence[float]], count: int, margins: list[float]
+    scores: Sequence[float],
+    keys: Sequence[Sequence[float]],
+    count: int,
+    margins: list[float],
+    *,
+    partition: str = "sequential_u",
+    metric: str = "cosine",
 ) -> list[int]:
-    """The `count` tokens of the less important half that are most similar to one of the more important half."""
+    """The `count` candidates that are nearest to one of their partners; by default those of the less important half,
+    their partners those of the more important one."""
     n = len(scores)
-    more = highest(scores, n - n // 2, margins)
-    less = [j for j in range(n) if j not in more]
-    similarities = [closest(keys, a, more)[1] for a in less]
-    return [less[i] for i in highest(similarities, count, margins)]
+    order = sorted(range(n), key=lambda j: (-scores[j], j))
+    if partition in ("sequential_u", "sequential_i"):
+        highest(scores, n - n // 2 if partition == "sequential_u" else n // 2, margins)
+    else:  # every exchange in the order matters
+        margins.extend((scores[i] - scores[j]) / scores[i] for i, j in itertools.pairwise(order))
+    candidates = partners(order, partition)
+    near = []
+    for a, others in candidates.items():
+        near.append(max((closeness(keys[a], keys[b], metric) for b in others), default=-math.inf))
+    return [list(candidates)[i] for i in highest(near, count, margins)]
 
 
 def zero_tprune(
@@ -86,6 +143,10 @@ def zero_tprune(
     similarity: int = 10,
     variance: tuple[float, float] = PAPER_VARIANCE,
     uniform_start: bool = False,
+    feature: str = "key",
+    metric: str = "cosine",
+    partition: str = "sequential_u",
+    fusion: str = "rms",
 ) -> list[Token]:
     if iterations is None:
         rounds = paper_iterations(place.block)
@@ -94,12 +155,13 @@ def zero_tprune(
     else:
         rounds = iterations[place.block]
     n = len(place.tokens)
-    removed = min(similarity, n - place.keep, n // 2)
+    removed = min(similarity, n - place.keep, n - 1 if partition == "none" else n // 2)
     dropped: list[int] = []
     if removed:
-        first_vote = importance(place, 1, variance, uniform_start)
-        dropped = similar_tokens(first_vote, mean_keys(place), removed, place.margins)
+        first_vote = importance(place, 1, variance, uniform_start, fusion)
+        features = feature_of(place, feature)
+        dropped = similar_tokens(first_vote, features, removed, place.margins, partition=partition, metric=metric)
     survivors = [j for j in range(n) if j not in dropped]
-    scores = importance(place, rounds, variance, uniform_start)
+    scores = importance(place, rounds, variance, uniform_start, fusion)
     kept = highest([scores[j] for j in survivors], place.keep, place.margins)
     return [place.tokens[survivors[i]] for i in kept]

@@ -6,10 +6,13 @@ import pytest
 import torch
 from constructed import constructed_place, patches, same_rows
 from naive_zero_tprune import (
+    closeness,
+    feature_of,
     fuse_heads,
     head_variance,
     pagerank,
     paper_iterations,
+    partners,
     passing_heads,
     similar_tokens,
     start_scores,
@@ -139,6 +142,48 @@ def test_similarity_takes_from_the_less_important_half():
     assert similar_tokens([0.5, 0.3, 0.2], [[1.0], [1.0], [1.0]], 1, []) == [2]
     # At equal similarity the lower token goes.
     assert similar_tokens([0.4, 0.3, 0.1, 0.2], [[1.0]] * 4, 1, []) == [2]
+
+
+def test_partitions_by_hand():
+    order = [4, 0, 3, 1, 2]
+    assert partners(order, "sequential_u") == {1: [0, 3, 4], 2: [0, 3, 4]}
+    assert partners(order, "sequential_i") == {0: [1, 2, 3], 4: [1, 2, 3]}
+    assert partners(order, "alternate") == {0: [2, 3, 4], 1: [2, 3, 4]}
+    assert partners(order, "none") == {0: [4], 1: [4, 0, 3], 2: [4, 0, 3, 1], 3: [4, 0], 4: []}
+    # 0 and 3 are twins: of them the less important goes, or with the important half as candidates 0, for its twin.
+    assert similar_tokens(RANKED, TWINS, 1, [], partition="none") == [3]
+    assert similar_tokens(RANKED, TWINS, 1, [], partition="sequential_i") == [0]
+    # In turns 1, 3, 5 are candidates, and 1 has its own twin in 2: 1 / sqrt(1.01), less than 3's.
+    assert similar_tokens(RANKED, TWINS, 2, [], partition="alternate") == [1, 3]
+
+
+def test_metrics_by_hand():
+    a, b = [1.0, 2.0, -1.0], [4.0, 0.0, -1.0]
+    assert closeness(a, b, "dot") == 5
+    assert closeness(a, b, "manhattan") == -5
+    assert closeness(a, b, "euclidean") == pytest.approx(-math.sqrt(13))
+    assert closeness(a, b, "minkowski_3") == pytest.approx(-(35 ** (1 / 3)))
+    assert closeness(a, b, "chebyshev") == -3
+    assert closeness(a, b, "cosine") == pytest.approx(5 / math.sqrt(6 * 17))
+
+
+def test_heads_may_be_fused_by_their_mean():
+    # Means 0.30, 0.35, 0.35 where root mean squares are 0.42, 0.35, 0.46.
+    heads = [same_rows([0.6, 0.35, 0.05]), same_rows([0.0, 0.35, 0.65])]
+    place = constructed_place(2, attention=heads)
+    assert kept(place, iterations=1, similarity=0, variance=OFF, fusion="mean") == [1, 2]
+
+
+def test_features_by_hand():
+    place = constructed_place(1, keys=[[1.0], [2.0]], hidden=[5.0, 6.0], prefix=1)
+    place.queries = [[[0.0], [3.0], [4.0]], [[0.0], [5.0], [8.0]]]
+    place.values = [[[0.0], [7.0], [9.0]]]
+    place.entered = [[8.0], [9.0]]
+    assert feature_of(place, "key") == [[1], [2]]
+    assert feature_of(place, "query") == [[4], [6]]
+    assert feature_of(place, "value") == [[7], [9]]
+    assert feature_of(place, "x") == [[5], [6]]
+    assert feature_of(place, "x_pre") == [[8], [9]]
 
 
 def test_the_partition_is_voted_by_one_round():

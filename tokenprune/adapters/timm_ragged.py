@@ -82,7 +82,7 @@ def _values(facts: BlockHost, attention: Any) -> None:
 def _last(heads: int, width: int | None, parts: int, module: nn.Module, output: Tensor) -> Tensor:
     """[B, H, N, D] out of the last `width` channels of a projection [B, N, ...], None for the last of equal `parts`."""
     width = output.shape[-1] // parts if width is None else width
-    return output[..., -width:].reshape(*output.shape[:2], heads, -1).transpose(1, 2)
+    return output[..., -width:].unflatten(-1, (heads, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
 
 
 def _project(attention: Any, x: Tensor) -> Tensor:

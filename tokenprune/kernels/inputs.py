@@ -1,5 +1,6 @@
 """What the attention operations do to their inputs alike."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 # An exported program is to run without this package, so small operations are traced as torch's own there. Before
 # torch 2.7 exporting looks like compiling.
 exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+# Bytes of a map that a thread works on at a time, so that they stay in its cache.
+CACHED = 2 * 2**20
 
 EPSILON = 1e-12  # the smallest norm to divide by, as in torch's normalize
 
@@ -26,6 +30,26 @@ def observed(*tensors: Tensor) -> bool:
     )
 
 
+def at_once(device: torch.device, memory_limit: int | None) -> int:
+    """Bytes of intermediate results to hold at a time, where the caller sets no limit: 64 MiB, on a GPU, where each
+    further call costs more than what it does, 512 MiB."""
+    if memory_limit is not None:
+        return memory_limit
+    return 2**29 if device.type == "cuda" else 2**26
+
+
+# Since torch 2.8 halves are multiplied on a GPU as they are, and summed and given back in float32.
+_INTO_FLOAT32 = hasattr(torch.ops.aten.bmm, "dtype")
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, M, D] times b [n, D, N], in `precision`."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16) and a.dtype == b.dtype and _INTO_FLOAT32:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    dtype = precision(a)
+    return torch.bmm(a.to(dtype), b.to(dtype))
+
+
 def repeat_heads(k: Tensor, heads: int) -> Tensor:
     """Keys [B, H / g, N, D] of grouped queries, each head g times: [B, H, N, D]."""
     return k if k.shape[1] == heads else k.repeat_interleave(heads // k.shape[1], dim=1)
@@ -42,6 +66,19 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which operators on x's device keep the dtypes that they are given."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def some_rows(
+    batch: int, rows: int, row_bytes: int, memory_limit: int, device: torch.device
+) -> Iterator[tuple[slice, slice]]:
+    """Images and rows that take `memory_limit` bytes together at `row_bytes` a row, but at least one row; on a CPU
+    rather what fits its cache."""
+    work = min(memory_limit, CACHED * torch.get_num_threads()) if device.type == "cpu" else memory_limit
+    block = max(1, min(rows, work // row_bytes))
+    images = max(1, min(batch, work // (block * row_bytes)))
+    for image in range(0, batch, images):
+        for start in range(0, rows, block):
+            yield slice(image, image + images), slice(start, start + block)
 
 
 def precision(q: Tensor) -> torch.dtype:

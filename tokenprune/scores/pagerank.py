@@ -1,6 +1,7 @@
 """Weighted PageRank on the attention graph (Zero-TPrune, Wang et al., CVPR 2024, section 3.2)."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,9 +41,9 @@ def weighted_pagerank(
 def passing_heads(scores: Tensor, variance: tuple[float, float] | None) -> Tensor:
     """Variance-based head filter (section 3.2, VHF): which heads count, [..., B, H, 1] of booleans.
 
-    scores: [..., B, H, n] of the prunable tokens. A head passes where the variance over the tokens of its scores, rescaled
-    to mean one, lies in `variance`; raw scores sum to one, their variance is near 1e-5 and no head would ever pass the
-    paper's thresholds of 0.01 and 0.7. If no head of an image passes, all count. None: all count.
+    scores: [..., B, H, n] of the prunable tokens. A head passes where the variance over the tokens of its scores,
+    rescaled to mean one, lies in `variance`; raw scores sum to one, their variance is near 1e-5 and no head would ever
+    pass the paper's thresholds of 0.01 and 0.7. If no head of an image passes, all count. None: all count.
     """
     if variance is None:
         return torch.ones_like(scores[..., :1], dtype=torch.bool)
@@ -51,7 +52,9 @@ def passing_heads(scores: Tensor, variance: tuple[float, float] | None) -> Tenso
     return passed >= passed.any(-2, keepdim=True)
 
 
-def fuse_heads(scores: Tensor, heads: Tensor) -> Tensor:
+def fuse_heads(scores: Tensor, heads: Tensor, how: Literal["rms", "mean"] = "rms") -> Tensor:
     """Head fusion that emphasises informative regions (section 3.2, EIR): the root mean square over the heads that
-    count. scores: [..., B, H, n], heads: [..., B, H, 1] of booleans. Returns [..., B, n]."""
+    count, or their mean. scores: [..., B, H, n], heads: [..., B, H, 1] of booleans. Returns [..., B, n]."""
+    if how == "mean":
+        return (heads * scores).sum(-2) / heads.sum(-2)
     return ((heads * scores.square()).sum(-2) / heads.sum(-2)).sqrt()

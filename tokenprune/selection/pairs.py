@@ -1,13 +1,20 @@
 """Selections by similar pairs."""
 
+from __future__ import annotations
+
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
+from tokenprune.kernels.pairwise import nearest
+from tokenprune.ragged import RaggedReduction
 from tokenprune.reduction import Reduction
-from tokenprune.selection.top_k import ranked
+from tokenprune.scores.fixed import hashed_scores
+from tokenprune.selection.top_k import first_of, ranked
 
 
 def merge_similar_pairs(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
@@ -17,28 +24,91 @@ def merge_similar_pairs(scores: Tensor | None, record: AttentionRecord, keep: in
     the n - `keep` most similar pairs are merged into b. The tokens that leave: the rest of A, then B. Prefix tokens
     take part in no set, which for one class token is the original's split.
     """
-    metric, n = record.metric, record.tokens
-    first = record.num_prefix_tokens % 2
-    similarity, match = cosine_match(metric[:, first::2], metric[:, 1 - first :: 2])
+    a, b = alternating(record, record.num_prefix_tokens % 2)
+    similarity, match = cosine_match(*halves(record.metric, record.num_prefix_tokens % 2))
+    return merge_best(similarity, match, a, b, record.tokens - keep)
+
+
+def alternating(record: AttentionRecord, first: int) -> tuple[Tensor, Tensor]:
+    """Positions [B, M] and [B, n - M] of every second token, from `first` (0 or 1) on, and of the others."""
+    every = torch.arange(record.tokens, device=record.origin.device).expand_as(record.origin)
+    a, b = halves(every, first)
+    return a, b
+
+
+def halves(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Every second of the tokens x [B, n, ...], from `first` (0 or 1) on, and the others."""
+    return x[:, first::2], x[:, 1 - first :: 2]
+
+
+def merge_above(
+    similarity: Tensor, match: Tensor, a: Tensor, b: Tensor, threshold: Tensor, least: int
+) -> RaggedReduction:
+    """Merge the tokens of a [B, M] whose similarity [B, M] is at least the threshold [B, 1], and as many more of the
+    next that `least` go, into their match, the place [B, M] of a token of b [B, N]; a and b are all tokens."""
+    goes = first_of(similarity, (similarity >= threshold).sum(1, keepdim=True).clamp_min(least))
+    own = torch.arange(a.shape[1] + b.shape[1], device=a.device).expand(a.shape[0], -1)
+    return RaggedReduction(own.scatter(1, a, torch.where(goes, gather(b, match), a)))
+
+
+def merge_best(
+    similarity: Tensor, match: Tensor, a: Tensor, b: Tensor, removed: int, others: Tensor | None = None
+) -> Reduction:
+    """Merge the `removed` tokens of a [B, M] with the highest similarity [B, M] into their match, the place [B, M] of a
+    token of b [B, N]. The tokens that leave: `others` [B, K], which are in neither set, the rest of a, then b."""
     order = ranked(similarity)
-    merged, rest = order[:, : n - keep], order[:, n - keep :].sort(dim=1).values
-    b = torch.arange(1 - first, n, 2, device=metric.device).expand(metric.shape[0], -1)
+    merged, rest = order[:, :removed], order[:, removed:].sort(dim=1).values
+    parts = [a.gather(1, rest), b] if others is None else [others, a.gather(1, rest), b]
+    kept = torch.cat(parts, 1)
     return Reduction(
-        kept=torch.cat([torch.rsub(rest, first, alpha=-2), b], 1),  # first + 2 rest, in one operation
-        moved=torch.rsub(merged, first, alpha=-2),
-        target=match.gather(1, merged) + rest.shape[1],
+        kept=kept,
+        moved=a.gather(1, merged),
+        target=match.gather(1, merged) + (kept.shape[1] - b.shape[1]),
     )
 
 
-def similar_to_important(importance: Tensor, metric: Tensor, remove: int) -> Tensor:
+Partition = Literal["sequential_u", "sequential_i", "alternate", "random", "none"]
+
+
+def similar_to_important(
+    importance: Tensor,
+    x: Tensor,
+    remove: int,
+    record: AttentionRecord,
+    *,
+    metric: str = "cosine",
+    partition: Partition = "sequential_u",
+    seed: int = 0,
+) -> Tensor:
     """Positions [B, remove] of redundant tokens (Zero-TPrune's similarity stage, section 3.3).
 
-    Sequential-U partition: the less important half of the tokens are candidates, each is compared with the more
-    important half by the cosine of keys `metric` [B, n, D], and the candidates most similar to a partner go.
+    Some of the tokens are candidates, each is compared with the others by the `metric` of x [B, n, D], and the
+    candidates nearest to one of those go. Sequential-U partition: the candidates are the less important half. Others:
+    the more important half ("sequential_i"), every second of all in order ("alternate"), a half drawn by `seed`
+    ("random"), or each token, which is then compared with those that are more important ("none").
     importance: [B, n].
     """
     order = ranked(importance)
+    if partition == "none":
+        every = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        rank = torch.zeros_like(order).scatter(1, order, every)
+        near, weak = nearest(x, x, metric=metric, ranks=(rank, rank))[0], every
+    else:
+        strong, weak = _parts(order, record, partition, seed)
+        a, b = gather(x, weak), gather(x, strong)
+        near = (cosine_match(a, b) if metric == "cosine" else nearest(a, b, metric=metric))[0]
+    return weak.gather(1, ranked(near)[:, :remove])
+
+
+def _parts(order: Tensor, record: AttentionRecord, partition: Partition, seed: int) -> tuple[Tensor, Tensor]:
+    """Positions of those that stay and, ascending, of the candidates, half of the tokens [B, n] in falling order."""
     half = order.shape[1] // 2
-    strong, weak = order[:, : order.shape[1] - half], order[:, order.shape[1] - half :].sort(dim=1).values
-    similarity, _ = cosine_match(gather(metric, weak), gather(metric, strong))
-    return weak.gather(1, ranked(similarity)[:, :remove])
+    if partition == "random":
+        order = ranked(hashed_scores(record, seed))
+    if partition == "sequential_i":
+        strong, weak = order[:, half:], order[:, :half]
+    elif partition == "alternate":
+        strong, weak = halves(order, 0)
+    else:
+        strong, weak = order[:, : order.shape[1] - half], order[:, order.shape[1] - half :]
+    return strong, weak.sort(dim=1).values

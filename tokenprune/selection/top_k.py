@@ -12,20 +12,34 @@ def ranked(scores: Tensor) -> Tensor:
     return scores.sort(dim=1, descending=True, stable=True).indices
 
 
+def first_of(scores: Tensor, count: Tensor) -> Tensor:
+    """Which are among the `count` [B, 1] highest scores of their image, [B, n]."""
+    order = ranked(scores)
+    place = torch.arange(scores.shape[1], device=scores.device)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, place < count)
+
+
 def keep_top_k(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
     """Keep the `keep` highest scores [B, n] in their original order, drop the rest."""
     assert scores is not None
     return Reduction(ranked(scores)[:, :keep].sort(dim=1).values)
 
 
-def fuse_rest(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
-    """Keep the `keep` - 1 highest scores and append the others' sum weighted by their scores (EViT, equation 4)."""
+def keep_all(record: AttentionRecord) -> Reduction:
+    """Keep every token, in order."""
+    return keep_evenly(None, record, record.tokens)
+
+
+def fuse_rest(scores: Tensor | None, record: AttentionRecord, keep: int, *, equal: bool = False) -> Reduction:
+    """Keep the `keep` - 1 highest scores and append the others' sum weighted by their scores (EViT, equation 4), or
+    their mean where `equal`."""
     assert scores is not None
     if keep >= scores.shape[1]:
         return keep_top_k(scores, record, keep)
     order = ranked(scores)
     kept, moved = order[:, : keep - 1].sort(dim=1).values, order[:, keep - 1 :].sort(dim=1).values
-    return Reduction(kept, moved, weights=scores.gather(1, moved))
+    weights = torch.full_like(moved, 1 / moved.shape[1], dtype=scores.dtype) if equal else scores.gather(1, moved)
+    return Reduction(kept, moved, weights=weights)
 
 
 def keep_evenly(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:

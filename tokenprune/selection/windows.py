@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.errors import BudgetError, UnsupportedMethod
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
+from tokenprune.ragged import RaggedReduction
 from tokenprune.reduction import Reduction
-from tokenprune.selection.top_k import ranked
+from tokenprune.selection.pairs import merge_best
+from tokenprune.selection.top_k import first_of
 
 
 def split_by_windows(scores: Tensor | None, record: AttentionRecord, sy: int, sx: int) -> tuple[Tensor, Tensor]:
@@ -47,13 +51,38 @@ def merge_into_windows(
         return Reduction(record.origin)
     others, chosen = split_by_windows(scores, record, sy, sx)
     similarity, match = cosine_match(gather(record.hidden, others), gather(record.hidden, chosen))
-    order = ranked(similarity)
-    moved, rest = order[:, : record.tokens - keep], order[:, record.tokens - keep :].sort(dim=1).values
-    return Reduction(
-        kept=torch.cat([gather(others, rest), chosen], 1),
-        moved=gather(others, moved),
-        target=gather(match, moved) + rest.shape[1],
-    )
+    return merge_best(similarity, match, others, chosen, record.tokens - keep)
+
+
+def pool_similar_windows(record: AttentionRecord, threshold: float, least: int) -> RaggedReduction:
+    """Merge windows of 2 x 2 tokens whose hidden states are alike, each into its last token (ALGM, Norouzi et al., CVPR
+    2024, section 3.2): where the mean cosine of its pairs is at least the threshold, and of the next as many that
+    `least` tokens go. Windows start at the top left corner; what remains at the edges is in none.
+
+    Raises:
+        UnsupportedMethod: the tokens fill no grid.
+        BudgetError: there are too few windows.
+    """
+    if record.grid is None:
+        raise UnsupportedMethod("pooling windows needs tokens that fill a grid; merge pairs instead ('tome')")
+    columns, n, device = record.grid[1], record.tokens, record.origin.device
+    corner = torch.arange(n // columns * columns, device=device).view(-1, columns)[: n // columns // 2 * 2 : 2]
+    corner = corner[:, : columns // 2 * 2 : 2].flatten()
+    window = torch.stack([corner, corner + 1, corner + columns, corner + columns + 1], 1)  # [W, 4]
+    # Where costs are counted, some of the rows are not there.
+    if -(-least // 3) > len(window) and n == record.grid[0] * columns:
+        raise BudgetError(
+            f"{n - least} tokens asked, and pooling windows of 2 x 2 leaves {n - 3 * len(window)} of {n} at least; ask"
+            " for more there"
+        )
+    unit = functional.normalize(record.hidden[:, record.num_prefix_tokens :].float(), dim=-1)[:, window]
+    # The sum over all pairs of four is the square of their sum, less their own squares.
+    alike = (unit.sum(2).square().sum(-1) - unit.square().sum((2, 3))) / 12
+    count = (alike >= threshold).sum(1, keepdim=True).clamp_min(-(-least // 3))
+    pooled = first_of(alike, count)
+    target = torch.where(pooled.unsqueeze(2), window[:, 3:], window).flatten(1)
+    own = torch.arange(n, device=device).expand_as(record.origin)
+    return RaggedReduction(own.scatter(1, window.flatten().expand_as(target), target))
 
 
 def keep_smaller_grid(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:

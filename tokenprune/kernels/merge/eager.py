@@ -9,13 +9,14 @@ from torch import Tensor
 def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """Entries `index` [B, K] of x [B or 1, ..., N, ...] along `dim`.
 
-    Whole rows are copied wherever they lie one behind another in memory: torch.gather copies element by element.
+    On a CPU whole rows are copied wherever they lie one behind another in memory, as torch.gather copies element by
+    element; on a GPU that is one launch, and the rows' places among those of all images are four more.
     """
     batch, count = index.shape
     if x.shape[0] == 1:
         rows = x[0].index_select(dim - 1, index.reshape(-1))
         return rows.reshape(*x.shape[1:dim], batch, count, *x.shape[dim + 1 :]).movedim(dim - 1, 0)
-    if dim == 1 and x.ndim > 2:
+    if dim == 1 and x.ndim > 2 and not x.is_cuda:
         rows = x.reshape(-1, *x.shape[2:]).index_select(0, _rows(index, x.shape[1]))
         return rows.reshape(batch, count, *x.shape[2:])
     along = index.reshape(batch, *(1,) * (dim - 1), count, *(1,) * (x.ndim - dim - 1))

@@ -1,0 +1,41 @@
+"""DPC-KNN: merge clusters around density peaks (Du et al., 2016; of tokens Zeng et al., "Not All Tokens Are Equal",
+CVPR 2022, as in Haurum et al., "Which Tokens to Use?", 2023)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from tokenprune.attention_record import AttentionRecord
+from tokenprune.budget import checked_count
+from tokenprune.method import Method
+from tokenprune.reduction import Reduction
+from tokenprune.registry import register_method
+from tokenprune.schedule import InFrontOfStages
+from tokenprune.selection.clusters import density_peaks, merge_clusters
+
+
+@register_method("dpc_knn")
+def dpc_knn(*, rate: float = 0.7, neighbours: int = 5, places: tuple[int, ...] | None = None) -> Method:
+    """Cluster the tokens behind a block around those that are dense and far from denser ones, and average each cluster
+    with equal weights (the paper's learned weights need training).
+
+    rate: share of clusters at each of `places`, behind the blocks in front of a quarter, a half and three quarters of
+    the depth. neighbours: nearest tokens that a density looks at, the token itself among them. Where all are kept,
+    nothing is done.
+    """
+    return Method(
+        name="dpc_knn",
+        paper="Zeng et al., Not All Tokens Are Equal, CVPR 2022",
+        schedule=InFrontOfStages(rate, places),
+        select=partial(merge_around_peaks, neighbours=checked_count("neighbours", neighbours, smallest=1, example=5)),
+        position="post",
+        merges=True,
+    )
+
+
+def merge_around_peaks(scores: Tensor | None, record: AttentionRecord, keep: int, *, neighbours: int) -> Reduction:
+    """Merge hidden states into `keep` clusters around their `density_peaks`."""
+    x = record.hidden[:, record.num_prefix_tokens :]
+    return merge_clusters(x, density_peaks(x, keep, neighbours))
