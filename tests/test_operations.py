@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from families import build, images, run
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
