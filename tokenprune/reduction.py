@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.kernels.merge import gather, merge, merge_sizes, source
+from tokenprune.tables import table
 
 
 # eq=False: up to torch 2.11 the compiler hashes an object that is called, by its fields, which it has not set yet.
@@ -28,6 +29,11 @@ class Reduction:
     target: Tensor | None = None
     weights: Tensor | None = None
     matrix: Tensor | None = None
+
+    @property
+    def is_index(self) -> bool:
+        """Whether the tokens that do not leave are dropped."""
+        return self.matrix is None and self.moved is None
 
     @property
     def fuses(self) -> bool:
@@ -100,13 +106,8 @@ class Reduction:
 
         A kept token takes its new value, a dropped one keeps its old one; a merged one gains what its group gained.
         """
-        if self.matrix is None and self.moved is None:
-            batch, count = self.kept.shape
-            offset = torch.arange(batch, device=full.device).unsqueeze(1) * full.shape[1]
-            rows = full.reshape(-1, full.shape[-1])
-            return rows.index_copy(0, (self.kept + offset).reshape(-1), reduced.reshape(batch * count, -1)).view_as(
-                full
-            )
+        if self.is_index:
+            return Rows(self.kept, full.shape[1]).put(full, reduced)
         source = self.source(full.shape[1])
         gained = gather(reduced - entered, source.clamp(min=0))
         return torch.where((source >= 0).unsqueeze(-1), full + gained, full)
@@ -126,4 +127,44 @@ class Reduction:
         if copies == 1:
             return self
         parts = (self.kept, self.moved, self.target, self.weights, self.matrix)
-        return Reduction(*(None if p is None else p.repeat(copies, *[1] * (p.ndim - 1)) for p in parts))  # type: ignore[arg-type]
+        return Reduction(*(None if p is None else _tiled(p, copies) for p in parts))  # type: ignore[arg-type]
+
+
+class Rows:
+    """An index [B, K] among the `tokens` of each image, made ready for all the tensors [B, n, C] of which these tokens
+    are taken, or among which they are put back."""
+
+    def __init__(self, index: Tensor, tokens: int) -> None:
+        self.shape = index.shape
+        batch = index.shape[0]
+        self.shared = batch == 1 or (batch > 1 and index.stride(0) == 0)
+        if self.shared:  # one row for all images
+            self.flat = index[0]
+        else:
+            self.flat = (index + table(_first_rows, batch, tokens, like=index)).reshape(-1)
+
+    def take(self, x: Tensor) -> Tensor:
+        """x [B, n, C] to [B, K, C]."""
+        if self.shared:
+            return x.index_select(1, self.flat)
+        # Whole rows are copied wherever they lie one behind another in memory.
+        return x.reshape(-1, x.shape[-1]).index_select(0, self.flat).view(*self.shape, x.shape[-1])
+
+    def put(self, full: Tensor, reduced: Tensor) -> Tensor:
+        """full [B, n, C] with the values `reduced` [B, K, C] of these tokens."""
+        if self.shared:
+            return full.index_copy(1, self.flat, reduced)
+        rows = full.reshape(-1, full.shape[-1])
+        return rows.index_copy(0, self.flat, reduced.reshape(-1, full.shape[-1])).view_as(full)
+
+
+def _first_rows(batch: int, tokens: int, device: torch.device) -> Tensor:
+    return torch.arange(batch, device=device).unsqueeze(1) * tokens
+
+
+def _tiled(part: Tensor, copies: int) -> Tensor:
+    """Without a copy where all images have the same."""
+    others = [-1] * (part.ndim - 1)
+    if part.shape[0] == 1 or part.stride(0) == 0:
+        return part[:1].expand(copies * part.shape[0], *others)
+    return part.repeat(copies, *[1] * (part.ndim - 1))

@@ -54,6 +54,7 @@ class DenoiserPatch(Portable):
         self.shared = host.shared
         self.recover = method.recover or ("similar" if host.convolves else "residual")
         stacks = divided(host, method)
+        self.depths = {stack.name: len(stack.blocks) for stack in stacks}
         self.edges = frozenset(stack.name for stack in stacks if stack.edge)
         self.shares = shares_of(request.budget.shares, stacks) if request.budget.kind == "schedule" else None
         self.notes, self.barred = barred_stacks(stacks, method)
@@ -94,7 +95,9 @@ class DenoiserPatch(Portable):
             plan = self.plan(model, bound, run.positions)
             keep = self.computed(run, plan, position_of(timestep, whole, self.last_timestep))
             due = self.method.reuse.due(run.index) if self.method.reuse is not None else "select"
-            start(Pass(self, run, keep, grid, reuse, torch.tensor(round(1e6 * timestep)), due, forward))
+            tokens = {stack: cost.tokens for stack, cost in plan.costs.stacks.items()}
+            step = torch.tensor(round(1e6 * timestep))
+            start(Pass(self, run, keep, grid, reuse, step, due, tokens, forward))
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook: it has ended, by a result or an exception."""
