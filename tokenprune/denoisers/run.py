@@ -65,10 +65,10 @@ class Run:
     """One run of one patch in this thread.
 
     timestep: of the last forward. shape: of the latents. positions: of the steps that the run has left at its
-    beginning, in [0, 1) of the whole. guidance: how many times the latents stand in the batch. sets: what each stack computed at
-    this step, for the second call of a guided step. shared: see `AttentionRecord.once`, of this step. index: of the
-    step, counted from 0. call: of the step's calls. held: what a method chose for some steps, by stack and call. kept:
-    what a method takes from earlier steps.
+    beginning, in [0, 1) of the whole. guidance: how many times the latents stand in the batch. sets: what each stack
+    computed at this step, for the second call of a guided step. shared: see `AttentionRecord.once`, of this step.
+    index: of the step, counted from 0. call: of the step's calls. held: what a method chose for some steps, by stack
+    and call. kept: what a method takes from earlier steps.
     """
 
     timestep: float
