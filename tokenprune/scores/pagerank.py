@@ -49,7 +49,9 @@ def passing_heads(scores: Tensor, variance: tuple[float, float] | None) -> Tenso
     return (passed | ~passed.any(1, keepdim=True)).to(scores.dtype)
 
 
-def fuse_heads(scores: Tensor, heads: Tensor) -> Tensor:
+def fuse_heads(scores: Tensor, heads: Tensor | None = None) -> Tensor:
     """Head fusion that emphasises informative regions (section 3.2, EIR): the root mean square over the heads that
-    count. scores: [B, H, n], heads: [B, H, 1]. Returns [B, n]."""
+    count. scores: [B, H, n], heads: [B, H, 1], None where all count. Returns [B, n]."""
+    if heads is None:
+        return (scores.square().sum(1) / scores.shape[1]).sqrt()
     return ((heads * scores.square()).sum(1) / heads.sum(1)).sqrt()
