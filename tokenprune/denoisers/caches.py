@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokenprune.denoisers.host import BlockFacts, Remembers
@@ -51,11 +52,7 @@ class CacheWatch:
         Raises:
             UnsupportedMethod: there is a cache.
         """
-        modules = [] if anew else [module for ref in self.found if (module := ref()) is not None]
-        if not modules or len(modules) < len(self.found):
-            modules = [module for name in self.watch for module in self._inside(model, name)]
-            self.found = [weakref.ref(module) for module in modules]
-        if self.remembers(modules) is None:
+        if self.remembers(self._modules(model, anew)) is None:
             return
         for name, parts in self.watch.items():
             cache = self.remembers(self._inside(model, name))
@@ -69,6 +66,17 @@ class CacheWatch:
                     f" {self.method} computes at this one; call disable_cache(), or take a cache of whole blocks, such"
                     " as FirstBlockCacheConfig or MagCacheConfig"
                 )
+
+    def _modules(self, model: nn.Module, anew: bool) -> list[nn.Module]:
+        compiling = torch.compiler.is_compiling()  # which cannot call a weak reference to a module
+        if not (anew or compiling):
+            modules = [module for ref in self.found if (module := ref()) is not None]
+            if modules and len(modules) == len(self.found):
+                return modules
+        modules = [module for name in self.watch for module in self._inside(model, name)]
+        if not compiling:
+            self.found = [weakref.ref(module) for module in modules]
+        return modules
 
     def _inside(self, model: nn.Module, name: str) -> Iterator[nn.Module]:
         block, parts = submodule(model, name), self.watch[name]
