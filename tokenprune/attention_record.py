@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -38,7 +39,8 @@ class AttentionRecord:
     `depth`. cross: the block's cross-attention, only for a method that needs it. step: a whole number [] that tells one
     step of a denoising run from another. text: embeddings [B, T, C] of the text of a prompt. log_sums: where not None,
     a score that goes through whole rows of attention leaves the log-sum-exp of each row [B, H, N] in it, for what needs
-    some of their entries again.
+    some of their entries again. peers: of a denoiser, the places that choose among as many tokens in the same forward,
+    `place` among them; shared: see `once`. Both are empty elsewhere.
     """
 
     hidden: Tensor
@@ -60,6 +62,17 @@ class AttentionRecord:
     text: Tensor | None = None
     log_sums: list[Tensor] | None = None
     before: Tensor | None = None
+    peers: tuple[int, ...] = ()
+    shared: dict[Any, Any] | None = None
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, worked out once for all records of the same step of a denoising run that ask for `key`: of
+        nothing but shapes, `peers` and `step`."""
+        if self.shared is None:
+            return make()
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     @property
     def tokens(self) -> int:

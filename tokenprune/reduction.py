@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tokenprune.kernels.inputs import EPSILON, precision
 from tokenprune.kernels.merge import gather, merge, merge_sizes, source
+from tokenprune.kernels.merge.eager import flat_rows
 
 
 # eq=False: up to torch 2.11 the compiler hashes an object that is called, by its fields, which it has not set yet.
@@ -40,6 +41,11 @@ class Reduction:
     def merges(self) -> bool:
         """Whether tokens are merged into others that leave."""
         return self.moved is not None and not self.fuses
+
+    @property
+    def is_index(self) -> bool:
+        """Whether the tokens that do not leave are dropped."""
+        return self.matrix is None and self.moved is None
 
     @property
     def fuses(self) -> bool:
@@ -142,13 +148,8 @@ class Reduction:
 
         A kept token takes its new value, a dropped one keeps its old one; a merged one gains what its group gained.
         """
-        if self.matrix is None and self.moved is None:
-            batch, count = self.kept.shape
-            offset = torch.arange(batch, device=full.device).unsqueeze(1) * full.shape[1]
-            rows = full.reshape(-1, full.shape[-1])
-            return rows.index_copy(0, (self.kept + offset).reshape(-1), reduced.reshape(batch * count, -1)).view_as(
-                full
-            )
+        if self.is_index:
+            return Rows(self.kept, full.shape[1]).put(full, reduced)
         source = self.source(full.shape[1])
         gained = gather(reduced - entered, source.clamp(min=0))
         return torch.where((source >= 0).unsqueeze(-1), full + gained, full)
@@ -169,4 +170,41 @@ class Reduction:
             return self
         names = ("kept", "moved", "target", "weights", "matrix", "shares")
         parts = {name: part for name in names if (part := getattr(self, name)) is not None}
-        return replace(self, **{name: part.repeat(copies, *[1] * (part.ndim - 1)) for name, part in parts.items()})
+        tiled: dict[str, Any] = {name: _tiled(part, copies) for name, part in parts.items()}
+        return replace(self, **tiled)
+
+
+class Rows:
+    """An index [B, K] among the `tokens` of each image, made ready for all the tensors [B, n, C] of which these tokens
+    are taken, or among which they are put back."""
+
+    def __init__(self, index: Tensor, tokens: int) -> None:
+        self.shape = index.shape
+        batch = index.shape[0]
+        self.shared = batch == 1 or (batch > 1 and index.stride(0) == 0)
+        if self.shared:  # one row for all images
+            self.flat = index[0]
+        else:
+            self.flat = flat_rows(index, tokens)
+
+    def take(self, x: Tensor) -> Tensor:
+        """x [B, n, C] to [B, K, C]."""
+        if self.shared:
+            return x.index_select(1, self.flat)
+        # Whole rows are copied wherever they lie one behind another in memory.
+        return x.reshape(-1, x.shape[-1]).index_select(0, self.flat).view(*self.shape, x.shape[-1])
+
+    def put(self, full: Tensor, reduced: Tensor) -> Tensor:
+        """full [B, n, C] with the values `reduced` [B, K, C] of these tokens."""
+        if self.shared:
+            return full.index_copy(1, self.flat, reduced)
+        rows = full.reshape(-1, full.shape[-1])
+        return rows.index_copy(0, self.flat, reduced.reshape(-1, full.shape[-1])).view_as(full)
+
+
+def _tiled(part: Tensor, copies: int) -> Tensor:
+    """Without a copy where all images have the same."""
+    others = [-1] * (part.ndim - 1)
+    if part.shape[0] == 1 or part.stride(0) == 0:
+        return part[:1].expand(copies * part.shape[0], *others)
+    return part.repeat(copies, *[1] * (part.ndim - 1))

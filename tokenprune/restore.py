@@ -21,6 +21,7 @@ from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
 from tokenprune.reduction import Reduction
 from tokenprune.state import TokenState
+from tokenprune.tables import table
 
 PLACE_WEIGHT = 0.5
 """Weight of a token's place beside its hidden state: on a DINOv2's photographs 0.4 to 0.7 restored best."""
@@ -108,11 +109,11 @@ def represented(reduction: Reduction) -> Reduction:
 
 def dropped(reduction: Reduction, count: int) -> Tensor:
     """Positions [B, m] of the `count` entering tokens that are neither kept nor merged into those, ascending."""
-    source = represented(reduction).source(count)
-    gone = count - reduction.kept.shape[1]
+    kept, gone = reduction.kept, count - reduction.kept.shape[1]
+    taken = torch.zeros(kept.shape[0], count, dtype=torch.int8, device=kept.device).scatter(1, kept, 1)
     if reduction.merges and reduction.moved is not None:
-        gone -= reduction.moved.shape[1]
-    return (source < 0).to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :gone]
+        taken, gone = taken.scatter(1, reduction.moved, 1), gone - reduction.moved.shape[1]
+    return taken.sort(dim=1, stable=True).indices[:, :gone]
 
 
 def stride(kept: int) -> int:
@@ -158,11 +159,25 @@ def placed(x: Tensor, state: TokenState) -> Tensor:
     [B, n, C + 4]."""
     if state.grid is None:
         return x
-    rows, columns = state.grid
-    origin = state.origins(x)
+    if state.origin is None:
+        place = table(_places, state.tokens, state.grid, x.dtype, torch.get_default_dtype(), like=x)
+        place = place.expand(x.shape[0], -1, -1)
+    else:
+        place = _encoded(state.origin, state.grid, x.dtype)
+    return torch.cat([functional.normalize(x, dim=-1), place], -1)
+
+
+def _places(
+    tokens: int, grid: tuple[int, int], dtype: torch.dtype, _default: torch.dtype, device: torch.device
+) -> Tensor:
+    return _encoded(torch.arange(tokens, device=device), grid, dtype)
+
+
+def _encoded(origin: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """[..., 4] of each original patch: the directions of its row and its column."""
+    rows, columns = grid
     angles = math.pi * torch.stack([(origin // columns) / rows, (origin % columns) / columns], -1)
-    place = torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype)
-    return torch.cat([functional.normalize(x, dim=-1), place * (PLACE_WEIGHT / math.sqrt(2))], -1)
+    return torch.cat([angles.cos(), angles.sin()], -1).to(dtype) * (PLACE_WEIGHT / math.sqrt(2))
 
 
 def restore_tokens(x: Tensor, state: TokenState, num_prefix_tokens: int) -> Tensor:

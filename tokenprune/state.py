@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from tokenprune.tables import is_wrapped, positions
+
 if TYPE_CHECKING:
     from tokenprune.host import Caught, RopeTable
     from tokenprune.ragged import Pack
@@ -60,7 +62,7 @@ class TokenState:
         """[B, n] original patch of each token of x [B, N, C]."""
         if self.origin is not None:
             return self.origin
-        return torch.arange(self.tokens, device=x.device).expand(x.shape[0], -1)
+        return positions(self.tokens, x).expand(x.shape[0], -1)
 
 
 @dataclass(eq=False)
@@ -148,22 +150,17 @@ def recall(x: Tensor) -> Any:
 
 
 def _holder(x: Tensor) -> Any:
-    return x if torch.compiler.is_compiling() or _is_wrapped(x) else x.untyped_storage()
+    return x if torch.compiler.is_compiling() or is_wrapped(x) else x.untyped_storage()
 
 
 def times_written(x: Tensor) -> int | None:
     """How often x was changed in place, None where torch does not count."""
-    return None if torch.compiler.is_compiling() or _is_wrapped(x) or x.is_inference() else x._version
+    return None if torch.compiler.is_compiling() or is_wrapped(x) or x.is_inference() else x._version
 
 
 def in_backward() -> bool:
     """Whether a block runs because gradient checkpointing runs it once more."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _is_wrapped(x: Tensor) -> bool:
-    """Whether x is a tensor of torch.func's transforms, which has no storage of its own."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def constant_in_graphs(function: Function) -> Function:

@@ -134,8 +134,11 @@ def test_caches_inside_of_blocks_are_refused(config, order):
             tokenprune.patch(model, method, **BUDGETS[method])
             run(model, step(inputs, 0))
             model.enable_cache(config())
-            with pytest.raises(tokenprune.UnsupportedMethod, match=r"at an earlier step, .* call disable_cache\(\)"):
-                run(model, step(inputs, 0))
+            for index in (1, 0):  # in the middle of a run, and where one begins
+                with pytest.raises(
+                    tokenprune.UnsupportedMethod, match=r"at an earlier step, .* call disable_cache\(\)"
+                ):
+                    run(model, step(inputs, index))
         else:
             model.enable_cache(config())
             with pytest.raises(tokenprune.UnsupportedMethod, match=r"at an earlier step, .* call disable_cache\(\)"):

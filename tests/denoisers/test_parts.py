@@ -1,5 +1,6 @@
 """Methods that run parts of a block on fewer tokens, against loops: tomesd, todo, toma."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -66,20 +67,27 @@ def test_tokens_are_merged_as_in_loops(grid, window, keep):
 
 def test_the_random_tokens_are_the_same_for_all_images_and_others_at_each_step():
     x = torch.randn(3, 64, 2, generator=torch.Generator().manual_seed(0))
-    score = tomesd.tomesd(seed=3).score
-    first, again, later = (score(record_of(x, (8, 8), torch.tensor(step))) for step in (7, 7, 8))
-    other = hashed_scores(record_of(x, (8, 8), torch.tensor(7)), 4, each_step=True)
-    assert torch.equal(first[0], first[2])
-    assert torch.equal(first, again)
-    places = [s[0].view(4, 2, 4, 2).transpose(1, 2).reshape(16, 4).argmax(-1) for s in (first, later, other)]
-    assert not torch.equal(places[0], places[1])
-    assert not torch.equal(places[0], places[2])
-    many = torch.cat(
-        [
-            score(record_of(x, (8, 8), torch.tensor(s)))[0].view(4, 2, 4, 2).transpose(1, 2).reshape(16, 4).argmax(-1)
-            for s in range(100)
-        ]
-    )
+
+    def chosen(step, seed=3, **others):
+        """What takes all others in, by image."""
+        record = replace(record_of(x, (8, 8), torch.tensor(step)), **others)
+        return tomesd.tomesd(seed=seed).reduce(record, 16).kept
+
+    first = chosen(7)
+    best = hashed_scores(record_of(x, (8, 8), torch.tensor(7)), 3, each_step=True)[0].view(4, 2, 4, 2)
+    inside = best.transpose(1, 2).flatten(2).argmax(-1)  # of each window
+    rows, columns = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+    expected = (2 * rows + inside // 2) * 8 + 2 * columns + inside % 2
+    assert torch.equal(first, expected.flatten().sort().values.expand(3, -1))
+    assert torch.equal(first, chosen(7))
+    for other in (chosen(8), chosen(7, seed=4), chosen(7, place=2)):
+        assert not torch.equal(first, other)
+    shared = {}  # in a forward the places of one size draw together, and each the same as alone
+    for place in (2, 0, 5):
+        assert torch.equal(chosen(7, place=place, peers=(5, 0, 2), shared=shared), chosen(7, place=place))
+    assert len(shared) == 1
+    windows = torch.arange(64).view(4, 2, 4, 2).transpose(1, 2).reshape(16, 4)
+    many = torch.cat([(windows[..., None] == chosen(s)[0]).any(-1).int().argmax(-1) for s in range(100)])
     assert torch.bincount(many, minlength=4).min() > 320  # of 1600, 400 expected
 
 

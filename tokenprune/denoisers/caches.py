@@ -6,11 +6,14 @@ earlier step computed, and the step at hand computes others: it is refused.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import nn
 
-from tokenprune.denoisers.host import BlockFacts
+from tokenprune.denoisers.host import BlockFacts, Remembers
 from tokenprune.errors import UnsupportedMethod
 
 Watched = Mapping[str, tuple[str, ...] | None]
@@ -32,29 +35,56 @@ def watched(
     return found
 
 
-def refuse_caches(model: nn.Module, watch: Watched, remembers: Callable[[nn.Module], str | None], method: str) -> None:
-    """Raise where a cache is on a module that must not have one.
+class CacheWatch:
+    """Raises where a cache is on a module that must not have one.
 
-    Raises:
-        UnsupportedMethod: it is.
+    remembers: see `DenoiserHost`. Which modules there are is found anew when a run begins, and held weakly: to walk
+    through those of SDXL takes the host a millisecond.
     """
-    for name, parts in watch.items():
-        block = submodule(model, name)
-        assert block is not None
-        inside: list[nn.Module | None] = [block] if parts is None else [block._modules[part] for part in parts]
-        for module in _all_inside(inside):
-            cache = remembers(module)
-            if cache is None:
-                continue
-            if parts is None:
+
+    def __init__(self, watch: Watched, remembers: Remembers, method: str) -> None:
+        self.watch, self.remembers, self.method = watch, remembers, method
+        self.found: list[weakref.ref[nn.Module]] = []
+
+    def refuse(self, model: nn.Module, *, anew: bool) -> None:
+        """anew: whether modules may have come or gone since the last call.
+
+        Raises:
+            UnsupportedMethod: there is a cache.
+        """
+        if self.remembers(self._modules(model, anew)) is None:
+            return
+        for name, parts in self.watch.items():
+            cache = self.remembers(self._inside(model, name))
+            if cache is not None and parts is None:
                 raise UnsupportedMethod(
-                    f"{method} takes values of earlier steps, and so does {cache} in {name}; call disable_cache()"
+                    f"{self.method} takes values of earlier steps, and so does {cache} in {name}; call disable_cache()"
                 )
-            raise UnsupportedMethod(
-                f"{cache} gives what a part of {name} put out at an earlier step, for other tokens than those that"
-                f" {method} computes at this one; call disable_cache(), or take a cache of whole blocks, such as"
-                " FirstBlockCacheConfig or MagCacheConfig"
-            )
+            if cache is not None:
+                raise UnsupportedMethod(
+                    f"{cache} gives what a part of {name} put out at an earlier step, for other tokens than those that"
+                    f" {self.method} computes at this one; call disable_cache(), or take a cache of whole blocks, such"
+                    " as FirstBlockCacheConfig or MagCacheConfig"
+                )
+
+    def _modules(self, model: nn.Module, anew: bool) -> list[nn.Module]:
+        compiling = torch.compiler.is_compiling()  # which cannot call a weak reference to a module
+        if not (anew or compiling):
+            modules = [module for ref in self.found if (module := ref()) is not None]
+            if modules and len(modules) == len(self.found):
+                return modules
+        modules = [module for name in self.watch for module in self._inside(model, name)]
+        if not compiling:
+            self.found = [weakref.ref(module) for module in modules]
+        return modules
+
+    def _inside(self, model: nn.Module, name: str) -> Iterator[nn.Module]:
+        block, parts = submodule(model, name), self.watch[name]
+        assert block is not None
+        return _all_inside([block] if parts is None else [block._modules[part] for part in parts])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "found": []}
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module | None:

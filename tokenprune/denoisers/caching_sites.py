@@ -21,11 +21,9 @@ from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
 from tokenprune.denoisers.over_steps import Memory
 from tokenprune.denoisers.records import together
 from tokenprune.denoisers.rotary import for_either
-from tokenprune.denoisers.run import Pass, running
+from tokenprune.denoisers.run import Chosen, Pass, running
 from tokenprune.denoisers.site import BlockSite, check_caught
 from tokenprune.errors import UnsupportedMethod
-from tokenprune.kernels.merge import gather
-from tokenprune.reduction import Reduction
 from tokenprune.state import in_backward
 
 if TYPE_CHECKING:
@@ -104,7 +102,8 @@ class CachingSite(BlockSite):
         memory = Memory(
             tuple(predictions), one.run.shape[1], dropped, stale, torch.stack(observed).mean(0) if observed else None
         )
-        return self.over.score(together(record, copies), memory).repeat(copies, 1)
+        scores = self.over.score(together(record, copies), memory)
+        return scores if copies == 1 else scores.repeat(copies, 1)
 
     def _waited(self, one: Pass, x: Tensor) -> tuple[Tensor, Tensor]:
         zero = torch.zeros(x.shape[:2], device=x.device)
@@ -169,12 +168,12 @@ class Rows:
         if chosen is None:
             run.kept[place] = run.index, output.detach()
             return None
-        full = self._among(one, place, output, chosen.reduction)
+        full = self._among(one, place, output, chosen)
         run.kept[place] = run.index, full.detach()
         return full
 
-    def _among(self, one: Pass, place: tuple[Any, ...], output: Tensor, reduction: Reduction) -> Tensor:
-        text = output.shape[1] - reduction.kept.shape[1]  # in front, where one projection is of both
+    def _among(self, one: Pass, place: tuple[Any, ...], output: Tensor, chosen: Chosen) -> Tensor:
+        text = output.shape[1] - chosen.reduction.tokens  # in front, where one projection is of both
         if self.patch.probe is not None:
             known = output.new_zeros(output.shape[0], text + self.patch.probe.tokens[self.site.stack], output.shape[2])
         elif place in one.run.kept:
@@ -184,8 +183,10 @@ class Rows:
                 f"{self.site.name} did not run at the dense step that fills what {self.patch.method.name} keeps; switch"
                 " off what skips blocks there"
             )
-        rows = reduction.bring_back(output[:, text:], output[:, text:], known[:, text:])
-        return torch.cat([output[:, :text], rows], 1) if text else rows
+        if not text:
+            return chosen.bring_back(output, output, known)
+        rows = chosen.bring_back(output[:, text:], output[:, text:], known[:, text:])
+        return torch.cat([output[:, :text], rows], 1)
 
 
 class MlpSite(CachingSite):
@@ -250,7 +251,7 @@ class Part:
                 " off what skips blocks there"
             )
         else:
-            output = self.partly(forward, args, kwargs, chosen.reduction, one.run.kept.get(place))
+            output = self.partly(forward, args, kwargs, chosen, one.run.kept.get(place))
         one.run.kept[place] = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, output)
         return output
 
@@ -258,7 +259,7 @@ class Part:
         """It has run on all tokens."""
 
     def partly(
-        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments, reduction: Reduction, known: Any
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments, chosen: Chosen, known: Any
     ) -> Any:
         """Its output of all tokens, with `known` from an earlier step (None while costs are counted)."""
         raise NotImplementedError
@@ -272,7 +273,7 @@ class Attention(Part):
             self.site.observe(one, output[0] if isinstance(output, tuple) else output)
 
     def partly(
-        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments, reduction: Reduction, known: Any
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments, chosen: Chosen, known: Any
     ) -> Any:
         if known is not None:
             return known
@@ -285,12 +286,12 @@ class Mlp(Part):
     """The MLP of the image tokens."""
 
     def partly(
-        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments, reduction: Reduction, known: Any
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments, chosen: Chosen, known: Any
     ) -> Any:
         x, *others = args
         if known is None:
             known = x
-        if reduction.kept.shape[1] == 0:
+        if chosen.reduction.tokens == 0:
             return known
-        computed = forward(gather(x, reduction.kept), *others, **kwargs)
-        return reduction.bring_back(computed, computed, known)
+        computed = forward(chosen.take(x), *others, **kwargs)
+        return chosen.bring_back(computed, computed, known)

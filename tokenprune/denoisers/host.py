@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 Arguments = dict[str, Any]
 # (value of the argument, positions [B, K] of the computed tokens, all tokens N, text tokens T) -> the value for them.
 Slice = Callable[[Any, Tensor, int, int], Any]
+Remembers = Callable[[Iterable[nn.Module]], "str | None"]
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,9 @@ class DenoiserHost:
     timestep of pure noise (1000, or 1 where noise levels are given). shared: whether all images of a batch must
     compute the same tokens (a rotary table has no batch). convolves: whether what follows a stack mixes neighbouring
     tokens. divisible: whether a stack is a mere row of blocks that a method may divide. example: () -> keyword
-    arguments of the usual forward on the meta device, None where they are not known. remembers: a module -> what on it
-    gives outputs of an earlier step (a cache of the host's), None where nothing does. countable: makes a copy of the
-    model run attentions that can be counted without values.
+    arguments of the usual forward on the meta device, None where they are not known. remembers: modules -> what on one
+    of them gives outputs of an earlier step (a cache of the host's), None where nothing does. countable: makes a copy
+    of the model run attentions that can be counted without values.
     """
 
     model: nn.Module
@@ -107,7 +108,7 @@ class DenoiserHost:
     last_timestep: float
     shared: bool
     convolves: bool
-    remembers: Callable[[nn.Module], str | None]
+    remembers: Remembers
     divisible: bool = False
     countable: Callable[[nn.Module], None] | None = None
     example: Callable[[], Arguments] | None = None

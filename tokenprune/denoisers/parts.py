@@ -24,6 +24,7 @@ from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.method import Method
 from tokenprune.reduction import Reduction
 from tokenprune.state import remember
+from tokenprune.tables import positions
 
 
 class PartsSite(BlockSite):
@@ -82,7 +83,7 @@ class PartsSite(BlockSite):
 
     def _pruned(self, module: nn.Module, forward: Callable[..., Any], bound: Arguments, one: Pass, keep: int) -> Any:
         x: Tensor = bound[self.hidden]
-        chosen = Chosen(self._reduction(one, keep, x.detach()), None)
+        chosen = Chosen(self._reduction(one, keep, x.detach()), None, x.shape[1])
         self._note(one, self.name, chosen.reduction, x)
         if torch.is_grad_enabled() or x.requires_grad:
             remember(x, chosen)
@@ -100,10 +101,13 @@ class PartsSite(BlockSite):
         grid = grid_of(one.grid, tokens)
         if grid is None and "grid" in method.needs:
             raise UnsupportedModel(f"{method.name} needs a grid, and the {tokens} tokens of {self.name} fill none")
-        origin = torch.arange(tokens, device=x.device).expand(x.shape[0], -1)
-        # A place of its own for each block of a stack, so that what is random differs between them.
-        place = self.index * self.places + self.place
-        record = AttentionRecord(x, origin, 0, place, self.places, grid, has_class_token=False, step=one.step)
+        origin = positions(tokens, x).expand(x.shape[0], -1)
+        place = self._place(self.index, self.place)
+        peers = self._peers(one, tokens)
+        record = AttentionRecord(
+            x, origin, 0, place, self.places, grid, has_class_token=False, step=one.step,
+            peers=peers if place in peers else (), shared=one.run.shared,
+        )  # fmt: skip
         if method.reuse is None or keep == tokens:
             return method.reduce(record, keep)
         held = one.run.held.get((self.stack, one.run.call))
@@ -113,3 +117,20 @@ class PartsSite(BlockSite):
             held = method.reuse.weigh(held, record)
         one.run.held[self.stack, one.run.call] = held
         return held
+
+    def _place(self, index: int, stack: int) -> int:
+        """A place of its own for each block of a stack, so that what is random differs between them."""
+        return index * self.places + stack
+
+    def _peers(self, one: Pass, tokens: int) -> tuple[int, ...]:
+        """Places of the blocks that choose among as many tokens in this forward."""
+        shared = one.run.shared
+        if ("peers", tokens) not in shared:
+            shared["peers", tokens] = tuple(
+                self._place(index, number)
+                for number, (stack, depth) in enumerate(self.patch.depths.items())
+                if stack in one.keep and one.tokens.get(stack) == tokens
+                for index in range(depth)
+            )
+        found: tuple[int, ...] = shared["peers", tokens]
+        return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from tokenprune.denoisers.caches import Watched, refuse_caches, submodule, watched
+from tokenprune.denoisers.caches import CacheWatch, Watched, submodule, watched
 from tokenprune.denoisers.costs import DenoiserCosts, Probe, count_costs
 from tokenprune.denoisers.host import Arguments, BlockFacts, DenoiserHost
 from tokenprune.denoisers.parts import PartsSite
@@ -54,12 +55,12 @@ class DenoiserPatch(Portable):
         self.shared = host.shared
         self.recover = method.recover or ("similar" if host.convolves else "residual")
         stacks = divided(host, method)
+        self.depths = {stack.name: len(stack.blocks) for stack in stacks}
         self.edges = frozenset(stack.name for stack in stacks if stack.edge)
         self.shares = shares_of(request.budget.shares, stacks) if request.budget.kind == "schedule" else None
         self.notes, self.barred = barred_stacks(stacks, method)
-        self.remembers = host.remembers
         reduced = [block for stack in stacks if stack.name not in self.barred for block in stack.blocks]
-        self.watch = self._watched(host.model, reduced)
+        self.caches = CacheWatch(self._watched(host.model, reduced), host.remembers, method.name)
         self.notes += host.notes
         self.pipeline = _reference(request.target)
         self.whole: tuple[Tensor, list[float]] | None = None
@@ -87,14 +88,16 @@ class DenoiserPatch(Portable):
             for recording in self.recordings:
                 recording.forwards.append(forward)
         if self.active:
-            self._follow(model)
-            refuse_caches(model, self.watch, self.remembers, self.method.name)
+            replaced = self._follow(model)
             whole = self.scheduled()
             run, reuse = run_of(self.key, latents, timestep, whole, self.last_timestep)
+            self.caches.refuse(model, anew=replaced or (run.index == 0 and not reuse))
             plan = self.plan(model, bound, run.positions)
             keep = self.computed(run, plan, position_of(timestep, whole, self.last_timestep))
             due = self.method.reuse.due(run.index) if self.method.reuse is not None else "select"
-            start(Pass(self, run, keep, grid, reuse, torch.tensor(round(1e6 * timestep)), due, forward))
+            tokens = {stack: cost.tokens for stack, cost in plan.costs.stacks.items()}
+            step = torch.tensor(round(1e6 * timestep))
+            start(Pass(self, run, keep, grid, reuse, step, due, tokens, forward))
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook: it has ended, by a result or an exception."""
@@ -103,14 +106,16 @@ class DenoiserPatch(Portable):
     def _watched(self, model: nn.Module, blocks: list[BlockFacts]) -> Watched:
         return watched(model, blocks, partial(self.site.narrowed, method=self.method))
 
-    def _follow(self, model: nn.Module) -> None:
-        """Attach anew where a module that has a hook inside of a block was replaced (LoRA loaded or unloaded)."""
+    def _follow(self, model: nn.Module) -> bool:
+        """Attach anew where a module that has a hook inside of a block was replaced (LoRA loaded or unloaded), and
+        whether it was."""
         if all(_is_hooked(model, name, self) for name in self.inside):
-            return
+            return False
         detach(model, {"": self})
         self.costs.clear()
         self.plans.clear()
         attach(self.describe(model), self)
+        return True
 
     def computed(self, run: Run, plan: Plan, position: float) -> dict[str, int]:
         """{stack: tokens computed} in the forward that starts; those that are left whole are not in it."""
@@ -228,13 +233,14 @@ class DenoiserPatch(Portable):
 
     def left_behind(self) -> dict[str, Any]:
         """See `Portable`."""
-        return {"recordings": [], "pipeline": None, "whole": None, "key": uuid4().hex}
+        own = {"pipeline": None, "whole": None, "key": uuid4().hex, "caches": copy(self.caches)}
+        return {**super().left_behind(), **own}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserPatch:
-        copy: DenoiserPatch = object.__new__(type(self))
-        memo[id(self)] = copy
-        copy.__setstate__(self.__getstate__())
-        return copy
+        other: DenoiserPatch = object.__new__(type(self))
+        memo[id(self)] = other
+        other.__setstate__(self.__getstate__())
+        return other
 
 
 def attach(host: DenoiserHost, patch: DenoiserPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from tokenprune.budget import Budget
-from tokenprune.denoisers.caches import refuse_caches
 from tokenprune.denoisers.caching import CachingPatch
 from tokenprune.denoisers.host import Stack
 from tokenprune.denoisers.patch import DenoiserPatch, Describe
@@ -51,7 +50,7 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
         )
     if patch.active:
         _check_projections(divided(host, method), method)
-        refuse_caches(model, patch.watch, patch.remembers, method.name)
+        patch.caches.refuse(model, anew=True)
     if patch.active and host.example is not None:
         whole = patch.scheduled()
         first = whole[0] if whole else patch.last_timestep

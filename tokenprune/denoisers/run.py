@@ -10,36 +10,66 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.recording import Forward
-from tokenprune.reduction import Reduction
+from tokenprune.reduction import Reduction, Rows
+from tokenprune.tables import positions
 
 UNKNOWN_STEPS = 50
 """Steps that a run is taken to have where no scheduler says it."""
 
 
-@dataclass(frozen=True, eq=False)
 class Chosen:
-    """What a stack computes. near: [B, N] which of the computed tokens each token is a copy of behind the stack, None
-    where dropped ones keep their value."""
+    """What a stack computes, made ready for all of its blocks.
 
-    reduction: Reduction
-    near: Tensor | None
+    near: [B, N] which of the computed tokens each token is a copy of behind the stack, None where dropped ones keep
+    their value. tokens: N that enter the stack.
+    """
+
+    def __init__(self, reduction: Reduction, near: Tensor | None, tokens: int) -> None:
+        self.reduction = reduction
+        self.near = None if near is None else Rows(near, reduction.tokens)
+        self.tokens = tokens
+
+    @cached_property
+    def rows(self) -> Rows | None:
+        """The computed tokens where they are an index."""
+        return Rows(self.reduction.kept, self.tokens) if self.reduction.is_index else None
+
+    @cached_property
+    def index(self) -> Tensor:
+        """[B, K] positions of the computed tokens."""
+        kept = self.reduction.kept
+        if self.reduction.is_index:
+            return kept
+        return self.reduction.follow(positions(self.tokens, kept).expand(kept.shape[0], -1))
+
+    def take(self, x: Tensor) -> Tensor:
+        """x [B, N, C] to what is computed of it, [B, K, C]."""
+        return self.reduction(x) if self.rows is None else self.rows.take(x)
+
+    def bring_back(self, reduced: Tensor, entered: Tensor, full: Tensor) -> Tensor:
+        """See `Reduction.bring_back`."""
+        return self.reduction.bring_back(reduced, entered, full) if self.rows is None else self.rows.put(full, reduced)
 
 
 @dataclass(eq=False)
 class Run:
-    """One run of one patch in this thread. timestep: of the last forward. shape: of the latents. positions: of the
-    steps that the run has left at its beginning, in [0, 1) of the whole. guidance: how many times the latents stand
-    in the batch. sets: what each stack computed at this step, for the second call of a guided step. index: of the step,
-    counted from 0. call: of the step's calls. held: what a method chose for some steps, by stack and call. kept: what a
-    method takes from earlier steps."""
+    """One run of one patch in this thread.
+
+    timestep: of the last forward. shape: of the latents. positions: of the steps that the run has left at its
+    beginning, in [0, 1) of the whole. guidance: how many times the latents stand in the batch. sets: what each stack
+    computed at this step, for the second call of a guided step. shared: see `AttentionRecord.once`, of this step.
+    index: of the step, counted from 0. call: of the step's calls. held: what a method chose for some steps, by stack
+    and call. kept: what a method takes from earlier steps.
+    """
 
     timestep: float
     shape: tuple[int, ...]
@@ -50,6 +80,7 @@ class Run:
     sets: dict[str, Chosen] = field(default_factory=dict)
     index: int = 0
     call: int = 0
+    shared: dict[Any, Any] = field(default_factory=dict)
     held: dict[tuple[str, int], Reduction] = field(default_factory=dict)
     kept: dict[Any, Any] = field(default_factory=dict)
 
@@ -58,7 +89,8 @@ class Run:
 class Pass:
     """One forward of the denoiser. keep: {stack: how many tokens it computes}, those left whole are not in it. sets:
     {stack: the tokens}. grid: (rows, columns) of the latents. step: see AttentionRecord. due: what a method that holds
-    a choice over steps is to do at this one. forward: the recording of it, where one is wanted."""
+    a choice over steps is to do at this one. tokens: {stack: how many enter it}. forward: the recording of it, where
+    one is wanted."""
 
     patch: Any
     run: Run
@@ -67,6 +99,7 @@ class Pass:
     reuse: bool
     step: Tensor
     due: str = "select"
+    tokens: Mapping[str, int] = field(default_factory=dict)
     forward: Forward | None = None
     sets: dict[str, Chosen] = field(default_factory=dict)
 
@@ -116,7 +149,7 @@ def run_of(key: str, latents: Tensor, timestep: float, whole: Sequence[float] | 
         _THREAD.runs[key] = run
     else:
         run.index += 1
-    run.timestep, run.sets, run.call = timestep, {}, 0
+    run.timestep, run.sets, run.shared, run.call = timestep, {}, {}, 0
     run.latents, run.version = weakref.ref(latents), _version(latents)
     return run, False
 

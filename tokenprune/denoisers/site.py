@@ -20,12 +20,12 @@ from tokenprune.denoisers.host import Arguments, BlockFacts, Stack
 from tokenprune.denoisers.records import grid_of, image_heads, split_heads, together
 from tokenprune.denoisers.run import Chosen, Pass, running
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
-from tokenprune.kernels.merge import gather
 from tokenprune.method import Method
 from tokenprune.recording import PlaceRecord
 from tokenprune.reduction import Reduction
 from tokenprune.restore import attended_stand_ins, stand_ins
 from tokenprune.state import TokenState, in_backward, recall, remember
+from tokenprune.tables import positions
 
 if TYPE_CHECKING:
     from tokenprune.denoisers.patch import DenoiserPatch
@@ -123,7 +123,7 @@ class BlockSite:
         if one.forward is None or any(place.name == name for place in one.forward.places):
             return
         batch, tokens = x.shape[:2]
-        origin = torch.arange(tokens, device=x.device).expand(batch, -1)
+        origin = positions(tokens, x).expand(batch, -1)
         merged = reduction.moved is not None or reduction.matrix is not None
         one.forward.places.append(
             PlaceRecord(
@@ -137,20 +137,19 @@ class BlockSite:
 
     def _on_chosen(self, forward: Callable[..., Any], bound: Arguments, chosen: Chosen) -> Any:
         x: Tensor = bound[self.hidden]
-        reduction, tokens = chosen.reduction, x.shape[1]
+        tokens = x.shape[1]
         text = bound[self.text].shape[1] if self.text and bound.get(self.text) is not None else 0
-        index = reduction.follow(torch.arange(tokens, device=x.device).expand(x.shape[0], -1))
-        entered = reduction(x)
+        entered = chosen.take(x)
         bound = {**bound, self.hidden: entered}
         for name, take in self.slices:
             if bound.get(name) is not None:
-                bound[name] = take(bound[name], index, tokens, text)
+                bound[name] = take(bound[name], chosen.index, tokens, text)
         output = forward(**bound)
         reduced = self._image(output)
         if self.last and chosen.near is not None:
-            full = gather(reduced, chosen.near)
+            full = chosen.near.take(reduced)
         else:
-            full = reduction.bring_back(reduced, entered, self._left_out(x))
+            full = chosen.bring_back(reduced, entered, self._left_out(x))
         if self.returned is None:
             return full
         return tuple(full if i == self.returned else part for i, part in enumerate(output))
@@ -193,7 +192,7 @@ class BlockSite:
             else:
                 state = TokenState(tokens, tokens, grid=grid_of(one.grid, tokens))
                 near = stand_ins(state, reduction, x.detach())
-        one.sets[self.stack] = one.run.sets[self.stack] = Chosen(reduction, near)
+        one.sets[self.stack] = one.run.sets[self.stack] = Chosen(reduction, near, tokens)
 
     def _copies(self, one: Pass, batch: int) -> int:
         """How many images of the batch, one after the other, compute the same tokens."""
@@ -205,7 +204,7 @@ class BlockSite:
         batch, tokens = x.shape[:2]
         return AttentionRecord(
             hidden=x.detach(),
-            origin=torch.arange(tokens, device=x.device).expand(batch, -1),
+            origin=positions(tokens, x).expand(batch, -1),
             num_prefix_tokens=0,
             place=self.place,
             depth=self.places,

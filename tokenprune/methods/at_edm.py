@@ -15,7 +15,7 @@ from tokenprune.method import Method
 from tokenprune.registry import register_method
 from tokenprune.schedule import Stages
 from tokenprune.scores.cross_pagerank import cross_pagerank
-from tokenprune.scores.pagerank import fuse_heads, passing_heads, weighted_pagerank
+from tokenprune.scores.pagerank import fuse_heads, weighted_pagerank
 from tokenprune.selection.top_k import keep_top_k
 
 
@@ -23,14 +23,14 @@ def graph_score(record: AttentionRecord, iterations: int) -> Tensor:
     """Importance of each token [B, n]: weighted PageRank on each head's self-attention graph from a uniform start
     (section 3.2, SA-WPR), fused over heads."""
     scores = weighted_pagerank(record, iterations, class_start=False)[:, :, record.num_prefix_tokens :]
-    return fuse_heads(scores, passing_heads(scores, None))
+    return fuse_heads(scores)
 
 
 def text_graph_score(record: AttentionRecord, iterations: int) -> Tensor:
     """The same on the graph between image and text tokens (CA-WPR)."""
     assert record.cross is not None
     scores = cross_pagerank(record.cross, iterations)
-    return fuse_heads(scores, passing_heads(scores, None))
+    return fuse_heads(scores)
 
 
 @register_method("at_edm")

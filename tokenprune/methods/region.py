@@ -3,9 +3,6 @@ Transformer for Interactive Image Editing", ECCV 2024)."""
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,7 +29,7 @@ def region(*, mask: Tensor | None = None, ring: int = 1, dense_steps: tuple[int,
     """
     if ring < 0 or ring != int(ring):
         raise UnsupportedMethod(f"ring is a number of tokens around the mask, 0 or more, got {ring!r}")
-    plane = _plane(mask) if mask is not None else None
+    marked = Region(None if mask is None else _plane(mask), ring)
     steps = frozenset(dense_steps)
     return Method(
         name="region",
@@ -45,10 +42,10 @@ def region(*, mask: Tensor | None = None, ring: int = 1, dense_steps: tuple[int,
         over_steps=OverSteps(
             reuses="tokens",
             dense=steps.__contains__,
-            score=partial(_masked, plane=plane, ring=ring),  # type: ignore[arg-type]
-            count=partial(_count, plane=plane, ring=ring),  # type: ignore[arg-type]
+            score=marked.score,
+            count=marked.count,
             fixed=True,
-            lacks=None if plane is not None else "region computes what a mask says: patch(pipe, 'region', mask=mask)",
+            lacks=None if mask is not None else "region computes what a mask says: patch(pipe, 'region', mask=mask)",
         ),
     )
 
@@ -88,10 +85,27 @@ def _plane(mask: Tensor) -> Tensor:
     return plane
 
 
-def _count(level: Level, plane: Tensor, ring: int) -> int:
-    return int(token_mask(plane, level.grid or token_grid(plane, level.tokens), ring).sum())
+class Region:
+    """A mask [H, W] and, worked out once for each grid, which tokens are to be computed and how many."""
 
+    def __init__(self, plane: Tensor | None, ring: int) -> None:
+        self.plane = plane
+        self.ring = ring
+        self.grids: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
-def _masked(record: AttentionRecord, memory: Memory, plane: Tensor, ring: int) -> Tensor:
-    cells = token_mask(plane, record.grid or token_grid(plane, record.tokens), ring)
-    return cells.flatten().to(record.hidden.device, torch.float32).repeat(record.origin.shape[0], 1)
+    def count(self, level: Level) -> int:
+        """See `OverSteps.count`."""
+        return self._of(level.grid, level.tokens)[1]
+
+    def score(self, record: AttentionRecord, memory: Memory) -> Tensor:
+        """1 for the tokens to compute, 0 for the others, [B, n]; the same of all images."""
+        cells = self._of(record.grid, record.tokens)[0]
+        return cells.to(record.hidden.device).expand(record.origin.shape[0], -1)
+
+    def _of(self, grid: tuple[int, int] | None, tokens: int) -> tuple[Tensor, int]:
+        assert self.plane is not None
+        grid = grid or token_grid(self.plane, tokens)
+        if grid not in self.grids:
+            cells = token_mask(self.plane, grid, self.ring)
+            self.grids[grid] = cells.flatten().float(), int(cells.sum())
+        return self.grids[grid]

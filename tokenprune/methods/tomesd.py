@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from torch import Tensor
+
+from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import BudgetError
 from tokenprune.method import Method
+from tokenprune.reduction import Reduction
 from tokenprune.registry import register_method
 from tokenprune.schedule import Layout, MergedShare
-from tokenprune.scores.fixed import hashed_scores
-from tokenprune.selection.windows import merge_into_windows
+from tokenprune.scores.fixed import hashed_scores_of_peers
+from tokenprune.selection.windows import Split, merge_into_chosen, merge_into_windows, split_by_windows
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,21 @@ class FinestLevels:
         if latents is None:
             raise BudgetError("max_downsample counts from latents with rows and columns; leave it out here")
         return {n: self.share for n in counts if math.ceil(math.sqrt(latents // n)) <= self.max_downsample}
+
+
+def merge_into_random(
+    scores: Tensor | None, record: AttentionRecord, keep: int, *, seed: int, sy: int, sx: int
+) -> Reduction:
+    """Merge into a random token of each window, another one at each step and place, the same of all images."""
+    if keep == record.tokens:
+        return Reduction(record.origin)
+
+    def split() -> Split:
+        return split_by_windows(hashed_scores_of_peers(record, seed), record, sy, sx)
+
+    # On a GPU the draw takes as long as all else here, and of all places no longer than of one.
+    splits = record.once(("tomesd", seed, sy, sx, record.grid), split)
+    return merge_into_chosen(splits.of((record.peers or (record.place,)).index(record.place)), record, keep)
 
 
 @register_method("tomesd")
@@ -73,8 +92,9 @@ def tomesd(
         name="tomesd",
         paper="Bolya and Hoffman, Token Merging for Fast Stable Diffusion, CVPR 2023 workshops",
         schedule=Windows(1 - ratio, area=sx * sy),
-        score=partial(hashed_scores, seed=seed, each_step=True) if use_rand else None,
-        select=partial(merge_into_windows, sy=sy, sx=sx),
+        select=partial(merge_into_windows, sy=sy, sx=sx)
+        if not use_rand
+        else partial(merge_into_random, seed=seed, sy=sy, sx=sx),
         needs=frozenset({"stacks", "grid"}),
         stack_share=1 - ratio,
         parts=parts,

@@ -52,9 +52,10 @@ def passing_heads(scores: Tensor, variance: tuple[float, float] | None) -> Tenso
     return passed >= passed.any(-2, keepdim=True)
 
 
-def fuse_heads(scores: Tensor, heads: Tensor, how: Literal["rms", "mean"] = "rms") -> Tensor:
+def fuse_heads(scores: Tensor, heads: Tensor | None = None, how: Literal["rms", "mean"] = "rms") -> Tensor:
     """Head fusion that emphasises informative regions (section 3.2, EIR): the root mean square over the heads that
-    count, or their mean. scores: [..., B, H, n], heads: [..., B, H, 1] of booleans. Returns [..., B, n]."""
-    if how == "mean":
-        return (heads * scores).sum(-2) / heads.sum(-2)
-    return ((heads * scores.square()).sum(-2) / heads.sum(-2)).sqrt()
+    count, or their mean. scores: [..., B, H, n], heads: [..., B, H, 1] of booleans, None where all count. Returns
+    [..., B, n]."""
+    values = scores if how == "mean" else scores.square()
+    fused = values.sum(-2) / values.shape[-2] if heads is None else (heads * values).sum(-2) / heads.sum(-2)
+    return fused if how == "mean" else fused.sqrt()

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.reduction import Reduction
+from tokenprune.tables import table
 
 
 def ranked(scores: Tensor) -> Tensor:
@@ -22,7 +23,8 @@ def first_of(scores: Tensor, count: Tensor) -> Tensor:
 def keep_top_k(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
     """Keep the `keep` highest scores [B, n] in their original order, drop the rest."""
     assert scores is not None
-    return Reduction(ranked(scores)[:, :keep].sort(dim=1).values)
+    own = scores[:1] if scores.stride(0) == 0 else scores  # images with one row of scores have one choice
+    return Reduction(ranked(own)[:, :keep].sort(dim=1).values.expand(scores.shape[0], -1))
 
 
 def keep_all(record: AttentionRecord) -> Reduction:
@@ -44,7 +46,8 @@ def fuse_rest(scores: Tensor | None, record: AttentionRecord, keep: int, *, equa
 
 def keep_evenly(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
     """Keep `keep` evenly spaced tokens: positions floor((j + 1/2) n / keep)."""
-    n = record.tokens
-    odd = torch.rsub(torch.arange(keep, device=record.origin.device), n, alpha=-2 * n)  # (2 j + 1) n, in one operation
-    positions = odd // (2 * keep)
-    return Reduction(positions.expand(record.origin.shape[0], -1))
+    return Reduction(table(_evenly, keep, record.tokens, like=record.origin).expand(record.origin.shape[0], -1))
+
+
+def _evenly(keep: int, tokens: int, device: torch.device) -> Tensor:
+    return (2 * torch.arange(keep, device=device) + 1) * tokens // (2 * keep)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -9,36 +11,41 @@ from torch.nn import functional
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import BudgetError, UnsupportedMethod
 from tokenprune.kernels.matching import cosine_match
-from tokenprune.kernels.merge import gather
 from tokenprune.ragged import RaggedReduction
-from tokenprune.reduction import Reduction
+from tokenprune.reduction import Reduction, Rows
 from tokenprune.selection.pairs import merge_best
 from tokenprune.selection.top_k import first_of
+from tokenprune.tables import table
 
 
-def split_by_windows(scores: Tensor | None, record: AttentionRecord, sy: int, sx: int) -> tuple[Tensor, Tensor]:
-    """(positions of the others [B, n - W], of the best-scored token of each window [B, W]), each rising.
+@dataclass(frozen=True)
+class Split:
+    """Tokens of I images, or of all, in two sets: order [I, n] holds the positions of the others, then those of the
+    chosen tokens, each rising. chosen: how many these are."""
 
-    Windows are sy rows by sx columns from the top left corner; what remains at the edges is in none. Without scores
-    the first token of a window is taken.
+    order: Tensor
+    chosen: int
+
+    def of(self, row: int) -> Split:
+        """That of one image alone."""
+        return Split(self.order[row : row + 1], self.chosen)
+
+
+def split_by_windows(scores: Tensor | None, record: AttentionRecord, sy: int, sx: int) -> Split:
+    """The best-scored token of each window is chosen, without scores its first; one split for each row of `scores`.
+
+    Windows are sy rows by sx columns from the top left corner; what remains at the edges is in none.
     """
     assert record.grid is not None
     rows, columns = record.grid
     down, across = rows // sy, columns // sx
-    batch, device = record.origin.shape[0], record.origin.device
-    images = 1 if scores is None or scores.stride(0) == 0 else batch  # of which the windows' choices may differ
-    first = torch.arange(down, device=device)[:, None] * sy * columns + torch.arange(across, device=device) * sx
     if scores is None:
-        chosen = first.expand(images, -1, -1)
-    else:
-        inside = scores[:images].view(images, rows, columns)[:, : down * sy, : across * sx]
-        inside = inside.reshape(images, down, sy, across, sx).transpose(2, 3).flatten(3)
-        best = inside.argmax(-1)
-        chosen = first + best // sx * columns + best % sx
-    taken = torch.zeros(images, rows * columns, dtype=torch.int8, device=device).scatter(1, chosen.flatten(1), 1)
-    order = taken.sort(dim=1, stable=True).indices.expand(batch, -1)
-    others = order.shape[1] - down * across
-    return order[:, :others], order[:, others:]
+        return Split(table(_by_first, record.grid, sy, sx, like=record.origin), down * across)
+    images = scores.shape[0]
+    inside = scores.view(images, rows, columns)[:, : down * sy, : across * sx]
+    best = inside.reshape(images, down, sy, across, sx).transpose(2, 3).flatten(3).argmax(-1)
+    chosen = table(_firsts, record.grid, sy, sx, like=record.origin) + best // sx * columns + best % sx
+    return Split(_order(chosen.flatten(1), rows * columns), down * across)
 
 
 def merge_into_windows(
@@ -49,9 +56,16 @@ def merge_into_windows(
     of the others, then the chosen ones."""
     if keep == record.tokens:
         return Reduction(record.origin)
-    others, chosen = split_by_windows(scores, record, sy, sx)
-    similarity, match = cosine_match(gather(record.hidden, others), gather(record.hidden, chosen))
-    return merge_best(similarity, match, others, chosen, record.tokens - keep)
+    return merge_into_chosen(split_by_windows(scores, record, sy, sx), record, keep)
+
+
+def merge_into_chosen(split: Split, record: AttentionRecord, keep: int) -> Reduction:
+    """The same with a split that is known."""
+    order = split.order.expand(record.origin.shape[0], -1)
+    away = record.tokens - split.chosen
+    hidden = Rows(order, record.tokens).take(record.hidden)
+    similarity, match = cosine_match(hidden[:, :away], hidden[:, away:])
+    return merge_best(similarity, match, order[:, :away], order[:, away:], record.tokens - keep)
 
 
 def pool_similar_windows(record: AttentionRecord, threshold: float, least: int) -> RaggedReduction:
@@ -85,18 +99,39 @@ def pool_similar_windows(record: AttentionRecord, threshold: float, least: int) 
     return RaggedReduction(own.scatter(1, window.flatten().expand_as(target), target))
 
 
+def _firsts(grid: tuple[int, int], sy: int, sx: int, device: torch.device) -> Tensor:
+    """Position of the first token of each window, [windows down, windows across]."""
+    rows, columns = grid
+    down, across = torch.arange(rows // sy, device=device), torch.arange(columns // sx, device=device)
+    return down[:, None] * sy * columns + across * sx
+
+
+def _by_first(grid: tuple[int, int], sy: int, sx: int, device: torch.device) -> Tensor:
+    return _order(_firsts(grid, sy, sx, device).reshape(1, -1), grid[0] * grid[1])
+
+
+def _order(chosen: Tensor, tokens: int) -> Tensor:
+    """The positions not among `chosen` [I, W], then these, each rising, [I, tokens]."""
+    taken = torch.zeros(chosen.shape[0], tokens, dtype=torch.int8, device=chosen.device).scatter(1, chosen, 1)
+    return taken.sort(dim=1, stable=True).indices
+
+
 def keep_smaller_grid(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
     """The `keep` tokens nearest to the centres of a coarser grid's cells ("nearest-exact" down-sampling).
 
     The coarser grid has the aspect of the tokens'; where `keep` fills none, some of its rows have a cell more.
     """
     assert record.grid is not None
-    rows, columns = record.grid
+    kept = table(_cell_centres, record.grid, keep, like=record.origin)
+    return Reduction(kept.expand(record.origin.shape[0], -1))
+
+
+def _cell_centres(grid: tuple[int, int], keep: int, device: torch.device) -> Tensor:
+    rows, columns = grid
     coarse = min(rows, max(-(-keep // columns), round((keep * rows / columns) ** 0.5)))
     positions = []
     for i in range(coarse):
         row = (2 * i + 1) * rows // (2 * coarse)
         cells = (i + 1) * keep // coarse - i * keep // coarse
         positions += [row * columns + (2 * j + 1) * columns // (2 * cells) for j in range(cells)]
-    kept = torch.tensor(positions, device=record.origin.device)
-    return Reduction(kept.expand(record.origin.shape[0], -1))
+    return torch.tensor(positions, device=device)

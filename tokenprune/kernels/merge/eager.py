@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenprune.tables import positions, table
+
 
 def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """Entries `index` [B, K] of x [B or 1, ..., N, ...] along `dim`.
@@ -17,15 +19,19 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
         rows = x[0].index_select(dim - 1, index.reshape(-1))
         return rows.reshape(*x.shape[1:dim], batch, count, *x.shape[dim + 1 :]).movedim(dim - 1, 0)
     if dim == 1 and x.ndim > 2 and not x.is_cuda:
-        rows = x.reshape(-1, *x.shape[2:]).index_select(0, _rows(index, x.shape[1]))
+        rows = x.reshape(-1, *x.shape[2:]).index_select(0, flat_rows(index, x.shape[1]))
         return rows.reshape(batch, count, *x.shape[2:])
     along = index.reshape(batch, *(1,) * (dim - 1), count, *(1,) * (x.ndim - dim - 1))
     return x.gather(dim, along.expand(*x.shape[:dim], count, *x.shape[dim + 1 :]))
 
 
-def _rows(index: Tensor, count: int) -> Tensor:
+def flat_rows(index: Tensor, count: int) -> Tensor:
     """Positions [B, K] among `count` of each image, as positions [B K] among those of all."""
-    return (index + torch.arange(index.shape[0], device=index.device).unsqueeze(1) * count).reshape(-1)
+    return (index + table(_first_rows, index.shape[0], count, like=index)).reshape(-1)
+
+
+def _first_rows(batch: int, count: int, device: torch.device) -> Tensor:
+    return torch.arange(batch, device=device).unsqueeze(1) * count
 
 
 def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,7 +41,7 @@ def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor)
     out = gather(x, kept, 1).to(torch.promote_types(x.dtype, sizes.dtype))
     # x_t + sum of s_m / S (x_m - x_t) is the average of the group, and touches none but the rows that it changes.
     share = moved_sizes / gather(merged_sizes, target, 1)
-    rows, flat = _rows(target, kept.shape[1]), out.flatten(0, 1)
+    rows, flat = flat_rows(target, kept.shape[1]), out.flatten(0, 1)
     pull = (gather(x, moved, 1).flatten(0, 1) - flat.index_select(0, rows)) * share.reshape(-1, 1)
     # By whole rows, as in `gather`: scatter_add takes four times as long on a CPU.
     flat.index_add_(0, rows, pull)
@@ -51,5 +57,5 @@ def source(kept: Tensor, moved: Tensor | None, target: Tensor | None, tokens: in
     """For each of the `tokens` that entered, the position of the leaving one that it is in, or -1: [B, tokens]."""
     batch, count = kept.shape
     out = torch.full((batch, tokens), -1, dtype=torch.long, device=kept.device)
-    out = out.scatter(1, kept, torch.arange(count, device=kept.device).expand(batch, -1))
+    out = out.scatter(1, kept, positions(count, kept).expand(batch, -1))
     return out if moved is None or target is None else out.scatter(1, moved, target)
