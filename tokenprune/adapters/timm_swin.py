@@ -1,0 +1,134 @@
+"""timm's Swin and Swin v2: windows are computed or passed through."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from timm.models import swin_transformer, swin_transformer_v2
+from torch import Tensor, nn
+
+from tokenprune.adapters.swapping import named_as
+from tokenprune.errors import UnsupportedModel, unknown_module
+from tokenprune.family import Request
+from tokenprune.method import Method
+from tokenprune.registry import register_adapter
+from tokenprune.windows.here import attended_here, windows_here
+from tokenprune.windows.host import Block, Layout, WindowsHost
+from tokenprune.windows.patch import WindowsPatch, attach
+from tokenprune.windows.prepare import prepare
+from tokenprune.windows.tiling import Chosen, Grid, Tiling
+
+MODELS = (swin_transformer.SwinTransformer, swin_transformer_v2.SwinTransformerV2)
+
+
+@named_as(swin_transformer.SwinTransformerBlock)
+class WindowedSwinBlock(swin_transformer.SwinTransformerBlock):
+    """Swin's block, normalised in front of attention and MLP: padding is zero behind the norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = windows_here(x, _tiling(self))
+        if chosen is None:
+            out: Tensor = super().forward(x)
+            return out
+        windows = chosen.take(x)
+        attended = self.attn(chosen.blank(self.norm1(windows)), mask=_mask(self, x, chosen))
+        images = chosen.together(windows) + self.drop_path1(chosen.together(attended))
+        attended_here()
+        images = images + self.drop_path2(self.mlp(self.norm2(images)))
+        return chosen.give_back(images, x)
+
+
+@named_as(swin_transformer_v2.SwinTransformerV2Block)
+class WindowedSwinV2Block(swin_transformer_v2.SwinTransformerV2Block):
+    """Swin v2's block, normalised behind attention and MLP: padding is zero in front of the attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = windows_here(x, _tiling(self))
+        if chosen is None:
+            out: Tensor = super().forward(x)
+            return out
+        windows = chosen.take(x)
+        attended = self.attn(windows, mask=_mask(self, x, chosen))
+        images = chosen.together(windows) + self.drop_path1(self.norm1(chosen.together(attended)))
+        attended_here()
+        images = images + self.drop_path2(self.norm2(self.mlp(images)))
+        return chosen.give_back(images, x)
+
+
+_SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
+    swin_transformer.SwinTransformerBlock: WindowedSwinBlock,
+    swin_transformer_v2.SwinTransformerV2Block: WindowedSwinV2Block,
+}
+
+
+def _tiling(block: Any) -> Tiling:
+    return Tiling(tuple(block.window_size), tuple(block.shift_size))
+
+
+def _mask(block: Any, x: Tensor, chosen: Chosen) -> Tensor | None:
+    """[B K, T, T] what keeps tokens apart that have met by rolling the grid, None where it is not rolled."""
+    tiling, grid = _tiling(block), (x.shape[1], x.shape[2])
+    if not any(tiling.shift):
+        return None
+    if getattr(block, "dynamic_mask", False):
+        sides = (tiles * side for tiles, side in zip(tiling.tiles(grid), tiling.size, strict=True))
+        return chosen.rows(block.get_attn_mask(x.new_empty(1, *sides, 1)))
+    return chosen.rows(block.attn_mask)
+
+
+@register_adapter
+class TimmSwin:
+    """See `tokenprune.family.Family`."""
+
+    name = "timm_swin"
+
+    def find(self, target: object) -> nn.Module | None:
+        assert isinstance(target, nn.Module)
+        found = [module for module in target.modules() if isinstance(module, MODELS)]
+        if len(found) > 1:
+            raise UnsupportedModel(f"{type(target).__name__} holds {len(found)} Swins; patch each of them by itself")
+        return found[0] if found else None
+
+    def prepare(self, model: nn.Module, method: Method, request: Request) -> WindowsPatch:
+        return prepare(describe, model, self.name, method, request)
+
+    def attach(self, model: nn.Module, patch: WindowsPatch) -> None:
+        attach(describe(model), patch)
+
+
+def describe(model: nn.Module) -> WindowsHost:
+    """The facts of a Swin.
+
+    Raises:
+        UnsupportedModel: a block in it is not known.
+    """
+    parts: Any = model
+    blocks: list[Block] = []
+    for s, stage in enumerate(parts.layers):
+        for b, block in enumerate(stage.blocks):
+            original = getattr(type(block), "_tokenprune_original", type(block))
+            if original not in _SWAPPED:
+                raise unknown_module(block)
+            layout = Layout(f"layers.{s}.blocks.{b}", len(blocks), s, 2**s, _tiling(block))
+            blocks.append(Block(layout, block, _SWAPPED[original]))
+    rows, columns = parts.patch_embed.grid_size
+    return WindowsHost(model, blocks, parts.patch_embed, (rows, columns), partial(_example, model), _small)
+
+
+def _example(model: nn.Module, batch: int) -> Tensor:
+    parts: Any = model
+    weight = next(p for p in chain(model.parameters()) if p.is_floating_point())
+    channels, size = parts.patch_embed.proj.in_channels, parts.patch_embed.img_size
+    return torch.empty(batch, channels, *size, device=weight.device, dtype=weight.dtype)
+
+
+def _small(block: nn.Module) -> tuple[int, int, int, int]:
+    """A grid of three by two windows with padding in the last ones."""
+    parts: Any = block
+    rows, columns = parts.window_size
+    grid: Grid = 2 * rows + 1, columns + 1
+    parts.set_input_size(feat_size=grid, window_size=(rows, columns), always_partition=True)
+    return 1, *grid, parts.attn.qkv.in_features

@@ -1,0 +1,61 @@
+"""What an adapter says about a model of windows, and all that is known of it outside the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from tokenprune.windows.tiling import Grid, Tiling
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A block of windows, as plain data. name: of the module. number: in a schedule. stage: blocks of one stage are
+    scored together. scale: its grid has the sides of the first one divided by that, rounded up."""
+
+    name: str
+    number: int
+    stage: int
+    scale: int
+    tiling: Tiling
+
+    def grid(self, first: Grid) -> Grid:
+        """Its grid in a model whose first grid is that."""
+        return -(-first[0] // self.scale), -(-first[1] // self.scale)
+
+    def windows(self, first: Grid) -> int:
+        """Its windows."""
+        return self.tiling.windows(self.grid(first))
+
+    def tokens(self, first: Grid) -> int:
+        """Its tokens."""
+        rows, columns = self.grid(first)
+        return rows * columns
+
+
+@dataclass
+class Block:
+    """A block of windows. swapped: its class, with the windows that it computes taken out and put back."""
+
+    layout: Layout
+    module: nn.Module
+    swapped: type[nn.Module]
+
+
+@dataclass
+class WindowsHost:
+    """One model. entry: puts out the tokens [B, H, W, C] of the first grid. grid: of the usual input. example: batch ->
+    input on the meta device. check: a copy of a block -> the shape [1, H, W, C] of an input of a few windows, which it
+    is made to take. outside: what runs between the blocks costs in proportion to the tokens there.
+    skipped: {block: why it is left alone}."""
+
+    model: nn.Module
+    blocks: list[Block]
+    entry: nn.Module
+    grid: Grid
+    example: Callable[[int], Tensor]
+    check: Callable[[nn.Module], tuple[int, int, int, int]]
+    outside: bool = True
+    skipped: dict[str, str] = field(default_factory=dict)

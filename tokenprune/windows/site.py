@@ -1,0 +1,121 @@
+"""Site: the hooks on one block of windows, and the choice of those that it computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tokenprune.attention_record import AttentionRecord
+from tokenprune.errors import UnsupportedMethod, UnsupportedModel
+from tokenprune.recording import PlaceRecord
+from tokenprune.reduction import Reduction
+from tokenprune.state import in_backward, recall, remember
+from tokenprune.windows.here import Pass, here
+from tokenprune.windows.host import Block
+from tokenprune.windows.tiling import Chosen, Grid, Tiling, choose
+
+if TYPE_CHECKING:
+    from tokenprune.windows.patch import WindowsPatch
+
+
+class BlockSite:
+    """Block `index` of a patched model."""
+
+    def __init__(self, patch: WindowsPatch, index: int) -> None:
+        self.patch = patch
+        self.index = index
+        self.layout = patch.layouts[index]
+
+    def attach(self, block: Block) -> None:
+        """Put the hooks on the block and exchange its class."""
+        block.module.register_forward_pre_hook(self.enter, prepend=True)
+        block.module.register_forward_hook(self.leave, always_call=True)
+        block.module.__class__ = block.swapped
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Hook: the block starts."""
+        here().site = self
+        self.patch.mark(self.index, "enter")
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook: it has ended, by a result or an exception."""
+        here().site = None
+        self.patch.mark(self.index, "leave")
+
+    def attended(self) -> None:
+        """The point between attention and MLP."""
+        self.patch.mark(self.index, "attended")
+
+    def choose(self, x: Tensor, tiling: Tiling) -> Chosen | None:
+        """The windows of x [B, H, W, C] that the block computes, None for all."""
+        if in_backward():
+            known: Chosen | None = recall(x)  # gradient checkpointing runs the block once more
+            return known
+        now = here().now
+        keep = now.keep.get(self.index) if now is not None and now.patch is self.patch else None
+        if now is None or keep is None or (x.shape[1], x.shape[2]) != self.layout.grid(now.grid):
+            return None
+        if tiling != self.layout.tiling:
+            raise UnsupportedModel(
+                f"the windows of {self.layout.name} have changed since it was patched (set_input_size?); patch the"
+                " model again"
+            )
+        chosen = self._chosen(now, x.detach(), keep)
+        if torch.is_grad_enabled() or x.requires_grad:
+            remember(x, chosen)
+        return chosen
+
+    def _chosen(self, now: Pass, x: Tensor, keep: int) -> Chosen:
+        tiling, grid = self.layout.tiling, (x.shape[1], x.shape[2])
+        index = tiling.index(grid, x.device)
+        reduction = self._select(now, x, index, keep)
+        if reduction.kept.shape[1] != keep or reduction.moved is not None or reduction.matrix is not None:
+            raise UnsupportedMethod(
+                f"{self.patch.method.name} is asked for {keep} windows of {self.layout.name}; here it must drop the"
+                " others, and no fewer or more"
+            )
+        chosen = choose(tiling, grid, index, reduction.kept)
+        if now.forward is not None:
+            now.forward.places.append(_record(self.layout.name, chosen.tokens.kept, grid))
+        return chosen
+
+    def _select(self, now: Pass, x: Tensor, index: Tensor, keep: int) -> Reduction:
+        """The choice among the windows with the tokens index [W, T] (their number where it is padding). Tokens are
+        scored in front of the first reduced block of a stage, a window's score is the L2 norm of its tokens'."""
+        method, stage, grid = self.patch.method, self.layout.stage, (x.shape[1], x.shape[2])
+        hidden = x.flatten(1, 2)
+        record = AttentionRecord(
+            hidden=hidden,
+            origin=torch.arange(hidden.shape[1], device=x.device).expand(x.shape[0], -1),
+            num_prefix_tokens=0,
+            place=stage,
+            depth=self.patch.stages,
+            grid=grid,
+            has_class_token=False,
+        )
+        if stage not in now.scores:
+            now.scores[stage] = None if method.score is None else method.score(record)
+        tokens = now.scores[stage]
+        scores = None
+        if tokens is not None:
+            each = functional.pad(tokens, (0, 1))[:, index.flatten()].view(-1, *index.shape)
+            scores = torch.linalg.vector_norm(each, dim=2)
+        windows = torch.arange(index.shape[0], device=x.device).expand(x.shape[0], -1)
+        tiles = self.layout.tiling.tiles(grid)
+        selected = method.select(scores, replace(record, hidden=hidden[:, :0], origin=windows, grid=tiles), keep)
+        assert isinstance(selected, Reduction)
+        return selected
+
+
+def _record(name: str, tokens: Tensor, grid: Grid) -> PlaceRecord:
+    """Which tokens of a grid are computed: tokens [B, K T] in ascending order, their number for padding, -1 behind the
+    last of an image with more of it."""
+    count = grid[0] * grid[1]
+    kept = tokens.sort(dim=1).values
+    source = Reduction(kept).source(count + 1)[:, :count]
+    most = int((kept < count).sum(1).max()) if kept.numel() else 0
+    return PlaceRecord(name, kept[:, :most].masked_fill(kept[:, :most] == count, -1), source, None, grid)
