@@ -115,7 +115,7 @@ def describe(model: nn.Module) -> WindowsHost:
             layout = Layout(f"layers.{s}.blocks.{b}", len(blocks), s, 2**s, _tiling(block))
             blocks.append(Block(layout, block, _SWAPPED[original]))
     rows, columns = parts.patch_embed.grid_size
-    return WindowsHost(model, blocks, parts.patch_embed, (rows, columns), partial(_example, model), _small)
+    return WindowsHost(model, blocks, len(blocks), parts.patch_embed, (rows, columns), partial(_example, model), _small)
 
 
 def _example(model: nn.Module, batch: int) -> Tensor:

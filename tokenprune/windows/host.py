@@ -46,13 +46,14 @@ class Block:
 
 @dataclass
 class WindowsHost:
-    """One model. entry: puts out the tokens [B, H, W, C] of the first grid. grid: of the usual input. example: batch ->
+    """One model of `depth` blocks. entry: puts out the tokens [B, H, W, C] of the first grid. grid: of the usual input. example: batch ->
     input on the meta device. check: a copy of a block -> the shape [1, H, W, C] of an input of a few windows, which it
     is made to take. outside: what runs between the blocks costs in proportion to the tokens there.
     skipped: {block: why it is left alone}."""
 
     model: nn.Module
     blocks: list[Block]
+    depth: int
     entry: nn.Module
     grid: Grid
     example: Callable[[int], Tensor]

@@ -35,7 +35,9 @@ class WindowsPatch(Portable):
         self.active = not request.budget.is_full
         self.layouts = tuple(block.layout for block in host.blocks)
         self.stages = 1 + max(layout.stage for layout in self.layouts)
-        self.shares = shares_of(self.budget, self.layouts) if self.budget.kind == "schedule" else None
+        self.shares: dict[int, float] | None = None
+        if self.budget.kind == "schedule":
+            self.shares = shares_of(self.budget, self.layouts, host.depth)
         self.ratios = self._published()
         self.usual = self.entered = host.grid
         self.outside = host.outside

@@ -25,8 +25,8 @@ class Plan:
     skipped: dict[str, str]
 
 
-def shares_of(budget: Budget, layouts: Sequence[Layout]) -> dict[int, float]:
-    """{block: share} of a schedule that names blocks or their numbers.
+def shares_of(budget: Budget, layouts: Sequence[Layout], depth: int) -> dict[int, float]:
+    """{block: share} of a schedule that names blocks or their numbers among all `depth` blocks of the model.
 
     Raises:
         BudgetError: there is no such block, or it is named twice.
@@ -36,6 +36,8 @@ def shares_of(budget: Budget, layouts: Sequence[Layout]) -> dict[int, float]:
     shares: dict[int, float] = {}
     for place, share in budget.shares:
         number = int(place) if re.fullmatch(r"-?[0-9]+", place) else None
+        if number is not None and -depth <= number < 0:
+            number += depth
         index = known.get(place, numbers.index(number) if number in numbers else None)
         if index is None:
             raise BudgetError(
