@@ -28,7 +28,12 @@ _BUILTIN_METHODS = (
 )  # fmt: skip
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {
-    "timm": ("tokenprune.adapters.timm_vit", "tokenprune.adapters.timm_swin"),
+    "timm": (
+        "tokenprune.adapters.timm_vit",
+        "tokenprune.adapters.timm_swin",
+        "tokenprune.adapters.timm_sam",
+        "tokenprune.adapters.timm_hiera",
+    ),
     "transformers": ("tokenprune.adapters.hf_vision", "tokenprune.adapters.hf_lvlm"),
     "diffusers": ("tokenprune.adapters.diffusers_unet", "tokenprune.adapters.diffusers_dit"),
 }

@@ -296,6 +296,7 @@ def test_what_is_refused() -> None:
             {"keep": 0.5},
         ),
         (tokenprune.UnsupportedMethod, "merges tokens", model, "tome", {"keep": 0.5}),
+        (tokenprune.BudgetError, "use schedule=", model, "random", {"rate": 0.5, "places": (1,)}),
         (tokenprune.UnsupportedMethod, "denoising", model, "sparsevit", {"keep": 0.5, "steps": "constant"}),
         (tokenprune.UnsupportedMethod, "needs windows", vit, "sparsevit", {"keep": 0.5}),
     ]

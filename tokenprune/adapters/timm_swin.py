@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import chain
 from typing import Any
 
-import torch
 from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 
 from tokenprune.adapters.swapping import named_as
-from tokenprune.errors import UnsupportedModel, unknown_module
-from tokenprune.family import Request
-from tokenprune.method import Method
+from tokenprune.adapters.timm_windows import Windowed, example_of, swapped_for
 from tokenprune.registry import register_adapter
 from tokenprune.windows.here import attended_here, windows_here
 from tokenprune.windows.host import Block, Layout, WindowsHost
-from tokenprune.windows.patch import WindowsPatch, attach
-from tokenprune.windows.prepare import prepare
 from tokenprune.windows.tiling import Chosen, Grid, Tiling
-
-MODELS = (swin_transformer.SwinTransformer, swin_transformer_v2.SwinTransformerV2)
 
 
 @named_as(swin_transformer.SwinTransformerBlock)
@@ -80,52 +71,34 @@ def _mask(block: Any, x: Tensor, chosen: Chosen) -> Tensor | None:
 
 
 @register_adapter
-class TimmSwin:
+class TimmSwin(Windowed):
     """See `tokenprune.family.Family`."""
 
     name = "timm_swin"
+    models = (swin_transformer.SwinTransformer, swin_transformer_v2.SwinTransformerV2)
 
-    def find(self, target: object) -> nn.Module | None:
-        assert isinstance(target, nn.Module)
-        found = [module for module in target.modules() if isinstance(module, MODELS)]
-        if len(found) > 1:
-            raise UnsupportedModel(f"{type(target).__name__} holds {len(found)} Swins; patch each of them by itself")
-        return found[0] if found else None
-
-    def prepare(self, model: nn.Module, method: Method, request: Request) -> WindowsPatch:
-        return prepare(describe, model, self.name, method, request)
-
-    def attach(self, model: nn.Module, patch: WindowsPatch) -> None:
-        attach(describe(model), patch)
-
-
-def describe(model: nn.Module) -> WindowsHost:
-    """The facts of a Swin.
-
-    Raises:
-        UnsupportedModel: a block in it is not known.
-    """
-    parts: Any = model
-    blocks: list[Block] = []
-    for s, stage in enumerate(parts.layers):
-        for b, block in enumerate(stage.blocks):
-            original = getattr(type(block), "_tokenprune_original", type(block))
-            if original not in _SWAPPED:
-                raise unknown_module(block)
-            layout = Layout(f"layers.{s}.blocks.{b}", len(blocks), s, 2**s, _tiling(block))
-            blocks.append(Block(layout, block, _SWAPPED[original]))
-    rows, columns = parts.patch_embed.grid_size
-    return WindowsHost(model, blocks, len(blocks), parts.patch_embed, (rows, columns), partial(_example, model), _small)
+    @staticmethod
+    def describe(model: nn.Module) -> WindowsHost:
+        """The facts of a Swin."""
+        parts: Any = model
+        blocks: list[Block] = []
+        for s, stage in enumerate(parts.layers):
+            for b, block in enumerate(stage.blocks):
+                layout = Layout(f"layers.{s}.blocks.{b}", len(blocks), s, (2**s, 2**s), _tiling(block))
+                blocks.append(Block(layout, block, swapped_for(block, _SWAPPED)))
+        rows, columns = parts.patch_embed.grid_size
+        return WindowsHost(
+            model=model,
+            blocks=blocks,
+            depth=len(blocks),
+            entry=parts.patch_embed,
+            grid=(rows, columns),
+            example=example_of(model, parts.patch_embed.img_size),
+            check=_small,
+        )
 
 
-def _example(model: nn.Module, batch: int) -> Tensor:
-    parts: Any = model
-    weight = next(p for p in chain(model.parameters()) if p.is_floating_point())
-    channels, size = parts.patch_embed.proj.in_channels, parts.patch_embed.img_size
-    return torch.empty(batch, channels, *size, device=weight.device, dtype=weight.dtype)
-
-
-def _small(block: nn.Module) -> tuple[int, int, int, int]:
+def _small(block: nn.Module) -> tuple[int, ...]:
     """A grid of three by two windows with padding in the last ones."""
     parts: Any = block
     rows, columns = parts.window_size

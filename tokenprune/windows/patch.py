@@ -40,6 +40,7 @@ class WindowsPatch(Portable):
             self.shares = shares_of(self.budget, self.layouts, host.depth)
         self.ratios = self._published()
         self.usual = self.entered = host.grid
+        self.image = host.image
         self.outside = host.outside
         self.skipped = host.skipped
         self.costs: WindowCosts | None = None
@@ -57,9 +58,10 @@ class WindowsPatch(Portable):
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Hook: the first grid is there, by whichever entry point."""
-        grid, forward = (output.shape[1], output.shape[2]), None
+        grid = (output.shape[1], output.shape[2]) if output.ndim == 4 else self.usual
+        forward = None
         if self.recordings:
-            forward = Forward(grid)
+            forward = Forward(self.image or grid)
             for recording in self.recordings:
                 recording.forwards.append(forward)
         if self.probe is not None:

@@ -30,6 +30,9 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
         BudgetError: the budget cannot be met.
     """
     host = describe(model)
+    if not host.blocks:
+        why = "; ".join(f"{name} {reason}" for name, reason in list(host.skipped.items())[:3])
+        raise UnsupportedModel(f"no block of this {type(model).__name__} stays in windows: {why}")
     _check_request(method, request, model)
     patch = WindowsPatch(host, adapter, method, request)
     for block in host.blocks:
@@ -63,6 +66,8 @@ def _check_request(method: Method, request: Request, model: nn.Module) -> None:
     budget = request.budget
     if budget.kind == "tokens":
         raise BudgetError(f"{budget}: behind each block all tokens are there again; use keep= or flops=")
+    if getattr(method.schedule, "at", None) is not None:
+        raise BudgetError(f"places= names blocks behind which tokens are gone, and {name} has none; use schedule=")
     if budget.kind == "own" and budget.option == "r":
         raise BudgetError(f"{budget} counts tokens that leave a block, and behind these all are there; use keep=")
 

@@ -15,7 +15,7 @@ from tokenprune.recording import PlaceRecord
 from tokenprune.reduction import Reduction
 from tokenprune.state import in_backward, recall, remember
 from tokenprune.windows.here import Pass, here
-from tokenprune.windows.host import Block
+from tokenprune.windows.host import Block, Layout
 from tokenprune.windows.tiling import Chosen, Grid, Tiling, choose
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class BlockSite:
         """Hook: it has ended, by a result or an exception."""
         here().site = None
         self.patch.mark(self.index, "leave")
+        if self.index == len(self.patch.layouts) - 1 and not in_backward():
+            here().now = None  # nothing is left of an entry point that has no end
 
     def attended(self) -> None:
         """The point between attention and MLP."""
@@ -57,8 +59,14 @@ class BlockSite:
             return known
         now = here().now
         keep = now.keep.get(self.index) if now is not None and now.patch is self.patch else None
-        if now is None or keep is None or (x.shape[1], x.shape[2]) != self.layout.grid(now.grid):
+        if now is None or keep is None:
             return None
+        rows, columns = self.layout.grid(now.grid)
+        if (x.shape[1], x.shape[2]) != (rows, columns):
+            raise UnsupportedModel(
+                f"{self.layout.name} is given {x.shape[1]} x {x.shape[2]} tokens, and {rows} x {columns} are those of"
+                " this input (masked units, or a block called by itself?); unpatch the model for that"
+            )
         if tiling != self.layout.tiling:
             raise UnsupportedModel(
                 f"the windows of {self.layout.name} have changed since it was patched (set_input_size?); patch the"
@@ -80,7 +88,7 @@ class BlockSite:
             )
         chosen = choose(tiling, grid, index, reduction.kept)
         if now.forward is not None:
-            now.forward.places.append(_record(self.layout.name, chosen.tokens.kept, grid))
+            now.forward.places.append(_record(self.layout, chosen.tokens.kept, grid))
         return chosen
 
     def _select(self, now: Pass, x: Tensor, index: Tensor, keep: int) -> Reduction:
@@ -111,11 +119,15 @@ class BlockSite:
         return selected
 
 
-def _record(name: str, tokens: Tensor, grid: Grid) -> PlaceRecord:
-    """Which tokens of a grid are computed: tokens [B, K T] in ascending order, their number for padding, -1 behind the
-    last of an image with more of it."""
+def _record(layout: Layout, tokens: Tensor, grid: Grid) -> PlaceRecord:
+    """Which tokens are computed: tokens [B, K T] of a grid, their number for padding. Those of an image with more
+    padding than another end in -1."""
     count = grid[0] * grid[1]
-    kept = tokens.sort(dim=1).values
-    source = Reduction(kept).source(count + 1)[:, :count]
-    most = int((kept < count).sum(1).max()) if kept.numel() else 0
-    return PlaceRecord(name, kept[:, :most].masked_fill(kept[:, :most] == count, -1), source, None, grid)
+    computed = torch.zeros(tokens.shape[0], count + 1, dtype=torch.bool, device=tokens.device)
+    computed = computed.scatter(1, tokens, True)[:, :count]
+    if layout.order is not None:
+        computed, grid = computed[:, list(layout.order)], layout.image or grid
+    places = torch.arange(count, device=tokens.device).expand_as(computed)
+    kept = places.masked_fill(~computed, count).sort(dim=1).values[:, : int(computed.sum(1).max())]
+    source = (computed.cumsum(1) - 1).masked_fill(~computed, -1)
+    return PlaceRecord(layout.name, kept.masked_fill(kept == count, -1), source, None, grid)
