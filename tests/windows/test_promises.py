@@ -17,6 +17,7 @@ from windows_zoo import SIZES, build, images
 
 import tokenprune
 from tokenprune import state
+from tokenprune.evals.viz import place_panels
 from tokenprune.windows.here import here
 
 torch.set_num_threads(1)
@@ -317,4 +318,28 @@ def test_what_is_refused() -> None:
 
 
 def test_methods_of_a_swin() -> None:
-    assert [info.name for info in tokenprune.methods(build())] == ["random", "sparsevit", "uniform"]
+    model = build()
+    assert [info.name for info in tokenprune.methods(model)] == ["random", "sparsevit", "uniform"]
+    assert tokenprune.report(tokenprune.patch(model, keep=0.5)).to_dict()["method"] == "sparsevit"
+
+
+def test_fused_attention_gives_the_same() -> None:
+    """timm's Swin runs one where TIMM_FUSED_ATTN=2 asks for it."""
+    model, x = build(size=SIZES[1]).double(), images(SIZES[1]).double()
+    tokenprune.patch(model, "sparsevit", keep=0.5)
+    expected = run(model, x)
+    for stage in model.layers:
+        for block in stage.blocks:
+            block.attn.fused_attn = True
+    torch.testing.assert_close(run(model, x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_pictures_of_the_windows() -> None:
+    model, x = build(), images(batch=1)
+    tokenprune.patch(model, "sparsevit", keep=0.5)
+    panels = place_panels(model, x, torch.rand(3, 36, 24), "picture")
+    assert [caption for caption, _ in panels][1:] == [
+        *(f"layers.0.blocks.{b}: 216 -> 108" for b in range(2)),
+        *(f"layers.1.blocks.{b}: 54 -> 30" for b in range(4)),
+    ]
+    assert all(image.shape[0] % rows == 0 for (_, image), rows in zip(panels, [18] * 3 + [9] * 4, strict=True))
