@@ -102,10 +102,10 @@ class Patch(Portable):
             return None
         return keep
 
-    def restored_blocks(self, model: nn.Module, kwargs: dict[str, Any]) -> frozenset[int]:
+    def restored_blocks(self, model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, ...]:
         """Blocks behind which the full grid is restored in a forward, because what follows them reads it."""
         if not self.active or self.restored is None:
-            return frozenset()
+            return ()
         return self.restored(model, self.method.merges, kwargs)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

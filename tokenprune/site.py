@@ -138,7 +138,7 @@ class Site:
         if state is None:
             tokens = x.shape[1] - self.patch.num_prefix_tokens
             entry = now.entry
-            dense = entry.dense if entry is not None else frozenset()
+            dense = entry.dense if entry is not None else ()
             grid = entry.grid if entry is not None else self.patch.grid
             if grid is not None and grid[0] * grid[1] != tokens:  # some were dropped before the first block
                 grid = None
@@ -148,7 +148,7 @@ class Site:
                 forward = self.patch.new_forward(grid)
             last = entry.last if entry is not None and entry.last is not None else self.patch.depth - 1
             if entry is None and self.patch.method.adaptive:  # a loop of the user's own over the blocks
-                dense = frozenset({last})
+                dense = (last,)
             front = entry.front if entry is not None else None
             state = TokenState(tokens, tokens, grid=grid, forward=forward, dense=dense, last=last, front=front)
             if torch.is_grad_enabled() or x.requires_grad:

@@ -51,7 +51,7 @@ class TokenState:
     version: int | None = None
     grid: tuple[int, int] | None = None
     forward: Forward | None = None
-    dense: frozenset[int] = frozenset()
+    dense: tuple[int, ...] = ()
     last: int | None = None
     front: int | None = None
     pack: Pack | None = None
@@ -71,7 +71,7 @@ class Entry:
     has. front: as in TokenState. pack: how the tokens lay behind the last block, where the images had different numbers
     of them."""
 
-    dense: frozenset[int]
+    dense: tuple[int, ...]
     whole: bool
     grid: tuple[int, int] | None
     last: int | None = None
