@@ -92,6 +92,6 @@ def _order(reroll: Any, index: int, grid: Grid) -> tuple[int, ...]:
 
 
 def _small(block: nn.Module) -> tuple[int, ...]:
-    """Three units."""
+    """Two units."""
     parts: Any = block
-    return 1, 3 * parts.attn.window_size, parts.attn.qkv.in_features
+    return 1, 2 * parts.attn.window_size, parts.attn.qkv.in_features

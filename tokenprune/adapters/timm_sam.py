@@ -73,6 +73,6 @@ class TimmSam(Windowed):
 
 
 def _small(block: nn.Module) -> tuple[int, ...]:
-    """A grid of two by three windows with padding in the last ones."""
+    """A grid of two windows, one below the other, with padding in both."""
     parts: Any = block
-    return 1, parts.window_size + 1, 2 * parts.window_size + 1, parts.attn.qkv.in_features
+    return 1, parts.window_size + 1, max(1, parts.window_size - 1), parts.attn.qkv.in_features

@@ -99,9 +99,9 @@ class TimmSwin(Windowed):
 
 
 def _small(block: nn.Module) -> tuple[int, ...]:
-    """A grid of three by two windows with padding in the last ones."""
+    """A grid of two windows, one below the other, with padding in both."""
     parts: Any = block
     rows, columns = parts.window_size
-    grid: Grid = 2 * rows + 1, columns + 1
+    grid: Grid = rows + 1, max(1, columns - 1)
     parts.set_input_size(feat_size=grid, window_size=(rows, columns), always_partition=True)
     return 1, *grid, parts.attn.qkv.in_features
