@@ -59,8 +59,8 @@ def patch(
 
     steps: of a denoising run, how strongly each part of it is reduced, see `tokenprune.denoisers.steps.parse_steps`;
     None is the method's own. Of a denoiser `keep` is the share computed in each stack of blocks, behind which all
-    tokens are back; `flops` is meant over the whole run, and `schedule` names stacks. Of a model of windows (Swin) it is
-    the share of the windows that each block computes.
+    tokens are back; `flops` is meant over the whole run, and `schedule` names stacks. Of a model of windows (Swin)
+    `keep` is the share of the windows that each block computes.
 
     positions: of the visual tokens that a vision-language model keeps: their "original" ones (the default), or
     "reindex" to count through. There `tokens` are those of each image, and `flops` is of a prompt's prefill.
