@@ -135,6 +135,27 @@ def test_dense_outputs_by_every_entry(name: str) -> None:
         torch.testing.assert_close(model.norm(maps[-1].permute(0, 2, 3, 1)), features)
 
 
+def test_feature_maps() -> None:
+    """Of a Swin timm takes the stages out of the model, where it is asked for feature maps alone."""
+    arguments = {"img_size": SIZES[1], "patch_size": 2, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2)}
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", features_only=True, out_indices=(0, 1), window_size=3, **arguments
+    ).eval()
+    zoo.randomise(model, 0)
+    x = images(SIZES[1])
+    with torch.no_grad():
+        plain = model(x)
+        tokenprune.patch(model, "sparsevit", ratios=(0.6, 0.5))
+        got = model(x)
+        assert [place["name"] for place in tokenprune.report(model).to_dict()["places"]] == [
+            f"layers_{s}.blocks.{b}" for s in range(2) for b in range(2)
+        ]
+        assert [one.shape for one in got] == [one.shape for one in plain]
+        assert not torch.equal(got[0], plain[0])
+        tokenprune.unpatch(model)
+        assert all(torch.equal(one, other) for one, other in zip(model(x), plain, strict=True))
+
+
 def test_copies_and_pickles() -> None:
     model, x = build(), images()
     tokenprune.patch(model, "sparsevit", ratios=(0.6, 0.3, 0.5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models import swin_transformer, swin_transformer_v2
+from timm.models._features import FeatureDictNet
 from torch import Tensor, nn
 
 from tokenprune.adapters.swapping import named_as
@@ -55,6 +56,13 @@ _SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+_STAGES = (swin_transformer.SwinTransformerStage, swin_transformer_v2.SwinTransformerV2Stage)
+
+
+def _stages(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, _STAGES)]
+
+
 def _tiling(block: Any) -> Tiling:
     return Tiling(tuple(block.window_size), tuple(block.shift_size))
 
@@ -77,14 +85,23 @@ class TimmSwin(Windowed):
     name = "timm_swin"
     models = (swin_transformer.SwinTransformer, swin_transformer_v2.SwinTransformerV2)
 
+    def find(self, target: object) -> nn.Module | None:
+        """A Swin, or what timm takes apart for its feature maps (features_only=True)."""
+        found = super().find(target)
+        assert isinstance(target, nn.Module)
+        lists = (module for module in target.modules() if isinstance(module, FeatureDictNet) and _stages(module))
+        return found if found is not None else next(lists, None)
+
     @staticmethod
     def describe(model: nn.Module) -> WindowsHost:
         """The facts of a Swin."""
         parts: Any = model
         blocks: list[Block] = []
-        for s, stage in enumerate(parts.layers):
+        scale = 1
+        for s, (name, stage) in enumerate(_stages(model)):
+            scale *= 1 if isinstance(stage.downsample, nn.Identity) else 2
             for b, block in enumerate(stage.blocks):
-                layout = Layout(f"layers.{s}.blocks.{b}", len(blocks), s, (2**s, 2**s), _tiling(block))
+                layout = Layout(f"{name}.blocks.{b}", len(blocks), s, (scale, scale), _tiling(block))
                 blocks.append(Block(layout, block, swapped_for(block, _SWAPPED)))
         rows, columns = parts.patch_embed.grid_size
         return WindowsHost(
