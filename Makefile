@@ -20,6 +20,7 @@ bench-speed: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.dinov2_speed
 	$(BIN)/python -m tokenprune.evals.dinov2_speed --compile
 	$(BIN)/python -m tokenprune.evals.ragged
+	$(BIN)/python -m tokenprune.evals.window_speed
 
 bench-denoisers: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.denoiser_speed

@@ -59,7 +59,8 @@ def patch(
 
     steps: of a denoising run, how strongly each part of it is reduced, see `tokenprune.denoisers.steps.parse_steps`;
     None is the method's own. Of a denoiser `keep` is the share computed in each stack of blocks, behind which all
-    tokens are back; `flops` is meant over the whole run, and `schedule` names stacks.
+    tokens are back; `flops` is meant over the whole run, and `schedule` names stacks. Of a model of windows (Swin)
+    `keep` is the share of the windows that each block computes.
 
     positions: of the visual tokens that a vision-language model keeps: their "original" ones (the default), or
     "reindex" to count through. There `tokens` are those of each image, and `flops` is of a prompt's prefill.
@@ -232,7 +233,8 @@ def _find_in(module: nn.Module) -> tuple[nn.Module, Family]:
             return model, family
     raise UnsupportedModel(
         f"no adapter knows {type(module).__name__} or a module inside it; supported: timm vision transformers"
-        " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT), transformers' image towers"
+        " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT) and its models of windows"
+        " (SwinTransformer, SwinTransformerV2, VisionTransformerSAM, Hiera), transformers' image towers"
         " (CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2, DINOv3) and vision-language models (Llava, LlavaNext, LlavaOnevision,"
         " Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Gemma3, PaliGemma, Idefics3, SmolVLM) and diffusers'"
         " denoisers (UNet2DConditionModel, transformers); others through tokenprune.register_adapter"

@@ -24,6 +24,9 @@ Select = Callable[[Tensor | None, AttentionRecord, int], Reduction | RaggedReduc
 # (tokens of the latents or None, distinct numbers of tokens of the model's stacks, largest first) -> {number: share}.
 Levels = Callable[[int | None, Sequence[int]], Mapping[int, float]]
 
+# Numbers of blocks in the stages -> share of the windows left out in each block.
+WindowRatios = Callable[[Sequence[int]], tuple[float, ...]]
+
 
 @dataclass(frozen=True)
 class Reuse:
@@ -57,7 +60,8 @@ class Method:
     those it drops instead. proportional: whether log(size) is added to the attention logits of a key.
     needs: what must be captured ("queries", "keys", "values", "block_input": hidden states in front of the block,
     "cross": those of the cross-attention; "stacks": that all tokens are back behind a few blocks; "grid": that the
-    tokens fill one; "steps": that the model is run once for each step of a run).
+    tokens fill one; "windows": that attention stays in windows; "steps": that the model is run once for each step of a
+    run).
 
     For denoisers: stack_share: share of the tokens that is computed in a stack of blocks where there is no budget.
     stack_depth: blocks that share one choice where a model does not divide them into stacks itself. steps: how strongly
@@ -68,6 +72,10 @@ class Method:
     unmerged behind it; "keys": the attention's keys and values alone). levels: at which stacks, and which share of the
     tokens is computed there where there is no budget; None for all. reuse: of a choice over steps. over_steps: what is
     taken from an earlier step, None for a method that computes all anew.
+
+    For models whose attention stays in windows, of which whole ones are left out (score is then of tokens [B, n], a
+    window's is the L2 norm of its tokens', and select is given windows): window_ratios: (number of blocks in each
+    stage) -> share of the windows left out in each block where there is no budget, None for stack_share in all.
 
     For vision-language models: after_tower: what is left out between the image tower and the language model.
     inside_model: what leaves between layers of the language model.
@@ -93,6 +101,7 @@ class Method:
     levels: Levels | None = None
     reuse: Reuse | None = None
     over_steps: OverSteps | None = None
+    window_ratios: WindowRatios | None = None
     after_tower: AfterTower | None = None
     inside_model: InsideModel | None = None
 

@@ -14,8 +14,9 @@ class PlaceRecord:
     name: of the place. kept: [B, K] original patch of each leaving token (of a group: the token merged into; of a
     fused token: its heaviest member). source: [B, N0] for each original patch the position among the K leaving tokens
     that represents it, -1 where it was dropped. sizes: [B, K] original patches in each, or None (one each). grid:
-    (rows, columns) of the tokens that enter a place of a denoiser, whose levels have their own; None where they fill
-    none, and of image towers.
+    (rows, columns) of the tokens that enter a place of a denoiser or of a model of windows, whose levels have their
+    own; None where they fill none, and of other image towers. In a model of windows the last of kept are -1 in an image
+    of which fewer tokens are computed than of another.
     """
 
     name: str

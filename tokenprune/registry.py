@@ -22,13 +22,18 @@ _METHODS: dict[str, Callable[..., Method]] = {}
 _FAMILIES: dict[str, Family] = {}
 _BUILTIN_METHODS = (
     "baselines", "top_k", "evit", "tome", "zero_tprune", "ats", "k_medoids", "dpc_knn",
-    "pitome", "tofu", "diffrate", "saint", "algm", "pomt",
+    "pitome", "tofu", "diffrate", "saint", "algm", "pomt", "sparsevit",
     "at_edm", "tomesd", "todo", "toma", "region", "ras", "toca", "fopru", "visionzip", "prumerge", "divprune",
     "cdpruner", "pool", "feather", "fastv", "pyramid_drop",
 )  # fmt: skip
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {
-    "timm": ("tokenprune.adapters.timm_vit",),
+    "timm": (
+        "tokenprune.adapters.timm_vit",
+        "tokenprune.adapters.timm_swin",
+        "tokenprune.adapters.timm_sam",
+        "tokenprune.adapters.timm_hiera",
+    ),
     "transformers": ("tokenprune.adapters.hf_vision", "tokenprune.adapters.hf_lvlm"),
     "diffusers": ("tokenprune.adapters.diffusers_unet", "tokenprune.adapters.diffusers_dit"),
 }

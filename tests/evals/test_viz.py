@@ -63,7 +63,7 @@ def test_fit_to_grid_has_whole_patches(grid):
 def test_panels_of_chosen_places(monkeypatch):
     grid = (2, 2)
     sources = [torch.tensor([[0, 1, 2, -1]]), torch.tensor([[0, 0, 1, -1]]), torch.tensor([[0, 0, -1, -1]])]
-    places = [SimpleNamespace(name=f"blocks.{i}", source=source) for i, source in enumerate(sources)]
+    places = [SimpleNamespace(name=f"blocks.{i}", source=source, grid=None) for i, source in enumerate(sources)]
 
     class FakeRecord:
         def __enter__(self):

@@ -75,7 +75,9 @@ def place_panels(
         place = forward.places[index]
         source = place.source[0].cpu()
         caption = f"{place.name}: {source.numel()} -> {len(set(source[source >= 0].tolist()))}"
-        panels.append((caption, kept_overlay(canvas, source, forward.grid)))
+        grid = place.grid or forward.grid  # stages of a model of windows have their own
+        shown = canvas if grid == forward.grid else fit_to_grid(picture, grid, pixels)
+        panels.append((caption, kept_overlay(shown, source, grid)))
     return panels
 
 

@@ -1,0 +1,160 @@
+"""WindowsPatch: one method on one model of windows."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+from uuid import uuid4
+
+from torch import Tensor, nn
+
+from tokenprune.errors import BudgetError
+from tokenprune.family import Portable, Request
+from tokenprune.method import Method
+from tokenprune.recording import Forward, Recording
+from tokenprune.state import constant_in_graphs
+from tokenprune.windows.costs import Probe, WindowCosts
+from tokenprune.windows.here import Pass, here
+from tokenprune.windows.host import WindowsHost
+from tokenprune.windows.plan import Plan, by_cost, by_ratios, by_share, by_shares, refuse_empty, shares_of
+from tokenprune.windows.site import BlockSite
+from tokenprune.windows.tiling import Grid
+
+
+class WindowsPatch(Portable):
+    """What a patch knows for as long as it is on: plain data and the sites, no module.
+
+    active: whether anything is left out (not at a budget of 1.0). entered: the first grid of the last forward.
+    """
+
+    def __init__(self, host: WindowsHost, adapter: str, method: Method, request: Request) -> None:
+        self.key = uuid4().hex
+        self.adapter = adapter
+        self.method = method
+        self.budget = request.budget
+        self.active = not request.budget.is_full
+        self.layouts = tuple(block.layout for block in host.blocks)
+        self.stages = 1 + max(layout.stage for layout in self.layouts)
+        self.shares: dict[int, float] | None = None
+        if self.budget.kind == "schedule":
+            self.shares = shares_of(self.budget, self.layouts, host.depth)
+        self.ratios = self._published()
+        self.usual = self.entered = host.grid
+        self.image = host.image
+        self.outside = host.outside
+        self.skipped = host.skipped
+        self.costs: WindowCosts | None = None
+        self.plans: dict[Grid, Plan] = {}
+        self.probe: Probe | None = None
+        self.recordings: list[Recording] = []
+
+    def _published(self) -> tuple[float, ...] | None:
+        """The method's own share of windows left out in each block, where that is the budget."""
+        ratios = self.method.window_ratios
+        if self.budget.kind not in ("default", "own") or ratios is None:
+            return None
+        depths = [sum(layout.stage == stage for layout in self.layouts) for stage in range(self.stages)]
+        return ratios(depths)
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Hook: the first grid is there, by whichever entry point."""
+        grid = (output.shape[1], output.shape[2]) if output.ndim == 4 else self.usual
+        forward = None
+        if self.recordings:
+            forward = Forward(self.image or grid)
+            for recording in self.recordings:
+                recording.forwards.append(forward)
+        if self.probe is not None:
+            here().now = Pass(self, grid, dict.fromkeys(range(len(self.layouts)), 1))
+        else:
+            keep = self.keep(*grid) if self.active else {}
+            here().now = Pass(self, grid, keep, forward)
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook: the forward has ended, by a result or an exception."""
+        here().now = None
+
+    def mark(self, index: int, point: str) -> None:
+        """A point of a counted forward."""
+        if self.probe is not None:
+            self.probe.mark(index, point)
+
+    def keep(self, rows: int, columns: int) -> dict[int, int]:
+        """{block: windows computed} at a first grid, solved once for each.
+
+        Raises:
+            BudgetError: the budget cannot be met at this size.
+        """
+        return self._keep(self.key, operator.index(rows), operator.index(columns))
+
+    @constant_in_graphs
+    def _keep(self, key: str, rows: int, columns: int) -> dict[int, int]:
+        self.entered = rows, columns
+        return self.plan((rows, columns)).keep
+
+    def plan(self, grid: Grid) -> Plan:
+        """The plan for a first grid."""
+        if grid not in self.plans:
+            self.plans[grid] = self._solve(grid)
+        return self.plans[grid]
+
+    def _solve(self, grid: Grid) -> Plan:
+        assert self.costs is not None
+        if self.shares is not None:
+            return by_shares(self.shares, self.layouts, grid)
+        if self.budget.kind == "flops":
+            if not self.outside and grid != self.usual:
+                raise BudgetError(
+                    f"{self.budget} is solved for a first grid of {self.usual[0]} x {self.usual[1]}, and blocks without"
+                    f" windows cost otherwise at {grid[0]} x {grid[1]}; use keep=, or make the model for that size"
+                )
+            plan = by_cost(self.budget, self.costs, grid)
+        elif self.ratios is not None:
+            plan = by_ratios(self.ratios, self.costs, grid)
+        else:
+            share = self.budget.value if self.budget.kind == "keep" else self.method.stack_share
+            plan = by_share(share, self.costs, grid)
+        if self.ratios is None or any(self.ratios):
+            refuse_empty(plan, self.budget, self.layouts, grid)
+        return plan
+
+    def summary(self) -> dict[str, Any]:
+        """The data of the report, at the size of the last forward."""
+        assert self.costs is not None
+        grid = self.entered
+        plan = self.plan(grid) if self.active else Plan({}, {})
+        before, after = self.costs.total(grid, {}), self.costs.total(grid, plan.keep)
+        notes = ["tokens out are those of the windows that a block computes; the others pass through it unchanged"]
+        if not self.outside and grid != self.usual:
+            notes.append("multiply-adds outside of windows are taken to grow with the tokens")
+        return {
+            "method": self.method.name,
+            "paper": self.method.paper,
+            "family": self.adapter,
+            "budget": str(self.budget),
+            "flops_before": round(before),
+            "flops_after": round(after),
+            "flops_ratio": after / before,
+            "places": [self._place(index, keep, grid) for index, keep in sorted(plan.keep.items())],
+            "skipped": {**self.skipped, **plan.skipped},
+            "notes": notes if self.active else [],
+        }
+
+    def _place(self, index: int, keep: int, grid: Grid) -> dict[str, Any]:
+        layout = self.layouts[index]
+        tokens, windows = layout.tokens(grid), layout.windows(grid)
+        return {
+            "name": layout.name,
+            "tokens_in": tokens,
+            "tokens_out": round(tokens * keep / windows),
+            "windows_in": windows,
+            "windows_out": keep,
+        }
+
+
+def attach(host: WindowsHost, patch: WindowsPatch) -> None:
+    """Put the patch on the host's model."""
+    for index, block in enumerate(host.blocks):
+        BlockSite(patch, index).attach(block)
+    host.entry.register_forward_hook(patch.begin)
+    host.model.register_forward_hook(patch.end, always_call=True)

@@ -1,0 +1,133 @@
+"""Site: the hooks on one block of windows, and the choice of those that it computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tokenprune.attention_record import AttentionRecord
+from tokenprune.errors import UnsupportedMethod, UnsupportedModel
+from tokenprune.recording import PlaceRecord
+from tokenprune.reduction import Reduction
+from tokenprune.state import in_backward, recall, remember
+from tokenprune.windows.here import Pass, here
+from tokenprune.windows.host import Block, Layout
+from tokenprune.windows.tiling import Chosen, Grid, Tiling, choose
+
+if TYPE_CHECKING:
+    from tokenprune.windows.patch import WindowsPatch
+
+
+class BlockSite:
+    """Block `index` of a patched model."""
+
+    def __init__(self, patch: WindowsPatch, index: int) -> None:
+        self.patch = patch
+        self.index = index
+        self.layout = patch.layouts[index]
+
+    def attach(self, block: Block) -> None:
+        """Put the hooks on the block and exchange its class."""
+        block.module.register_forward_pre_hook(self.enter, prepend=True)
+        block.module.register_forward_hook(self.leave, always_call=True)
+        block.module.__class__ = block.swapped
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Hook: the block starts."""
+        here().site = self
+        self.patch.mark(self.index, "enter")
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook: it has ended, by a result or an exception."""
+        here().site = None
+        self.patch.mark(self.index, "leave")
+        if self.index == len(self.patch.layouts) - 1 and not in_backward():
+            here().now = None  # nothing is left of an entry point that has no end
+
+    def attended(self) -> None:
+        """The point between attention and MLP."""
+        self.patch.mark(self.index, "attended")
+
+    def choose(self, x: Tensor, tiling: Tiling) -> Chosen | None:
+        """The windows of x [B, H, W, C] that the block computes, None for all."""
+        if in_backward():
+            known: Chosen | None = recall(x)  # gradient checkpointing runs the block once more
+            return known
+        now = here().now
+        keep = now.keep.get(self.index) if now is not None and now.patch is self.patch else None
+        if now is None or keep is None:
+            return None
+        rows, columns = self.layout.grid(now.grid)
+        if (x.shape[1], x.shape[2]) != (rows, columns):
+            raise UnsupportedModel(
+                f"{self.layout.name} is given {x.shape[1]} x {x.shape[2]} tokens, and {rows} x {columns} are those of"
+                " this input (masked units, or a block called by itself?); unpatch the model for that"
+            )
+        if tiling != self.layout.tiling:
+            raise UnsupportedModel(
+                f"the windows of {self.layout.name} have changed since it was patched (set_input_size?); patch the"
+                " model again"
+            )
+        chosen = self._chosen(now, x.detach(), keep)
+        if torch.is_grad_enabled() or x.requires_grad:
+            remember(x, chosen)
+        return chosen
+
+    def _chosen(self, now: Pass, x: Tensor, keep: int) -> Chosen:
+        tiling, grid = self.layout.tiling, (x.shape[1], x.shape[2])
+        index = tiling.index(grid, x.device)
+        reduction = self._select(now, x, index, keep)
+        if reduction.kept.shape[1] != keep or reduction.moved is not None or reduction.matrix is not None:
+            raise UnsupportedMethod(
+                f"{self.patch.method.name} is asked for {keep} windows of {self.layout.name}; here it must drop the"
+                " others, and no fewer or more"
+            )
+        chosen = choose(tiling, grid, index, reduction.kept)
+        if now.forward is not None:
+            now.forward.places.append(_record(self.layout, chosen.tokens.kept, grid))
+        return chosen
+
+    def _select(self, now: Pass, x: Tensor, index: Tensor, keep: int) -> Reduction:
+        """The choice among the windows with the tokens index [W, T] (their number where it is padding). Tokens are
+        scored in front of the first reduced block of a stage, a window's score is the L2 norm of its tokens'."""
+        method, stage, grid = self.patch.method, self.layout.stage, (x.shape[1], x.shape[2])
+        hidden = x.flatten(1, 2)
+        record = AttentionRecord(
+            hidden=hidden,
+            origin=torch.arange(hidden.shape[1], device=x.device).expand(x.shape[0], -1),
+            num_prefix_tokens=0,
+            place=stage,
+            depth=self.patch.stages,
+            grid=grid,
+            has_class_token=False,
+        )
+        if stage not in now.scores:
+            now.scores[stage] = None if method.score is None else method.score(record)
+        tokens = now.scores[stage]
+        scores = None
+        if tokens is not None:
+            each = functional.pad(tokens, (0, 1))[:, index.flatten()].view(-1, *index.shape)
+            scores = torch.linalg.vector_norm(each, dim=2)
+        windows = torch.arange(index.shape[0], device=x.device).expand(x.shape[0], -1)
+        tiles = self.layout.tiling.tiles(grid)
+        selected = method.select(scores, replace(record, hidden=hidden[:, :0], origin=windows, grid=tiles), keep)
+        assert isinstance(selected, Reduction)
+        return selected
+
+
+def _record(layout: Layout, tokens: Tensor, grid: Grid) -> PlaceRecord:
+    """Which tokens are computed: tokens [B, K T] of a grid, their number for padding. Those of an image with more
+    padding than another end in -1."""
+    count = grid[0] * grid[1]
+    computed = torch.zeros(tokens.shape[0], count + 1, dtype=torch.bool, device=tokens.device)
+    computed = computed.scatter(1, tokens, True)[:, :count]
+    if layout.order is not None:
+        computed, grid = computed[:, list(layout.order)], layout.image or grid
+    places = torch.arange(count, device=tokens.device).expand_as(computed)
+    kept = places.masked_fill(~computed, count).sort(dim=1).values[:, : int(computed.sum(1).max())]
+    source = (computed.cumsum(1) - 1).masked_fill(~computed, -1)
+    return PlaceRecord(layout.name, kept.masked_fill(kept == count, -1), source, None, grid)
