@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= tests/constraints.txt
 
 .PHONY: demo demo-diffusion bench-kernels bench-speed bench-denoisers bench-lvlm bench-gpu eval-diffusion
-.PHONY: test test-full test-hosts lint install clean
+.PHONY: test test-full test-hosts test-gpu lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
@@ -49,6 +49,12 @@ test-full: $(VENV)/.installed
 
 test-hosts: $(VENV)/.installed
 	$(BIN)/python -m pytest -m hosts tests/hosts
+
+# What needs a GPU, and the kernels' tests on it.
+test-gpu: export CUBLAS_WORKSPACE_CONFIG = :4096:8
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'torch finds no GPU here'"
+	$(BIN)/python -m pytest tests/gpu tests/kernels/accelerated
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -12,7 +12,8 @@ from tokenprune.kernels.inputs import EPSILON, precision
 from tokenprune.kernels.merge import gather, merge, merge_sizes, source
 
 
-@dataclass(frozen=True)
+# eq=False: up to torch 2.11 the compiler hashes an object that is called, by its fields, which it has not set yet.
+@dataclass(frozen=True, eq=False)
 class Reduction:
     """Which of n tokens leave a place, and what becomes of the others.
 

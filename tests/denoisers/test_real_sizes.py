@@ -10,67 +10,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
-
-
-def sd15(side):
-    model = diffusers.UNet2DConditionModel(sample_size=side, cross_attention_dim=768)
-    return model, {"sample": torch.empty(1, 4, side, side), "encoder_hidden_states": torch.empty(1, 77, 768)}
-
-
-def sdxl():
-    model = diffusers.UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-        cross_attention_dim=2048,
-    )
-    added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
-    return model, {
-        "sample": torch.empty(1, 4, 128, 128),
-        "encoder_hidden_states": torch.empty(1, 77, 2048),
-        "added_cond_kwargs": added,
-    }
-
-
-def pixart():
-    model = diffusers.PixArtTransformer2DModel(sample_size=128, caption_channels=4096)  # XL/2 at 1,024 pixels
-    size = {"resolution": torch.empty(1, 2), "aspect_ratio": torch.empty(1, 1)}
-    return model, {
-        "hidden_states": torch.empty(1, 4, 128, 128),
-        "encoder_hidden_states": torch.empty(1, 120, 4096),
-        "encoder_attention_mask": torch.empty(1, 120),
-        "added_cond_kwargs": size,
-    }
-
-
-def sd3():
-    model = diffusers.SD3Transformer2DModel(
-        num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192
-    )
-    return model, {
-        "hidden_states": torch.empty(1, 16, 128, 128),
-        "encoder_hidden_states": torch.empty(1, 333, 4096),
-        "pooled_projections": torch.empty(1, 2048),
-    }
-
-
-def flux():
-    model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
-    return model, {
-        "hidden_states": torch.empty(1, 4096, 64),
-        "encoder_hidden_states": torch.empty(1, 512, 4096),
-        "pooled_projections": torch.empty(1, 768),
-        "guidance": torch.empty(1),
-        "img_ids": torch.empty(4096, 3),
-        "txt_ids": torch.empty(512, 3),
-    }
+from tokenprune.evals.real_denoisers import flux, pixart, sd3, sd15, sdxl
 
 
 def built(make):
@@ -124,8 +64,8 @@ def test_at_edm_on_sdxl_costs_what_the_paper_prints():
 @pytest.mark.parametrize(
     ("make", "flops"),
     [
-        pytest.param(lambda: sd15(64), 0.8, id="sd15 at 512"),
-        pytest.param(lambda: sd15(128), 0.7, id="sd15 at 1024"),
+        pytest.param(lambda: sd15(512), 0.8, id="sd15 at 512"),
+        pytest.param(lambda: sd15(1024), 0.7, id="sd15 at 1024"),
         pytest.param(pixart, 0.6, id="pixart"),
         pytest.param(sd3, 0.6, id="sd3"),
         pytest.param(flux, 0.6, id="flux"),
@@ -143,7 +83,7 @@ def test_a_budget_is_met_within_one_percent(make, flops):
 @pytest.mark.parametrize(("method", "expected"), [("random", 0.56), ("at_edm", 0.67)])
 def test_below_the_floor_of_stacks_one_block_deep_the_floor_is_named(method, expected):
     # With every block skipped convolutions and residual blocks cost 0.557; at_edm's scores come on top.
-    model, inputs = built(lambda: sd15(64))
+    model, inputs = built(lambda: sd15(512))
     whole = counted(model, inputs, 1.0)
     tokenprune.patch(model, method, flops=0.5, steps={})
     with pytest.raises(tokenprune.BudgetError, match=r"still costs 0\.\d+ .* use flops=0\.\d+ or more") as told:

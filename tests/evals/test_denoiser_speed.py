@@ -52,16 +52,19 @@ def test_the_stack_is_the_level() -> None:
 @pytest.mark.parametrize(("method", "options"), [("uniform", {"keep": 0.5}), ("at_edm", {})])
 def test_the_patch_acts_in_the_timed_stack(method: str, options: dict[str, float]) -> None:
     seen: list[int] = []
+    steps: list[torch.Tensor] = []
 
     def patch(model: nn.Module) -> None:
         tokenprune.patch(model, method, steps={}, **options)
         inner = model.get_submodule("down_blocks.0.attentions.0.transformer_blocks.1.ff")
         inner.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+        model.register_forward_pre_hook(lambda module, args, named: steps.append(named["timestep"]), with_kwargs=True)
 
     stack = "down_blocks.0.attentions.0"
     timing = denoiser_speed.compare(SMALL, patch, f"{stack}.transformer_blocks.1", rounds=20, attempts=1)
     assert timing.seconds > 0
     assert set(seen) == {32 if method == "uniform" else 24}
+    assert len({float(step) for step in steps}) == len(steps)  # on the same step again no tokens are chosen
 
 
 @pytest.mark.parametrize("share", region_speed.SHARES)

@@ -48,6 +48,37 @@ def test_the_shipped_model_names_and_finds(model, questions):
     assert found.cache_bytes == 68 * 8 * 2 * 96 * 4
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("top_k", {}),
+        ("fopru", {}),
+        ("divprune", {}),
+        ("cdpruner", {}),
+        ("pool", {}),
+        ("zero_tprune", {}),
+        ("zero_tprune_uni", {}),
+        ("visionzip", {"start_layer": 0}),
+        ("prumerge", {"start_layer": 0}),
+    ],
+)
+def test_a_quarter_of_the_tokens_keeps_nine_tenths_of_recognition(model, method, options):
+    """On scans that the choice of layers was made on; the tests' own are measured for the docs."""
+    scenes = placed_digits("val", 120)
+    ids = digits_lvlm.prompts(digits_lvlm.what_is_there(120))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": digits_lvlm.to_model(scenes)}
+    asked = digits_lvlm.names(torch.from_numpy(scenes.digits))[:, :-1]
+
+    def recognised():
+        named = generated(model, inputs, asked.shape[1])
+        return (asked.unsqueeze(2) == named.unsqueeze(1)).any(2).double().mean()
+
+    whole = recognised()
+    with tokenprune.patched(model, method, keep=0.25, **options):
+        assert recognised() >= 0.9 * whole
+
+
 def test_questions_are_about_what_the_pictures_show(questions):
     scenes = [placed_digits("test", 20, seed) for seed in range(3)]
     expected = torch.cat([digits_lvlm.to_model(part) for part in scenes])

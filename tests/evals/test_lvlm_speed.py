@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tokenprune
-from tokenprune.evals import lvlm_speed
+from tokenprune.evals import lvlm_speed, random_llava
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.side_by_side import CONTROL, turns
 
@@ -22,12 +22,12 @@ LAYERS, WIDTH, TEXT, VISUAL, LEFT = 4, 64, 10, 64, 7
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return lvlm_speed.llava(layers=LAYERS, tower_layers=3, width=WIDTH, image=112)
+    return random_llava.llava(layers=LAYERS, tower_layers=3, width=WIDTH, image=112)
 
 
 @pytest.fixture(scope="module")
 def inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    return lvlm_speed.prompt(model, TEXT)
+    return random_llava.prompt(model, TEXT)
 
 
 def spent(tokens: int) -> int:
@@ -60,7 +60,7 @@ def test_hooks_that_are_there_before_are_outside_of_the_parts(model: nn.Module, 
     slow: Any = shared_copy(model)
     slow.model.vision_tower.register_forward_hook(lambda *_: time.sleep(0.2))
     slow.model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
-    laps = lvlm_speed.Laps(slow).of(partial(lvlm_speed.generate, slow, inputs, 3))
+    laps = lvlm_speed.Laps(slow).of(partial(random_llava.generate, slow, inputs, 3))
     assert max(laps["tower"], laps["prefill"]) < 0.1
     assert laps["between"] > 0.3
     assert laps["behind"] == pytest.approx(laps["between"] + laps["prefill"])

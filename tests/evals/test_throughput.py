@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tokenprune.evals.throughput import measure, measure_together
+from tokenprune.evals.throughput import measure, measure_together, waiting_clock
 
 
 class FakeMachine:
@@ -106,6 +106,14 @@ def test_cuda_is_synchronised_around_each_sample(monkeypatch):
     timing = measure(*arms, clock=machine.clock, rounds=20, warmup=0, device="cuda")
     assert len(waits) == 2 * (3 + 3 * 20) + 4
     assert timing.peak_memory == 7
+
+
+def test_a_waiting_clock_is_read_when_the_device_has_done_its_work(monkeypatch):
+    machine = FakeMachine()
+    work = machine.arm("work", 1.0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: work())
+    assert waiting_clock("cuda", machine.clock)() == pytest.approx(1.0)
+    assert waiting_clock("cpu", machine.clock)() == pytest.approx(1.0)
 
 
 def test_many_arms_are_timed_in_turn():

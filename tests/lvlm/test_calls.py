@@ -131,6 +131,47 @@ def test_prompt_lookup() -> None:
         close(generate(model, example.inputs, 8, prompt_lookup_num_tokens=3), expected)
 
 
+CHOSEN_BY_TEXT: list[tuple[str, dict[str, Any]]] = [
+    ("cdpruner", {"tokens": 7}),
+    ("feather", {"keep": 0.25}),
+    ("fastv", {"keep": 0.5, "place": 2}),
+    ("pyramid_drop", {"rate": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), CHOSEN_BY_TEXT)
+def test_candidates_of_prompt_lookup_are_no_part_of_the_question(method: str, options: dict[str, Any]) -> None:
+    """The prompt's own forward brings candidates, which are turned down; tokens are chosen as without them."""
+    model, differ = build("llava"), 0
+    lengths: list[int] = []
+    language_model(model).register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    for seed in range(4):
+        example = prompt("llava", seed, text=12)
+        ids = example.inputs["input_ids"]
+        ids[0, -8:] = torch.tensor([40 + seed, 41, 42, 43, 44, 45, 40 + seed, 41])
+        longer = torch.cat([ids, ids[:, -6:-3]], 1)
+        grown = {**example.inputs, "input_ids": longer, "attention_mask": torch.ones_like(longer)}
+        with tokenprune.patched(model, method, **options):
+            expected = generate(model, example.inputs, 6)
+            lengths.clear()
+            close(generate(model, example.inputs, 6, prompt_lookup_num_tokens=3), expected)
+            assert lengths[0] == ids.shape[1] + 3
+            kept = []
+            for inputs in (example.inputs, grown):
+                with tokenprune.record(model) as recording:
+                    model(**inputs)
+                kept.append([place.kept.tolist() for place in recording.forwards[0].places])
+            differ += kept[0] != kept[1]
+            with tokenprune.record(model) as recording:
+                generate(model, example.inputs, 6, prompt_lookup_num_tokens=3)
+            assert [place.kept.tolist() for place in recording.forwards[0].places] == kept[0]
+        with tokenprune.patched(model.model, method, **options):
+            close(generate(model, example.inputs, 6, prompt_lookup_num_tokens=3), expected)
+    assert differ  # with the candidates in the question other tokens would be chosen
+
+
 def test_a_prompt_is_not_cropped_into_where_tokens_are_missing() -> None:
     model, example = build("llava"), prompt("llava", text=12)
     with tokenprune.patched(model, "uniform", keep=0.25):
@@ -229,6 +270,29 @@ def test_labels_and_logits_of_the_prompts_length(name: str) -> None:
         getattr(model.model, "vision_tower", None) or getattr(model.model, "visual", None) or model.model.vision_model
     )
     assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in tower.parameters())
+
+
+@pytest.mark.parametrize("method", ["uniform", "feather"])
+def test_labels_that_the_patch_does_not_see_are_refused(method: str) -> None:
+    """Those of the model around the one that is patched, which would count tokens that were left out."""
+    model, example = build("llava"), prompt("llava")
+    labels = example.inputs["input_ids"].clone()
+    with tokenprune.patched(model, method, keep=0.25):
+        expected = model(**example.inputs, labels=labels)
+    with tokenprune.patched(model.model, method, keep=0.25):
+        for asked in (
+            lambda: model(**example.inputs, labels=labels),
+            lambda: model.train()(**example.inputs, labels=labels),
+        ):
+            with pytest.raises(tokenprune.UnsupportedModel, match=r"patch\(model, .*LlavaForConditionalGeneration"):
+                asked()
+        model.eval()
+        got = model(**example.inputs)
+        assert (got.logits - expected.logits).abs().max() <= 2e-6 * expected.logits.abs().max()
+        text = {k: v for k, v in example.inputs.items() if k != "pixel_values"}
+        text["input_ids"] = torch.tensor([[1, 5, 6, 7]])
+        text["attention_mask"] = torch.ones_like(text["input_ids"])
+        assert model(**text, labels=text["input_ids"]).loss.isfinite()
 
 
 def test_right_padding_in_training() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from typing import Any
@@ -61,6 +62,15 @@ def patch_scores(name: str, maps: list[Tensor], query: str) -> list[list[float]]
     return scores
 
 
+def class_scores_of_layers(name: str, example: Example, start: int = 0) -> list[list[float]]:
+    """The class token's attention, mean over the layers from `start` to the one whose output is used."""
+    depth = build(name).config.vision_config.num_hidden_layers
+    layers = range(start, depth + LAYER.get(name, -1) + 1)
+    assert len(layers) > 1
+    found = [patch_scores(name, attention_maps(name, example, layer), "class") for layer in layers]
+    return [[sum(column) / len(layers) for column in zip(*tiles, strict=True)] for tiles in zip(*found, strict=True)]
+
+
 def placeholder_scores(name: str, tiles: list[list[float]]) -> list[list[float]]:
     """Means over the patches that a placeholder stands for."""
     if name in ("llava", "paligemma"):
@@ -98,6 +108,7 @@ def test_the_attention_is_that_of_the_host(name: str) -> None:
     if name in CLASS_TOKEN:
         received = placeholder_scores(name, patch_scores(name, maps, "class"))
         assert kept_by(model, example, "fopru", keep=0.25, query="cls") == [best(row, keep) for row in received]
+        received = placeholder_scores(name, class_scores_of_layers(name, example))
     else:
         with pytest.raises(tokenprune.UnsupportedMethod, match="a class token"):
             tokenprune.patch(model, "fopru", query="cls")
@@ -151,9 +162,13 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def test_visionzip() -> None:
+@pytest.mark.parametrize("layers", [{}, {"start_layer": 0}], ids=["one layer", "all layers"])
+def test_visionzip(layers: dict[str, int]) -> None:
     example, model = prompt("llava"), build("llava")
     scores = patch_scores("llava", attention_maps("llava", example), "class")[0]
+    if layers:
+        alone, scores = scores, class_scores_of_layers("llava", example)[0]
+        assert best(scores, 6) != best(alone, 6)
     hidden, _, keys = tower_states(model, example, -2)
     metric = keys[1:].view(16, 4, 8).mean(1)
     dominant = best(scores, 6)
@@ -169,21 +184,39 @@ def test_visionzip() -> None:
             merged[t] = hidden[t] + torch.stack([hidden[i] for i in members]).mean(0)
     gone = [example.images[0][i] for i in range(16) if i not in dominant + targets]
     expected = by_hand(model, example.inputs, gone, change=with_features(model, example, merged))
-    with tokenprune.patched(model, "visionzip", tokens=8, contextual=0.25):
+    with tokenprune.patched(model, "visionzip", tokens=8, contextual=0.25, **layers):
         close(generate(model, example.inputs), expected)
     assert (by_hand(model, example.inputs, gone)[1] - expected[1]).abs().max() > 1e-3
 
 
 @torch.no_grad()
-def test_prumerge() -> None:
+@pytest.mark.parametrize("spatial", [False, True])
+@pytest.mark.parametrize("start", [None, 1])
+def test_prumerge(start: int | None, spatial: bool) -> None:
     example, model = prompt("llava"), build("llava")
     hidden, q, k = tower_states(model, example, -1)
     row = (q[0] @ k.T / 32**0.5).softmax(0)[1:]
+    if start is not None:
+        _, before, keys = tower_states(model, example, -2)
+        row = (row + (before[0] @ keys.T / 32**0.5).softmax(0)[1:]) / 2
     scores = row.tolist()
     ordered = sorted(scores)
     quartile = [ordered[int(p)] + (p % 1) * (ordered[int(p) + 1] - ordered[int(p)]) for p in (15 * 0.25, 15 * 0.75)]
     outliers = [i for i in range(16) if scores[i] > quartile[1] + 1.5 * (quartile[1] - quartile[0])]
-    for kept, budget in ((outliers, {}), (best(scores, 5), {"tokens": 6})):
+    assert 1 <= len(outliers) <= 3
+
+    def chosen(by_attention: int, more: int) -> list[int]:
+        even = [(2 * j + 1) * 16 // (2 * more) for j in range(more)]
+        first = best(scores, by_attention)
+        both = sorted({*first, *even})
+        left = sorted((i for i in range(16) if i not in both), key=lambda i: -scores[i])
+        return sorted([*both, *left[: by_attention + more - len(both)]])
+
+    if spatial:
+        cases = [(chosen(len(outliers), 3 * len(outliers)), {}), (chosen(2, 5), {"tokens": 8})]
+    else:
+        cases = [(outliers, {}), (best(scores, 5), {"tokens": 6})]
+    for kept, budget in cases:
         rest = [i for i in range(16) if i not in kept]
         merged = hidden.clone()
         for i in kept:
@@ -193,8 +226,101 @@ def test_prumerge() -> None:
         merged[extra] = sum(scores[j] * hidden[j] for j in rest)
         gone = [example.images[0][i] for i in rest if i != extra]
         expected = by_hand(model, example.inputs, gone, change=with_features(model, example, merged))
-        with tokenprune.patched(model, "prumerge", neighbours=3, **budget):
+        with tokenprune.patched(model, "prumerge", neighbours=3, spatial=spatial, start_layer=start, **budget):
             close(generate(model, example.inputs), expected)
+
+
+TOWERS = [
+    ("Dinov2WithRegisters", "default", 4),
+    ("Dinov2WithRegisters", "full", 5),
+    ("Dinov2", "default", 0),
+    ("DeiT", "default", 1),
+    ("ViT", "full", 1),
+    ("Beit", "default", 0),
+    ("DINOv3ViT", "default", 2),
+    ("ViTMSN", "default", 0),
+]
+
+
+def llava_with(tower: str, strategy: str) -> Any:
+    """Llava with another tower, of 16 patches."""
+    more = {
+        "Dinov2WithRegisters": {"num_register_tokens": 4},
+        "DINOv3ViT": {"num_register_tokens": 2, "intermediate_size": 64},
+    }.get(tower, {})
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
+    config = copy.deepcopy(build("llava").config)
+    config.vision_config = getattr(transformers, f"{tower}Config")(**sizes, **more)
+    config.vision_feature_select_strategy = strategy
+    torch.manual_seed(0)
+    model: Any = transformers.LlavaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.mul_(6)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def projected(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """What the projector is given [images, n, C]."""
+    given: list[Tensor] = []
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    model(**inputs)
+    hook.remove()
+    return given[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("tower", "strategy", "more"), TOWERS)
+def test_tokens_of_other_towers_that_are_no_patches_stay(tower: str, strategy: str, more: int) -> None:
+    """Class and register tokens that the model is given beside the patches."""
+    model, example = llava_with(tower, strategy), prompt("llava")
+    ids = example.inputs["input_ids"]
+    start = example.images[0][0]
+    ids = torch.cat([ids[:, :start], ids[:, start : start + 1].expand(1, more), ids[:, start:]], 1)
+    inputs = {**example.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    plain = generate(model, inputs)
+    for method, options in (("uniform", {"tokens": 4}), ("divprune", {"tokens": 4}), ("visionzip", {"tokens": 6})):
+        if method == "visionzip" and tower in ("Beit", "DINOv3ViT", "ViTMSN"):
+            with pytest.raises(tokenprune.UnsupportedMethod, match="attention"):
+                tokenprune.patch(model, method, **options)
+            continue
+        (before,) = projected(model, inputs)
+        with tokenprune.patched(model, method, **options), tokenprune.record(model) as recording:
+            got = generate(model, inputs)
+            (after,) = projected(model, inputs)
+        (kept,) = recording.forwards[0].places[0].kept.tolist()
+        gone = [start + more + i for i in range(16) if i not in kept]
+        if method == "visionzip":
+            changed = (before != after).any(1).nonzero().flatten().tolist()
+            assert len(changed) == 1
+            rest = [more + i for i in range(16) if i not in kept]
+            assert torch.allclose(after[changed[0]], before[changed[0]] + before[rest].mean(0), atol=1e-5)
+        else:
+            close(got, by_hand(model, inputs, gone))
+        if method == "uniform":
+            assert kept == [2, 6, 10, 14]
+    with tokenprune.patched(model, "uniform", keep=1.0):
+        close(generate(model, inputs), plain)
+
+
+def test_patches_that_are_taken_for_other_tokens_are_refused_when_patched() -> None:
+    with pytest.raises(tokenprune.UnsupportedModel, match="use 'full'"):
+        tokenprune.patch(llava_with("SiglipVision", "default"), "uniform", keep=0.5)
+    model = build("llava_next")
+    model.config.vision_feature_select_strategy = "full"
+    with pytest.raises(tokenprune.UnsupportedModel, match="strategy='default'"):
+        tokenprune.patch(model, "uniform", keep=0.5)
+
+
+def test_layers_that_cannot_be_looked_at_are_refused() -> None:
+    for method, last in (("visionzip", 1), ("prumerge", 2)):
+        with pytest.raises(tokenprune.UnsupportedMethod, match=f"use start_layer=0 to {last}"):
+            tokenprune.patch(build("llava"), method, start_layer=last + 1)
+    with pytest.raises(tokenprune.UnsupportedMethod, match="a class token"):
+        tokenprune.patch(build("paligemma"), "visionzip", start_layer=0)
+    with pytest.raises(tokenprune.BudgetError, match="start_layer"):
+        tokenprune.patch(build("llava"), "visionzip", start_layer=-1)
 
 
 def features_of(model: Any, example: Example) -> Tensor:
@@ -260,23 +386,26 @@ def test_cdpruner() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 30])
 @pytest.mark.parametrize("name", most_in_full("internvl", names=("llava", "internvl", "qwen2_5_vl")))
-def test_zero_tprune_ranks_the_towers_graph(name: str) -> None:
+def test_zero_tprune_ranks_the_towers_graph(name: str, steps: int) -> None:
     """PageRank by matrix powers of the host's own maps; the similarity stage off, as it has tests of its own."""
     example, model = prompt(name), build(name)
     prefix, tiles = CLASS_TOKEN.get(name, 0), []
+    rounds = {} if steps == 1 else {"iterations": steps}  # one behind the last layer (section 4.1 of the paper)
     for tile in torch.cat(attention_maps(name, example)).double():
         tokens = tile.shape[-1]
         start = torch.ones(tokens).double()
         if prefix:
             start[0] = tokens**0.5
-        heads = [(start / start.sum()) @ torch.linalg.matrix_power(a, 30) for a in tile]
+        heads = [(start / start.sum()) @ torch.linalg.matrix_power(a, steps) for a in tile]
         spread = [((h[prefix:] / h[prefix:].mean()) ** 2).mean() - 1 for h in heads]
         passed = [h for h, s in zip(heads, spread, strict=True) if 0.01 <= s <= 0.7] or heads
         tiles.append((sum(h[prefix:] ** 2 for h in passed) / len(passed)).sqrt().tolist())
     ranks = placeholder_scores(name, tiles)
     keep = len(ranks[0]) // 2
-    assert kept_by(model, example, "zero_tprune", keep=0.5, similarity=0) == [best(row, keep) for row in ranks]
+    kept = kept_by(model, example, "zero_tprune", keep=0.5, similarity=0, **rounds)
+    assert kept == [best(row, keep) for row in ranks]
     assert kept_by(model, example, "zero_tprune", keep=0.5) != kept_by(model, example, "uniform", keep=0.5)
 
 

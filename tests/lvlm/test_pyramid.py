@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from lvlm_zoo import IMAGE, KINDS, build, language_model
 from PIL import Image
 from torch import Tensor, nn
@@ -113,8 +114,11 @@ def test_tokens_lie_in_the_tiles_below_them(size: tuple[int, int]) -> None:
         assert under == [tile for tile in finer.tiles() if min(finer.content(tile)) >= stretch or tile in under]
 
 
-def by_hand(model: Any, image: Drawn, point: tuple[float, float], share: float, most: int) -> tuple[list[Any], Tensor]:
-    """(tiles of each level, the prompt's embeddings), out of the model's own parts, one tile after the other."""
+def by_hand(
+    model: Any, image: Drawn, point: tuple[float, float], share: float, most: int
+) -> tuple[list[Any], list[Tensor], Tensor]:
+    """(tiles of each level, its tokens row by row behind those of the small image, the prompt's embeddings), out of the
+    model's own parts, one tile after the other."""
     width, height = image.size
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3]))
 
@@ -126,7 +130,8 @@ def by_hand(model: Any, image: Drawn, point: tuple[float, float], share: float, 
         return nn.functional.avg_pool2d(grid, 2)[0].permute(1, 2, 0)  # bilinear to half the size is the mean of four
 
     scales = [2**p for p in range(20) if p == 0 or max(width, height) / 2**p >= 3 * SIDE][::-1]
-    visited, tiles, found = [], None, {}
+    visited, levels, tiles, found = [], [], None, {}
+    small = encode((0, 0, width, height), SIDE, SIDE).flatten(0, 1)
     for at, scale in enumerate(scales):
         rows, columns = math.ceil(height / scale / SIDE), math.ceil(width / scale / SIDE)
         ratio = min(rows * SIDE / (height / scale), columns * SIDE / (width / scale))
@@ -144,6 +149,8 @@ def by_hand(model: Any, image: Drawn, point: tuple[float, float], share: float, 
                     if i * 28 < down and j * 28 < across:
                         found[2 * r + i, 2 * c + j] = part[i, j]
 
+        levels.append(torch.cat([small, torch.stack([found[token] for token in sorted(found)])]))
+
         def distance(token: tuple[int, int], w: int = w, h: int = h) -> float:
             return ((token[1] + 0.5) * 28 / w - point[0]) ** 2 + ((token[0] + 0.5) * 28 / h - point[1]) ** 2
 
@@ -158,9 +165,8 @@ def by_hand(model: Any, image: Drawn, point: tuple[float, float], share: float, 
         if len(under) > most:
             break
         tiles = sorted(under)
-    small = encode((0, 0, width, height), SIDE, SIDE).flatten(0, 1)
     ids = model.get_input_embeddings()(IDS[0])
-    return visited, torch.cat([ids[:2], small, torch.stack([found[t] for t in sorted(best)]), ids[4:]])[None]
+    return visited, levels, torch.cat([ids[:2], small, torch.stack([found[t] for t in sorted(best)]), ids[4:]])[None]
 
 
 @pytest.mark.parametrize(
@@ -170,9 +176,19 @@ def by_hand(model: Any, image: Drawn, point: tuple[float, float], share: float, 
 @torch.no_grad()
 def test_levels_and_tokens_are_those_of_a_loop_by_hand(size: Any, share: float, most: int, deep: int) -> None:
     model, image, point = build("llava"), Drawn(*size), (0.311, 0.647)
-    answer = ask(model, image, focus=near(point), share=share, max_tiles=most)
-    visited, embeds = by_hand(model, Drawn(*size), point, share, most)
+    shown: list[Tensor] = []
+
+    def focus(seen: Seen) -> Tensor:
+        shown.append(seen.embeds[0, torch.cat([seen.small, seen.places])])
+        return near(point)(seen)
+
+    answer = ask(model, image, focus=focus, share=share, max_tiles=most)
+    visited, levels, embeds = by_hand(model, Drawn(*size), point, share, most)
     assert [step.tiles for step in answer.steps] == visited
+    for step, mine, expected in zip(answer.steps, shown, levels, strict=True):
+        assert mine.shape == expected.shape
+        assert (mine - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert step.tokens == len(expected) - 4
     assert len(visited) == deep
     assert answer.tiles == 1 + sum(map(len, visited)) == len(image.reads)
     assert [box for step in answer.steps for box in step.boxes] == [box for box, _ in image.reads[1:]]
@@ -181,6 +197,15 @@ def test_levels_and_tokens_are_those_of_a_loop_by_hand(size: Any, share: float, 
     expected = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=3, do_sample=False)
     assert torch.equal(answer.sequences, expected)
     assert answer.text == " ".join(map(str, expected[0].tolist()))
+
+
+def test_as_many_tiles_as_allowed_are_looked_at() -> None:
+    model, image, focus = build("llava"), Drawn(1500, 900), near((0.3, 0.6))
+    counts = [len(step.tiles) for step in ask(model, image, focus=focus, share=0.4).steps]
+    assert counts == sorted(set(counts))
+    for allowed, looked_at in ((counts[-1], counts), (counts[-1] - 1, counts[:-1])):
+        steps = ask(model, image, focus=focus, share=0.4, max_tiles=allowed).steps
+        assert [len(step.tiles) for step in steps] == looked_at
 
 
 def test_a_hundred_million_pixels_are_never_held() -> None:
@@ -230,6 +255,7 @@ def test_the_first_layers_look_as_the_model_attends(rotary: bool) -> None:
         row = row.softmax(-1)
     expected = (row / row.sum(-1, keepdim=True)).mean(0)
     assert (focus(one) - expected).abs().max() <= 1e-5 * expected.max()
+    assert torch.equal(FirstLayers()(one), FirstLayers(layer=0)(one))  # before a quarter of four layers
     assert not text._forward_pre_hooks
     assert not any(layer._forward_pre_hooks for layer in text.layers)
 
@@ -285,6 +311,54 @@ def test_images_and_questions() -> None:
         ask(model, torch.zeros(3, 300, 200))
     with pytest.raises(tokenprune.TokenPruneError, match="placeholders"):
         tokenprune.coarse_to_fine(model, picture, torch.tensor([[1, 2]]), processor=Processor())
+
+
+@torch.no_grad()
+def test_a_crops_register_tokens_do_not_go_on() -> None:
+    """They belong to no place of the crop's grid."""
+    config = copy.deepcopy(build("llava").config)
+    config.vision_config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=14,
+        num_register_tokens=4,
+    )
+    model: Any = transformers.LlavaForConditionalGeneration(config).eval()
+    projected: list[Tensor] = []
+    model.model.multi_modal_projector.register_forward_hook(lambda _, args, out: projected.append(out))
+    answer = ask(model, Drawn(300, 160), shrink=1)
+    assert projected[0].shape[1] == 20
+    assert torch.equal(answer.embeds[0, 2:18], projected[0][0, 4:])
+    assert answer.tokens == 16 + len(answer.steps[0].kept)
+
+
+def test_ids_of_two_images_are_refused() -> None:
+    image = Drawn(300, 200)
+    apart, side_by_side = [1, 5, IMAGE, IMAGE, 20, IMAGE, IMAGE, 31], [1, 5, *[IMAGE] * 32, 31]
+    for name, ids in (("llava", apart), ("llava", side_by_side), ("llava_next", apart), ("idefics3", apart)):
+        with pytest.raises(tokenprune.TokenPruneError, match="one image"):
+            tokenprune.coarse_to_fine(build(name), image, torch.tensor([ids]), processor=Processor())
+    one = torch.tensor([[1, 5, *[IMAGE] * 16, 31]])
+    assert tokenprune.coarse_to_fine(build("llava"), image, one, processor=Processor(), max_new_tokens=1).steps
+
+
+def test_several_answers_and_all_of_the_output() -> None:
+    model, image = build("llava"), Drawn(300, 200)
+    beams = {"num_beams": 4, "num_return_sequences": 3, "do_sample": False, "max_new_tokens": 3}
+    answer = tokenprune.coarse_to_fine(
+        model, image, IDS, processor=Processor(), return_dict_in_generate=True, output_scores=True, **beams
+    )
+    mask = torch.ones(answer.embeds.shape[:2], dtype=torch.long)
+    expected = model.generate(inputs_embeds=answer.embeds, attention_mask=mask, **beams)
+    assert len(expected) == 3
+    assert torch.equal(answer.sequences, expected)
+    assert answer.texts == [" ".join(map(str, row)) for row in expected.tolist()]
+    assert len(set(answer.texts)) == 3
+    assert answer.text == answer.texts[0]
+    assert len(answer.output.scores) == 3
+    assert ask(model, image).output is None
 
 
 def test_a_path(tmp_path: Any) -> None:

@@ -58,9 +58,13 @@ class Row:
 
 
 def table_rows(table: Any, index: Tensor, tokens: int, text: int, *, after_text: bool = False) -> Any:
-    """Rows of rotary tables [N, ...] (one, or a tuple of them), or of [T + N, ...] where text stands in front."""
+    """Rows of rotary tables [N, ...] (one, or a tuple of them), or of [T + N, ...] where text stands in front.
+
+    CogView4 makes its tables on the CPU, and moves them where they are used.
+    """
     if isinstance(table, tuple | list):
         return tuple(table_rows(part, index, tokens, text, after_text=after_text) for part in table)
+    table = table.to(index.device)
     if after_text:
         start = table.shape[0] - tokens
         return torch.cat([table[:start], table[start:].index_select(0, index[0])])

@@ -142,17 +142,14 @@ def describe(outer: nn.Module) -> LvlmHost:
         if family.video:
             tokens["video"] = int(config.video_token_id)
     scored = _scored(tower)
-    prefix = scored.prefix(tower) if scored is not None else 0
-    if getattr(config, "vision_feature_select_strategy", None) == "full" and prefix:
-        raise UnsupportedModel(
-            "with vision_feature_select_strategy='full' the tower's class token is one of the visual tokens; use"
-            " 'default'"
-        )
+    strategy = getattr(config, "vision_feature_select_strategy", None)
+    prefix = scored.prefix(tower) if scored is not None else int(strategy == "default")
+    others = _others(family, strategy, tower, prefix)
     lift = None
     if family.merged:
         lift = partial(lift_merged, model)
     elif not family.packed:
-        lift = partial(lift_tiles, partial(family.groups, model) if family.groups is not None else None)
+        lift = partial(lift_tiles, partial(family.groups, model) if family.groups is not None else None, others)
     return LvlmHost(
         outer=outer,
         model=model,
@@ -177,6 +174,23 @@ def describe(outer: nn.Module) -> LvlmHost:
         refused=partial(_refused, family),
         crops=family.crops if isinstance(family.crops, str) else partial(family.crops, model),
     )
+
+
+def _others(family: Family, strategy: str | None, tower: nn.Module, prefix: int) -> int:
+    """Visual tokens of an image in front of its patches: class and register tokens that are not left out."""
+    others = prefix - int(strategy == "default") if strategy is not None else 0
+    if others < 0:
+        raise UnsupportedModel(
+            "vision_feature_select_strategy='default' leaves out the first token of each image, which is a patch of a"
+            f" {type(tower).__name__}; use 'full'"
+        )
+    if others and not family.plain:
+        raise UnsupportedModel(
+            f"{others} of an image's visual tokens are no patches, but class or register tokens of the"
+            f" {type(tower).__name__}, and this model arranges them like patches; with a class token alone use"
+            " vision_feature_select_strategy='default'"
+        )
+    return others
 
 
 def _family(module: nn.Module) -> Family | None:

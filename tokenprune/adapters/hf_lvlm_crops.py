@@ -17,7 +17,15 @@ BOTH_WAYS = "its image tokens attend in both directions, by masks that the model
 def llava_crops(model: Any) -> Crops:
     """Of the LLaVA family, where each patch becomes a token; of those that pack crops, rows end in a newline."""
     separator = getattr(model, "image_newline", None)
-    return Crops(int(model.config.vision_config.image_size), partial(_as_llava, model), separator, shrink=2)
+    tower = model.config.vision_config
+    patches = (int(tower.image_size) // int(tower.patch_size)) ** 2
+    return Crops(
+        int(tower.image_size),
+        partial(_as_llava, model, patches),
+        separator,
+        shrink=2,
+        tokens=patches if separator is None else None,
+    )
 
 
 def internvl_crops(model: Any) -> Crops:
@@ -30,12 +38,13 @@ def idefics_crops(model: Any) -> Crops:
     return Crops(int(model.config.vision_config.image_size), partial(_as_samples, model))
 
 
-def _as_llava(model: Any, pixels: Tensor) -> Tensor:
+def _as_llava(model: Any, patches: int, pixels: Tensor) -> Tensor:
     """Newer members of the family pack crops where they encode them; of a crop by itself they make what the first one
-    makes."""
+    makes. Of crops no class or register tokens go on."""
     from transformers.models.llava.modeling_llava import LlavaModel
 
-    return torch.stack(list(LlavaModel.get_image_features(model, pixels, return_dict=True).pooler_output))
+    features = LlavaModel.get_image_features(model, pixels, return_dict=True).pooler_output
+    return torch.stack(list(features))[:, -patches:]
 
 
 def _encoded(model: Any, pixels: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ from tokenprune.lvlm.host import Scored, TowerCall, pooled, square
 
 @dataclass(frozen=True)
 class TowerFacts:
-    """prefix: (tower) -> its prefix tokens. at: (model, tower, layer asked for) -> what is read there."""
+    """prefix: (tower) -> its prefix tokens. at: (model, tower, layer asked for) -> what is read there, None where it is
+    not known."""
 
     prefix: Callable[[Any], int]
-    at: Callable[[Any, Any, int | None], Scored]
+    at: Callable[[Any, Any, int | None], Scored | None]
 
 
 def _prefix_of(prefix: int, tower: Any) -> int:
@@ -38,7 +39,7 @@ def _by_projections(layers: str, attention: str, prefix: int, model: Any, tower:
     taps = tuple((kind, getattr(module, norm, None) or getattr(module, proj)) for kind, norm, proj in parts)
     scale = float(module.scaling if hasattr(module, "scaling") else module.scale)
     prefix = _prefix_of(prefix, tower)
-    return Scored(taps, partial(_tile_records, index, prefix, int(module.head_dim), scale))
+    return Scored(stack[index], index, taps, partial(_tile_records, index, prefix, int(module.head_dim), scale))
 
 
 def _index(model: Any, depth: int, layer: int | None) -> int:
@@ -51,7 +52,7 @@ def _index(model: Any, depth: int, layer: int | None) -> int:
 
 
 def _tile_records(index: int, prefix: int, width: int, scale: float, call: TowerCall) -> list[AttentionRecord]:
-    """One record of all tiles [T, N, ..]."""
+    """One record of all tiles [T, N, ..]; behind the tower the layer that is scored is the last."""
     q, k = (
         x.detach().reshape(*x.shape[:-1], -1, width).transpose(1, 2)
         for x in (call.caught["queries"], call.caught["keys"])
@@ -62,11 +63,11 @@ def _tile_records(index: int, prefix: int, width: int, scale: float, call: Tower
         mask = mask.reshape(tiles, 1, 1, -1) if not bool(mask.all()) else None
     return [
         AttentionRecord(
-            hidden=_behind(index, call.output).detach(),
+            hidden=_behind(index, call).detach(),
             origin=torch.arange(tokens - prefix, device=q.device).expand(tiles, -1),
             num_prefix_tokens=prefix,
-            place=0,
-            depth=1,
+            place=index,
+            depth=index + 1,
             grid=square(tokens - prefix),
             has_class_token=prefix > 0,
             scale=scale,
@@ -77,11 +78,13 @@ def _tile_records(index: int, prefix: int, width: int, scale: float, call: Tower
     ]
 
 
-def _behind(index: int, output: Any) -> Tensor:
-    """The state behind a layer where the model asks for it, else behind the last."""
-    states = output.get("hidden_states")
+def _behind(index: int, call: TowerCall) -> Tensor:
+    """The state behind a layer where it is known, else behind the last."""
+    if call.output is None:
+        return call.caught["hidden"]
+    states = call.output.get("hidden_states")
     state = states[index + 1] if states is not None else None
-    return output.last_hidden_state if state is None else state
+    return call.output.last_hidden_state if state is None else state
 
 
 def _by_packed_row(model: Any, tower: Any, layer: int | None) -> Scored:
@@ -92,26 +95,25 @@ def _by_packed_row(model: Any, tower: Any, layer: int | None) -> Scored:
     attention = tower.blocks[index].attn
     taps = (("qkv", attention.qkv), ("block_inputs", attention))
     scale = float(attention.scaling)
-    return Scored(taps, partial(_row_records, tower, int(attention.num_heads), scale))
+    return Scored(tower.blocks[index], index, taps, partial(_row_records, index, int(attention.num_heads), scale))
 
 
-def _row_records(tower: Any, heads: int, scale: float, call: TowerCall) -> list[AttentionRecord]:
+def _row_records(index: int, heads: int, scale: float, call: TowerCall) -> list[AttentionRecord]:
     """One record for each image (or frame), in the order of the row."""
     inputs = call.caught["block_inputs"]
     qkv = call.caught["qkv"].detach()
     q, k, _ = qkv.reshape(len(qkv), 3, heads, -1).permute(1, 2, 0, 3).unbind(0)
     cos, sin = inputs["position_embeddings"]
     lengths = inputs["cu_seqlens"].diff().tolist()
-    parts = zip(
-        *(x.split(lengths, dim=-2) for x in (q, k, cos, sin)), call.output.last_hidden_state.split(lengths), strict=True
-    )
+    state = call.caught["hidden"] if call.output is None else call.output.last_hidden_state
+    parts = zip(*(x.split(lengths, dim=-2) for x in (q, k, cos, sin)), state.split(lengths), strict=True)
     return [
         AttentionRecord(
             hidden=hidden.detach().unsqueeze(0),
             origin=torch.arange(len(hidden), device=q.device).unsqueeze(0),
             num_prefix_tokens=0,
-            place=0,
-            depth=1,
+            place=index,
+            depth=index + 1,
             grid=None,
             has_class_token=False,
             scale=scale,
@@ -128,15 +130,20 @@ def _rotate(cos: Tensor, sin: Tensor, x: Tensor) -> Tensor:
     return x.float() * cos.float() + torch.cat([-second, first], -1) * sin.float()
 
 
+def _unknown(model: Any, tower: Any, layer: int | None) -> None:
+    """Rotary tables and a bias of their own."""
+
+
 _SIGLIP_LIKE = TowerFacts(lambda tower: 0, partial(_by_projections, "encoder.layers", "self_attn", 0))
 _ROW = TowerFacts(lambda tower: 0, _by_packed_row)
 SCORED = {
     name: TowerFacts(
         partial(_prefix_of, prefix),
-        partial(_by_projections, layers, "self_attn" if layers == "encoder.layers" else "attention", prefix),
+        partial(_by_projections, layers, "self_attn" if layers == "encoder.layers" else "attention", prefix)
+        if "dinov3" not in name and "beit" not in name
+        else _unknown,
     )
     for name, (layers, prefix) in TOWERS.items()
-    if "dinov3" not in name and "beit" not in name  # rotary tables and a bias of their own
 } | {
     "internvl.InternVLVisionModel": TowerFacts(
         lambda tower: 1, partial(_by_projections, "encoder.layer", "attention", 1)
@@ -172,9 +179,10 @@ def grid_of_packed(model: Any, placeholders: int, place: int, call: TowerCall) -
     return (rows // merge, columns // merge) if frames == 1 else None
 
 
-def lift_tiles(groups: Callable[[Tensor], Tensor] | None, values: Tensor, call: TowerCall) -> list[Tensor]:
-    """Values [T, n, C] of patches for the placeholders of each tile."""
-    return list(values if groups is None else pooled(values, groups))
+def lift_tiles(groups: Callable[[Tensor], Tensor] | None, others: int, values: Tensor, call: TowerCall) -> list[Tensor]:
+    """Values [T, n, C] of patches for the placeholders of each tile, the first `others` of which are no patches."""
+    lifted = values if groups is None else pooled(values, groups)
+    return list(torch.nn.functional.pad(lifted, (0, 0, others, 0)))
 
 
 def lift_merged(model: Any, values: Tensor, call: TowerCall) -> list[Tensor]:

@@ -31,7 +31,7 @@ def reads_prefix(model: Any) -> bool:
 def is_users_own(model: nn.Module) -> bool:
     """Whether a subclass or an instance has a forward or a tail of its own, which may read any token."""
     cls = getattr(type(model), "_tokenprune_original", type(model))
-    return any(name in vars(model) or not _of_a_library(getattr(cls, name, None)) for name in _TAIL)
+    return any(name in model.__dict__ or not _of_a_library(getattr(cls, name, None)) for name in _TAIL)
 
 
 def prefix_tail(model: Any) -> Sequence[nn.Module] | None:

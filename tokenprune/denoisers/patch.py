@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from tokenprune.denoisers.caches import Watched, refuse_caches, watched
+from tokenprune.denoisers.caches import Watched, refuse_caches, submodule, watched
 from tokenprune.denoisers.costs import DenoiserCosts, Probe, count_costs
 from tokenprune.denoisers.host import Arguments, BlockFacts, DenoiserHost
 from tokenprune.denoisers.parts import PartsSite
@@ -261,11 +261,8 @@ def attach(host: DenoiserHost, patch: DenoiserPatch) -> None:
 
 def _is_hooked(model: nn.Module, name: str, patch: DenoiserPatch) -> bool:
     """Whether there is a module of that name, with a hook of the patch."""
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        return False
-    return any(
+    module = submodule(model, name)
+    return module is not None and any(
         patch_of(hook) is patch for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
 

@@ -64,7 +64,7 @@ def bench_arms(
     for batch in batch_sizes if batch_sizes is not None else [len(inputs)]:
         images = inputs[torch.arange(batch, device=inputs.device) % len(inputs)]
         for arm in progress(arms, f"bench, batch {batch}", show=show_progress):
-            row = _row(arm, arms[0], images, rounds=rounds, seed=seed, attempts=attempts)
+            row = arm_row(arm, arms[0], images, rounds=rounds, seed=seed, attempts=attempts)
             if profile and arm.is_patched and arm.model is not None and arms[0].model is not None:
                 row |= overhead_cells(arms[0].model, arm.model, images, rounds=rounds)
             rows.append(row)
@@ -97,6 +97,13 @@ def timing_cells(timing: Timing, batch: int) -> dict[str, Any]:
     return {
         "images_per_s": batch / timing.seconds_patched,
         "unpatched_images_per_s": batch / timing.seconds,
+        **ratio_cells(timing),
+    }
+
+
+def ratio_cells(timing: Timing) -> Row:
+    """The cells of `timing` but for its times: speed-up, control and peak memory."""
+    return {
         **interval_cells("speedup", timing.speedup.estimate, timing.speedup.low, timing.speedup.high),
         "control": timing.control,
         "trusted": timing.trusted,
@@ -105,7 +112,8 @@ def timing_cells(timing: Timing, batch: int) -> dict[str, Any]:
     }
 
 
-def _row(arm: Arm, base: Arm, images: Tensor, *, rounds: int, seed: int, attempts: int) -> Row:
+def arm_row(arm: Arm, base: Arm, images: Tensor, *, rounds: int = 20, seed: int = 0, attempts: int = 3) -> Row:
+    """The row of `bench` for `arm`, timed against the unpatched `base` on images [B, C, H, W]."""
     ratio = arm.flops_ratio
     row: Row = {
         "method": arm.method,

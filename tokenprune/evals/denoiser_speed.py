@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.evals.digits_checkpoints import trained
+from tokenprune.evals.digits_denoisers import UNET, prompts
+from tokenprune.evals.real_denoisers import later_steps
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.stopwatch import Stopwatch
 from tokenprune.evals.table import Row, Table, environment, interval_cells
@@ -83,7 +86,8 @@ def unet(level: Level) -> nn.Module:
 
 
 def compare(level: Level, patch: Callable[[nn.Module], object], part: str, *, rounds: int, attempts: int) -> Timing:
-    """Times submodule `part` of the level's U-Net, patched by `patch`, against the same unpatched, batch 1."""
+    """Times submodule `part` of the level's U-Net, patched by `patch`, against the same unpatched, batch 1, in steps of
+    a run, of which each chooses its tokens."""
     base, clock = unet(level), Stopwatch()
     models = [base, shared_copy(base), shared_copy(base)]
     patch(models[1])
@@ -92,7 +96,7 @@ def compare(level: Level, patch: Callable[[nn.Module], object], part: str, *, ro
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, level.side, level.side, generator=generator)
     text = torch.randn(1, 77, level.text, generator=generator)
-    arms = [partial(model, latents, torch.tensor(100), text) for model in models]
+    arms = [later_steps(model, {"sample": latents, "encoder_hidden_states": text}) for model in models]
     with torch.inference_mode():
         return measure(*arms, rounds=rounds, warmup=1, attempts=attempts, clock=clock)
 
@@ -158,20 +162,34 @@ def merge_table(*, rounds: int = 40, attempts: int = 3) -> Table:
 
 
 def unet_table(*, rounds: int = 20, attempts: int = 1) -> Table:
-    """A whole SD 1.5 U-Net at 512 pixels with our `tomesd` against the same with the package's; needs the package."""
+    """Whole U-Nets with our `tomesd` against the same with the package's, which has to be there: SD 1.5 at 512 pixels,
+    batch 1, and the shipped small one, two pictures with guidance."""
     from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    large = UNet2DConditionModel(cross_attention_dim=768).eval()
+    small = trained(UNET)
+    inputs = {"sample": torch.randn(1, 4, 64, 64), "encoder_hidden_states": torch.randn(1, 77, 768)}
+    rows = [_against_package("SD 1.5 U-Net", large, inputs, 1, rounds, attempts)]
+    inputs = {"sample": torch.randn(4, 3, 36, 36), "encoder_hidden_states": prompts(torch.arange(4))}
+    rows.append(_against_package(f"{UNET}, batch 4", small, inputs, 2, rounds, attempts))
+    return Table(rows, environment())
+
+
+def _against_package(
+    what: str, base: nn.Module, inputs: Mapping[str, Tensor], max_downsample: int, rounds: int, attempts: int
+) -> Row:
+    """Half of the tokens merged where the stacks are at most `max_downsample` times smaller than the latents."""
     from tomesd import apply_patch
 
-    base = UNet2DConditionModel(cross_attention_dim=768).eval()
-    theirs = [apply_patch(shared_copy(base), ratio=0.5) for _ in range(2)]
-    ours = tokenprune.patch(shared_copy(base), "tomesd", ratio=0.5)
-    latents, text = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
-    arms = [partial(model, latents, torch.tensor(100), text) for model in (theirs[0], ours, theirs[1])]
+    theirs = [apply_patch(shared_copy(base), ratio=0.5, max_downsample=max_downsample) for _ in range(2)]
+    ours = tokenprune.patch(shared_copy(base), "tomesd", ratio=0.5, max_downsample=max_downsample)
+    arms = [later_steps(model, inputs) for model in (theirs[0], ours, theirs[1])]
     with torch.inference_mode():
         timing = measure(*arms, rounds=rounds, warmup=1, attempts=attempts)
     ratio = timing.speedup
-    row: Row = {"what": "SD 1.5 U-Net", **interval_cells("speedup", ratio.estimate, ratio.low, ratio.high)}
-    return Table([row | {"control": timing.control, "trusted": timing.trusted}], environment())
+    row: Row = {"what": what, **interval_cells("speedup", ratio.estimate, ratio.low, ratio.high)}
+    return row | {"control": timing.control, "trusted": timing.trusted}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -44,7 +44,10 @@ def digit_reader() -> DigitReader:
 
 
 def read(reader: DigitReader, images: Tensor, batch: int = 250) -> tuple[Tensor, Tensor]:
-    """Features [N, 64] and predicted digits [N] of `images` [N, 3, S, S], a batch at a time."""
+    """Features [N, 64] and predicted digits [N] of `images` [N, 3, S, S], where these are, a batch at a time wherever
+    the reader is."""
+    device = reader.head.weight.device
     with torch.inference_mode():
-        features = torch.cat([reader.features(part) for part in torch.split(images, batch)])
-        return features, reader.head(features).argmax(dim=1)
+        features = torch.cat([reader.features(part.to(device)) for part in torch.split(images, batch)])
+        digits = reader.head(features).argmax(dim=1)
+    return features.to(images.device), digits.to(images.device)

@@ -56,6 +56,8 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
             latents = torch.randn(len(labels), 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
         images = latents.to(parameter.device, parameter.dtype)
         noise = images
+        if original is not None and mask is not None:
+            original, mask = original.to(images), mask.to(images.device)
         # The scheduler's own spacing would spend the last of its steps on the last thousandth of the way.
         sigmas = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
         self.scheduler.set_timesteps(sigmas=sigmas, device=parameter.device)

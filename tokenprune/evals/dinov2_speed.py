@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
+from tokenprune.evals.bench import timing_cells
 from tokenprune.evals.overhead import overhead_cells
 from tokenprune.evals.shared_copy import shared_copy
-from tokenprune.evals.table import Row, Table, environment, interval_cells
+from tokenprune.evals.table import Row, Table, environment
 from tokenprune.evals.throughput import measure
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -37,34 +38,33 @@ def speed_table(
     flops: float = 0.6,
     rounds: int = 20,
     attempts: int = 3,
-    compile_models: bool = False,
+    compile_mode: str | None = None,
 ) -> Table:
     """A row for each of `methods` (name: options) at `flops` on images [B, C, H, W].
 
-    Columns: `speedup` (`tokenprune.evals.throughput`), `promised` (1 / FLOPs ratio), `kept_promise` (the one over the
-    other), `control`, `trusted`, and from the profile of the eager model `overhead` of the unpatched forward's time
-    with its parts (`tokenprune.evals.overhead`). With `compile_models` all are compiled, and nothing is profiled.
+    Columns: `promised` (1 / FLOPs ratio), `kept_promise` (the speed-up over it), those of
+    `tokenprune.evals.bench.timing_cells`, and from the profile of the eager model `overhead` of the unpatched forward's
+    time with its parts (`tokenprune.evals.overhead`). With a
+    `compile_mode` of torch.compile all are compiled, each as one graph, and nothing is profiled.
     """
     rows: list[Row] = []
     for name, options in methods.items():
         patched = tokenprune.patch(shared_copy(model), name, flops=flops, **options)
         promised = 1 / tokenprune.report(patched).to_dict()["flops_ratio"]
         runs = [shared_copy(model), patched, shared_copy(model)]
-        if compile_models:
+        if compile_mode is not None:
             torch._dynamo.reset()
             for module in runs:
-                module.compile(fullgraph=True)
+                module.compile(fullgraph=True, mode=compile_mode)
         with torch.inference_mode():
             arms = [partial(module, images) for module in runs]
             timing = measure(*arms, rounds=rounds, attempts=attempts, device=images.device)
-        ratio = timing.speedup
-        row: Row = {"method": name, **interval_cells("speedup", ratio.estimate, ratio.low, ratio.high)}
-        row |= {"promised": promised, "kept_promise": ratio.estimate / promised}
-        row |= {"control": timing.control, "trusted": timing.trusted}
-        if not compile_models:
+        row: Row = {"method": name, "promised": promised, "kept_promise": timing.speedup.estimate / promised}
+        row |= timing_cells(timing, len(images))
+        if compile_mode is None:
             row |= overhead_cells(model, patched, images, rounds=rounds)
         rows.append(row)
-    return Table(rows, {"batch": len(images), "compiled": compile_models, **environment(images.device, images.dtype)})
+    return Table(rows, {"batch": len(images), "compiled": compile_mode, **environment(images.device, images.dtype)})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flops=options.flops,
         rounds=options.rounds,
         attempts=options.attempts,
-        compile_models=options.compile,
+        compile_mode="default" if options.compile else None,
     )
     print(table.to_markdown())
     return 0

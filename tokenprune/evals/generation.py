@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.arms import FEWER_STEPS, UNPATCHED, Budget
-from tokenprune.evals.digit_reader import digit_reader, read
+from tokenprune.evals.digit_reader import DigitReader, digit_reader, read
 from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline
 from tokenprune.evals.drawing_orders import Orders, drawing_orders
 from tokenprune.evals.drawn_digits import PIXEL_MEAN, PIXEL_STD, drawn_digit_pictures, to_model
@@ -21,7 +21,7 @@ from tokenprune.evals.generation_arms import GenerationArm, fewer_steps, generat
 from tokenprune.evals.generation_bench import time_generation, timing_cells_of
 from tokenprune.evals.progress import progress
 from tokenprune.evals.saliency import feature_cosine
-from tokenprune.evals.stats import bootstrap_mean
+from tokenprune.evals.stats import Interval, bootstrap_mean
 from tokenprune.evals.table import Row, Table, environment, interval_cells
 from tokenprune.evals.throughput import Timing
 
@@ -82,53 +82,73 @@ def draw(arm: GenerationArm, orders: Orders, *, batch_size: int = 50, show_progr
     return torch.cat([arm.draw(batch).float().cpu() for batch in progress(batches, what, show=show_progress)])
 
 
-def real_features(count: int | None = None) -> Gaussian:
-    """Of `count` (REAL_IMAGES) pictures drawn with the test scans, in the reader's features."""
+def real_features(count: int | None = None, reader: DigitReader | None = None) -> Gaussian:
+    """Of `count` (REAL_IMAGES) pictures drawn with the test scans, in the features of the reader (the shipped one)."""
     pictures, _, _ = drawn_digit_pictures("test", REAL_IMAGES if count is None else count)
-    return gaussian(read(digit_reader(), to_model(pictures))[0])
+    return gaussian(read(reader or digit_reader(), to_model(pictures))[0])
 
 
 @dataclass(frozen=True)
-class _Scores:
-    """Per picture: the reader's features [N, D] and whether it is right [N]; resampled distances [resamples]."""
+class Scores:
+    """Per picture: itself [N, 3, S, S], the reader's features [N, D] and whether it is right [N]. distance: Fréchet;
+    draws: resampled distances [resamples], paired over all that are scored with the same seed."""
 
+    pictures: Tensor
     features: Tensor
     right: Tensor
-    distance: float
+    distance: Interval
     draws: Tensor
+
+
+def score(pictures: Tensor, labels: Tensor, reader: DigitReader, real: Gaussian, *, seed: int = 0) -> Scores:
+    """What the reader finds in `pictures` [N, 3, S, S] in [0, 1] of `labels` [N]; real: `real_features`.
+
+    Raises TokenPruneError for fewer than two pictures.
+    """
+    if len(pictures) < 2:
+        raise TokenPruneError(f"{len(pictures)} picture has no covariance; ask for at least two samples")
+    features, digits = read(reader, (pictures - PIXEL_MEAN) / PIXEL_STD)
+    distance, draws = bootstrap_frechet(features, real, seed=seed)
+    return Scores(pictures, features, (digits == labels).double(), distance, draws)
+
+
+def quality_cells(scores: Scores, base: Scores | None, *, seed: int = 0) -> Row:
+    """The quality columns of `evaluate_generation`; base: of the unpatched pictures, None where these are they."""
+    found = scores.distance
+    row: Row = interval_cells("frechet", found.estimate, found.low, found.high)
+    row |= _mean("accuracy", scores.right, (0.0, 1.0), seed)
+    if base is not None:
+        rise = interval(found.estimate - base.distance.estimate, scores.draws - base.draws)
+        row |= interval_cells("frechet_rise", rise.estimate, rise.low, rise.high)
+        row |= _mean("accuracy_drop", base.right - scores.right, (-1.0, 1.0), seed)
+        row |= _mean("psnr", psnr(scores.pictures, base.pictures), None, seed)
+        row |= _mean("cosine", feature_cosine(scores.features, base.features), None, seed)
+    return row
+
+
+def arm_cells(arm: GenerationArm) -> Row:
+    """What `arm` is and what it costs."""
+    return {
+        "method": arm.method,
+        "budget": arm.budget,
+        "steps": arm.steps,
+        "gmacs": None if arm.flops is None else arm.flops / 1e9,
+        "flops_ratio": arm.flops_ratio,
+        "tokens": arm.tokens,
+    }
 
 
 def score_drawings(
     arms: Sequence[GenerationArm], drawings: Sequence[Tensor | None], labels: Tensor, real: Gaussian, *, seed: int = 0
 ) -> list[Row]:
     """A row for each arm, with the quality columns of `evaluate_generation`; the first arm is the unpatched one."""
-    reader, rows = digit_reader(), list[Row]()
-    reference, base = drawings[0], None
-    assert reference is not None
-    if len(reference) < 2:
-        raise TokenPruneError(f"{len(reference)} picture has no covariance; ask for at least two samples")
+    reader, rows, base = digit_reader(), list[Row](), None
     for arm, pictures in zip(arms, drawings, strict=True):
-        row: Row = {
-            "method": arm.method,
-            "budget": arm.budget,
-            "steps": arm.steps,
-            "gmacs": None if arm.flops is None else arm.flops / 1e9,
-            "flops_ratio": arm.flops_ratio,
-            "tokens": arm.tokens,
-        }
+        row = arm_cells(arm)
         if pictures is not None:
-            features, digits = read(reader, (pictures - PIXEL_MEAN) / PIXEL_STD)
-            found, draws = bootstrap_frechet(features, real, seed=seed)
-            scores = _Scores(features, (digits == labels).double(), found.estimate, draws)
+            scores = score(pictures, labels, reader, real, seed=seed)
+            row |= quality_cells(scores, base, seed=seed)
             base = base or scores
-            row |= interval_cells("frechet", found.estimate, found.low, found.high)
-            row |= _mean("accuracy", scores.right, (0.0, 1.0), seed)
-            if scores is not base:
-                rise = interval(scores.distance - base.distance, draws - base.draws)
-                row |= interval_cells("frechet_rise", rise.estimate, rise.low, rise.high)
-                row |= _mean("accuracy_drop", base.right - scores.right, (-1.0, 1.0), seed)
-                row |= _mean("psnr", psnr(pictures, reference), None, seed)
-                row |= _mean("cosine", feature_cosine(features, base.features), None, seed)
         rows.append({**row, "note": arm.note})
     return rows
 

@@ -75,13 +75,13 @@ def mask_at(place: Tensor, side: int) -> Tensor:
     return mask
 
 
-def batches(given: Originals) -> list[Originals]:
-    """At most BATCH originals at a time, all of one place."""
+def batches(given: Originals, size: int = BATCH) -> list[Originals]:
+    """At most `size` originals at a time, all of one place."""
     _, counts = torch.unique_consecutive(given.places, dim=0, return_counts=True)
     found, start = [], 0
     for count in counts.tolist():
-        for first in range(start, start + count, BATCH):
-            last = min(first + BATCH, start + count)
+        for first in range(start, start + count, size):
+            last = min(first + size, start + count)
             found.append(Originals(*(part[first:last] for part in given)))
         start += count
     return found

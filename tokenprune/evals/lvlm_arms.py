@@ -21,6 +21,8 @@ ORIGINAL, REINDEX = "original", "reindex"
 # token to the uniform grid, so that the score alone decides.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "fopru": {"rows": {"strategy": "row"}, "class token": {"query": "cls"}},
+    "visionzip": {"all layers": {"start_layer": 0}},
+    "prumerge": {"spatial": {"spatial": True}, "all layers": {"start_layer": 0}},
     "feather": {
         "with rotary": {"rotary": True},
         "no grid": {"stride": GRID},

@@ -24,9 +24,10 @@ from tokenprune.evals.digits_lvlm import (
 )
 from tokenprune.evals.lvlm_arms import LvlmArm, lvlm_arms
 from tokenprune.evals.lvlm_bench import time_answers
-from tokenprune.evals.lvlm_speed import cache_bytes, generate
+from tokenprune.evals.lvlm_speed import cache_bytes
 from tokenprune.evals.placed_digits import GRID, placed_digits
 from tokenprune.evals.progress import progress
+from tokenprune.evals.random_llava import generate
 from tokenprune.evals.stats import bootstrap_mean
 from tokenprune.evals.table import Row, Table, environment, interval_cells
 

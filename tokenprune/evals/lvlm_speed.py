@@ -22,11 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
+from tokenprune.evals.random_llava import generate, llava, prompt
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.side_by_side import CONTROL, SideBySide, turns
 from tokenprune.evals.stats import bootstrap_median
 from tokenprune.evals.stopwatch import Stopwatch
 from tokenprune.evals.table import Row, Table, environment, interval_cells
+from tokenprune.evals.throughput import peak_memory, waiting_clock
 
 UNPATCHED = "unpatched"
 PARTS = ("first_token", "tower", "prefill", "between", "behind", "decode")
@@ -62,38 +64,6 @@ class Laps:
         found = {"first_token": whole, "tower": tower, "prefill": text}
         found |= {"between": whole - tower - text, "behind": whole - tower}
         return found | {"decode": (last[0] - first[0]) / max(1, len(self.tokens) - 1)}
-
-
-def llava(*, layers: int = 12, tower_layers: int = 8, width: int = 1024, image: int = 336) -> nn.Module:
-    """A random LLaVA: a CLIP tower with patches of 14 pixels and a LLaMA, as wide and with so many layers."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-    common = {"hidden_size": width, "num_attention_heads": max(1, width // 64)}
-    tower = {"intermediate_size": 4 * width, "num_hidden_layers": tower_layers, "image_size": image, "patch_size": 14}
-    text = {"intermediate_size": 11 * width // 4, "num_hidden_layers": layers, "vocab_size": 32064}
-    config = LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **common, **tower},
-        text_config={"model_type": "llama", **common, **text},
-    )
-    model: Any = LlavaForConditionalGeneration(config)
-    model.generation_config.eos_token_id = None
-    evaluated: nn.Module = model.eval()
-    return evaluated
-
-
-def prompt(model: Any, text: int) -> dict[str, Tensor]:
-    """One image in the middle of `text` tokens."""
-    vision, generator = model.config.vision_config, torch.Generator().manual_seed(0)
-    words = torch.randint(3, 1000, (1, text), generator=generator)
-    image = torch.full((1, (vision.image_size // vision.patch_size) ** 2), model.config.image_token_index)
-    ids = torch.cat([words[:, : text // 2], image, words[:, text // 2 :]], 1)
-    pixels = torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-
-
-def generate(model: Any, inputs: Mapping[str, Tensor], tokens: int) -> Any:
-    """An answer of so many tokens, and the cache behind it."""
-    return model.generate(**inputs, max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True)
 
 
 def cache_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
@@ -142,16 +112,19 @@ def speed_table(
     tokens behind it). Over the unpatched model's, medians of the rounds' ratios with 95% intervals: `speedup` of all
     but the tower, prefill and scoring; `promised`, that of their multiply-adds, and `kept_promise`, the one over the
     other; `first_token_speedup`, `decode_speedup`; `of_tower`, scoring over the tower's time. `cache_mb` is the
-    prompt's cache, `as_counted` whether its bytes are exactly those of the tokens in each layer. Below the table stands
-    `control`, the unpatched model's first token against itself.
+    prompt's cache, `as_counted` whether its bytes are exactly those of the tokens in each layer, `peak_mb` the memory
+    of a whole answer where CUDA measures it. On CUDA the clock waits for the device wherever it is read. Below the
+    table stands `control`, the unpatched model's first token against itself.
     """
     inputs = prompt(model, text)
+    device, dtype = inputs["pixel_values"].device, inputs["pixel_values"].dtype
     patched = {name: tokenprune.patch(shared_copy(model), name, tokens=tokens) for name in methods}
     models: dict[str, nn.Module] = {UNPATCHED: shared_copy(model), CONTROL: shared_copy(model), **patched}
     answers = {name: partial(generate, one, inputs, answer) for name, one in models.items()}
     for run in answers.values():
         run()
-    laps = {name: Laps(one) for name, one in models.items()}
+    # Prefill and decode are told apart only where each has ended before the next is begun.
+    laps = {name: Laps(one, waiting_clock(device)) for name, one in models.items()}
     parts: dict[str, SideBySide] = {}
     for _ in range(max(1, attempts)):
         parts = {part: SideBySide(UNPATCHED, {name: [] for name in models}) for part in PARTS}
@@ -162,14 +135,22 @@ def speed_table(
         if parts["first_token"].trusted:
             break
     whole = multiply_adds_behind(model, inputs)
-    rows = [_times(UNPATCHED, parts) | {"cache_mb": cache_bytes(model, inputs) / 2**20}]
+    rows = [
+        _times(UNPATCHED, parts) | {"cache_mb": cache_bytes(model, inputs) / 2**20} | _peak(answers[UNPATCHED], device)
+    ]
     for name, one in patched.items():
         held, counted = cache_bytes(one, inputs), counted_bytes(one, inputs)
         row = _times(name, parts) | _ratios(name, parts, whole / multiply_adds_behind(one, inputs))
-        rows.append(row | {"cache_mb": held / 2**20, "as_counted": held == counted})
+        row |= {"cache_mb": held / 2**20, "as_counted": held == counted}
+        rows.append(row | _peak(answers[name], device))
     sizes = {"visual tokens": inputs["input_ids"].shape[1] - text, "text tokens": text}
     control = {"control": parts["first_token"].control, "trusted": parts["first_token"].trusted}
-    return Table(rows, {**sizes, **control, **environment()})
+    return Table(rows, {**sizes, **control, **environment(device, dtype)})
+
+
+def _peak(answer: Callable[[], object], device: torch.device) -> Row:
+    peak = peak_memory(answer, device)
+    return {"peak_mb": None if peak is None else peak / 2**20}
 
 
 def _times(name: str, parts: Mapping[str, SideBySide]) -> Row:

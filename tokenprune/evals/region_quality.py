@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokenprune.evals.digit_reader import digit_reader, read
+from tokenprune.evals.digit_reader import DigitReader, digit_reader, read
 from tokenprune.evals.digits_denoisers import DIT
 from tokenprune.evals.digits_pipelines import GUIDANCE, DigitsPipeline, digits_pipeline
 from tokenprune.evals.drawn_digits import IMAGE_SIZE, PIXEL_MEAN, PIXEL_STD, to_pixels
 from tokenprune.evals.frechet import bootstrap_frechet, gaussian, interval
-from tokenprune.evals.inpainting import MASKS, STEPS, Originals, Way, batches, inpaint, mask_at, originals, under
+from tokenprune.evals.inpainting import BATCH, MASKS, STEPS, Originals, Way, batches, inpaint, mask_at, originals, under
 from tokenprune.evals.kept_pictures import draw_missing, kept
 from tokenprune.evals.stats import Interval, bootstrap_mean
 from tokenprune.evals.table import Row, Table, environment, interval_cells
@@ -34,22 +34,36 @@ REAL_IMAGES = 2000
 REAL = 6
 """The series of `drawn_digit_pictures` that distances are measured to."""
 
-WAYS: Mapping[str, Sequence[Way]] = {
+
+def _region(*dense: int, steps: int = STEPS) -> Way:
+    return Way(f"region, dense_steps={dense}" if dense != (0,) else "region, stale context", steps, dense)
+
+
+def _whole(steps: int, of: int = STEPS) -> Way:
+    return Way("full" if steps == of else f"{steps} steps", steps)
+
+
+WAYS: Mapping[str, tuple[str, Sequence[Way]]] = {
     "part": (
-        Way("full"),
-        Way("region", dense=(0, 1)),
-        Way("region, stale context", dense=(0,)),
-        Way("4 steps", 4),
+        "part",
+        (
+            *(_whole(10), _region(0, 1), _region(0), _whole(4)),
+            *(_region(0, 1, 2), _region(0, 1, 2, 3), _region(0, 1, 2, 4), _region(0, 1, 2, 3, 4)),
+            *(_whole(5), _whole(6), _whole(7)),
+        ),
     ),
-    "digit": (
-        Way("full"),
-        Way("region", dense=(0, 1)),
-        Way("region, stale context", dense=(0,)),
-        Way("6 steps", 6),
+    "digit": ("digit", (_whole(10), _region(0, 1), _region(0), _whole(6), _region(0, 1, 2, 3), _whole(7))),
+    "part-20": (
+        "part",
+        (
+            *(_whole(20, 20), _region(0, 1, steps=20), _region(0, steps=20), _region(0, 2, 4, steps=20)),
+            *(_region(0, 1, 2, 3, steps=20), _region(0, 1, 2, 3, 4, 6, steps=20)),
+            *(_whole(7, 20), _whole(8, 20), _whole(9, 20)),
+        ),
     ),
 }
-"""Dense steps were chosen by how close to the full computation's the pictures of another series were: early ones are
-best. Fewer steps: as many as `region` takes FLOPs."""
+"""Masks and ways, the first one full. Dense steps: early ones came closest to the full computation's pictures of
+another series. Fewer steps: as many as `region` takes FLOPs."""
 
 
 def boundary_errors(pictures: Tensor, given: Originals, side: int) -> Tensor:
@@ -74,19 +88,23 @@ def _draw(pipe: DigitsPipeline, way: Way, parts: Sequence[Originals], side: int,
 
 def flops_ratio(pipe: DigitsPipeline, way: Way, given: Originals, side: int) -> float:
     """Multiply-adds over those of the unpatched STEPS steps, the mean over the pictures."""
+    if way.dense is None:
+        return way.steps / STEPS
     one = {tuple(batch.places[0].tolist()): batch for batch in batches(given)}
     ratios = {at: inpaint(pipe, way, Originals(*(part[:1] for part in batch)), side)[1] for at, batch in one.items()}
     return sum(ratios[row, column] for row, column in given.places.tolist()) / len(given.places)
 
 
-def quality_rows(ways: Mapping[str, Tensor], given: Originals, real: Originals, side: int) -> list[Row]:
+def quality_rows(
+    ways: Mapping[str, Tensor], given: Originals, real: Originals, side: int, reader: DigitReader | None = None
+) -> list[Row]:
     """A row for each way's pictures [N, 3, 36, 36], the first one being the full computation that others are held to.
 
     Columns: `frechet` between the reader's features of the squares under the masks and those of `real` ones,
     `accuracy` of the reader on whole pictures, `boundary`, root of the mean squared error in the band around the mask's
     edge; each with a 95% interval over pictures, and `..._ratio`, over the full computation's, paired.
     """
-    reader, rows, base = digit_reader(), list[Row](), None
+    reader, rows, base = reader or digit_reader(), list[Row](), None
     distances = gaussian(read(reader, under(real.images, real.places, side))[0])
     for name, pictures in ways.items():
         images = (pictures - PIXEL_MEAN) / PIXEL_STD
@@ -121,30 +139,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tokenprune.evals.region_quality", description=main.__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--samples", type=int, default=1000, help="pictures a row (default: %(default)s)")
-    parser.add_argument("--mask", action="append", choices=list(MASKS), help="repeatable (default: all)")
+    parser.add_argument("--ways", action="append", choices=list(WAYS), help="repeatable (default: all)")
+    parser.add_argument("--device", default="cpu", help="to draw on (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=BATCH, help="pictures drawn at a time (default: %(default)s)")
     options = parser.parse_args(arguments)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is to be what it is on a CPU
     pipe, rows = digits_pipeline(DIT), list[Row]()
-    given = originals(options.samples)
-    parts, drawn = batches(given), dict[str, dict[str, Tensor]]()
-    for mask in options.mask or MASKS:
-        drawn[mask] = {}
-        for way in WAYS[mask]:
-            folder = options.output / f"region-{options.samples}" / f"{mask}-{way.name}"
-            draw_missing(folder, len(parts), partial(_draw, pipe, way, parts, MASKS[mask]))
-            pictures = kept(folder, len(parts))
-            assert pictures is not None
-            drawn[mask][way.name] = pictures
-            print(f"drawn: {mask}, {way.name}", flush=True)
-    real = originals(REAL_IMAGES, series=REAL)
-    for mask, ways in drawn.items():
-        side = MASKS[mask]
-        for way, row in zip(WAYS[mask], quality_rows(ways, given, real, side), strict=True):
-            told: Row = {"mask": side**2 / IMAGE_SIZE**2, "way": way.name}
-            rows.append({**told, "flops_ratio": flops_ratio(pipe, way, given, side), **row})
-    conditions: Row = {"images": options.samples, "steps": STEPS, "guidance": GUIDANCE, "real images": REAL_IMAGES}
-    table = Table(rows, conditions | environment())
-    for suffix in ("md", "json"):
-        table.save(options.output / f"region-quality.{suffix}")
+    pipe.to(options.device)
+    given, real = originals(options.samples), originals(REAL_IMAGES, series=REAL)
+    parts, reader = batches(given, options.batch_size), digit_reader().to(options.device)
+    pictures = options.output / f"region-{options.samples}" / f"by-{options.batch_size}"
+    conditions: Row = {"images": options.samples, "guidance": GUIDANCE, "real images": REAL_IMAGES}
+    table = Table(rows, conditions | environment(options.device))
+    for name in options.ways or WAYS:
+        mask, ways = WAYS[name]
+        side, drawn = MASKS[mask], dict[str, Tensor]()
+        for way in ways:
+            folder = pictures / f"{name}-{way.name}"
+            draw_missing(folder, len(parts), partial(_draw, pipe, way, parts, side))
+            found = kept(folder, len(parts))
+            assert found is not None
+            drawn[way.name] = found
+            print(f"drawn: {name}, {way.name}", flush=True)
+        costs = [flops_ratio(pipe, way, given, side) for way in ways]
+        for way, cost, row in zip(ways, costs, quality_rows(drawn, given, real, side, reader), strict=True):
+            told: Row = {"mask": side**2 / IMAGE_SIZE**2, "way": way.name, "steps": way.steps}
+            rows.append({**told, "flops_ratio": cost / costs[0], **row})
+        for suffix in ("md", "json"):
+            table.save(options.output / f"region-quality.{suffix}")
     print(table.to_text())
     return 0
 

@@ -116,7 +116,7 @@ def environment(device: torch.device | str = "cpu", dtype: torch.dtype = torch.f
         "dtype": str(dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "timm": _version("timm"),
+        "timm": version("timm"),
         "tokenprune": tokenprune.__version__,
         "unit": "multiply-adds (1 multiply-add = 2 FLOPs)",
     }
@@ -138,7 +138,8 @@ def _processor(device: torch.device) -> str:
     return names[0] if names else platform.machine()
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """Of an installed distribution, None where it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

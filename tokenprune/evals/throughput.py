@@ -90,8 +90,8 @@ def measure(
         control=ratio,
         trusted=trusted,
         attempts=attempt,
-        peak_memory=_peak_memory(reference, device),
-        peak_memory_patched=_peak_memory(candidate, device),
+        peak_memory=peak_memory(reference, device),
+        peak_memory_patched=peak_memory(candidate, device),
     )
 
 
@@ -167,7 +167,19 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_memory(arm: Arm, device: torch.device) -> int | None:
+def waiting_clock(device: torch.device | str, clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """`clock`, read when `device` has done all that it was given."""
+    device = torch.device(device)
+
+    def read() -> float:
+        _synchronize(device)
+        return clock()
+
+    return read
+
+
+def peak_memory(arm: Arm, device: torch.device) -> int | None:
+    """Most bytes that are allocated during a call of `arm`, those from before it included; None outside CUDA."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

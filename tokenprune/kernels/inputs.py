@@ -30,6 +30,26 @@ def observed(*tensors: Tensor) -> bool:
     )
 
 
+def at_once(device: torch.device, memory_limit: int | None) -> int:
+    """Bytes of intermediate results to hold at a time, where the caller sets no limit: 64 MiB, on a GPU, where each
+    further call costs more than what it does, 512 MiB."""
+    if memory_limit is not None:
+        return memory_limit
+    return 2**29 if device.type == "cuda" else 2**26
+
+
+# Since torch 2.8 halves are multiplied on a GPU as they are, and summed and given back in float32.
+_INTO_FLOAT32 = hasattr(torch.ops.aten.bmm, "dtype")
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, M, D] times b [n, D, N], in `precision`."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16) and a.dtype == b.dtype and _INTO_FLOAT32:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    dtype = precision(a)
+    return torch.bmm(a.to(dtype), b.to(dtype))
+
+
 def repeat_heads(k: Tensor, heads: int) -> Tensor:
     """Keys [B, H / g, N, D] of grouped queries, each head g times: [B, H, N, D]."""
     return k if k.shape[1] == heads else k.repeat_interleave(heads // k.shape[1], dim=1)

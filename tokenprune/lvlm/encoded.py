@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedModel
 from tokenprune.lvlm.costs import Given, given
 from tokenprune.lvlm.host import LvlmHost, Scored, TowerCall, patch_ones
+from tokenprune.lvlm.looks import hook_layers, scores_of
 from tokenprune.lvlm.record import record_of
 
 if TYPE_CHECKING:
@@ -58,34 +59,34 @@ def encoded_of(output: Any) -> Encoded | None:
 
 
 class TowerSite:
-    """Hooks on the tower and on the layer of it that is scored."""
+    """Hooks on the tower and on the layers of it that are scored; `scored` is the last of them."""
 
     def __init__(self, patch: LvlmPatch, host: LvlmHost, scored: Scored | None) -> None:
         self.patch = patch
         self.arguments = patch.names.tower
         self.records = scored.records if scored is not None else None
+        self.index = scored.index if scored is not None else 0
         self.lift, self.tiles, self.grid = host.lift, host.tiles, host.grid
 
-    def attach(self, host: LvlmHost, scored: Scored | None) -> None:
+    def attach(self, host: LvlmHost, scored: Sequence[Scored]) -> None:
         """Put the hooks on the tower, the one behind it innermost."""
         host.tower.register_forward_pre_hook(self.enter, with_kwargs=True)
         host.tower.register_forward_hook(self.leave, with_kwargs=True, prepend=True)
-        for kind, module in scored.taps if scored is not None else ():
-            tap = _Tap(self, kind)
-            if kind.endswith("_inputs"):
-                module.register_forward_pre_hook(tap.inputs, with_kwargs=True)
-            else:
-                module.register_forward_hook(tap.output)
+        hook_layers(self.patch, scored)
 
     def enter(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: the tower starts."""
-        self.patch.local.caught = {}
-        self.patch.local.given = given(args, kwargs)
+        local = self.patch.local
+        local.bound = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        local.caught, local.scores = {}, []
+        local.given = given(args, kwargs)
 
     def leave(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook: it has ended."""
-        caught, self.patch.local.caught = self.patch.local.caught, {}
-        call = TowerCall({**dict(zip(self.arguments, args, strict=False)), **kwargs}, output, caught)
+        local = self.patch.local
+        call = TowerCall(local.bound, output, local.caught.get(self.index, {}))
+        before = local.scores or []
+        local.bound, local.caught, local.scores = {}, {}, None
         tiles, patches = self.tiles(call)
         values = [patch_ones(tiles, patches, output.last_hidden_state)]
         scored = self.patch.after is not None and self.patch.after.score is not None
@@ -94,14 +95,16 @@ class TowerSite:
             find = self.records
 
             def look() -> list[Tensor]:
-                return self._values(find(call), tiles, patches)
+                return self._values(find(call), before, tiles, patches)
 
             with torch.no_grad():
-                values += self.patch.spent.choosing(("score", key), look)
+                values += self.patch.spent.choosing(("score", key, self.index), look)
         encoded = Encoded(self.patch.key, torch.cat(values, -1), scored, given=[self.patch.local.given])
         if self.lift is not None:
             encoded.images = self.lift(encoded.values, call)
-            encoded.grids = [self.grid(len(image), place, call) for place, image in enumerate(encoded.images)]
+            encoded.grids = [
+                self.grid(int((image[:, 0] > 0.5).sum()), place, call) for place, image in enumerate(encoded.images)
+            ]
         if isinstance(output, dict):  # an item: hooks that move outputs between devices rebuild them from their items
             output[_ATTRIBUTE] = encoded
         else:
@@ -110,19 +113,21 @@ class TowerSite:
         if self.patch.local.call is not None:  # else it is found again by the output
             self.patch.local.encoded.append(encoded)
 
-    def _values(self, records: Sequence[Any], tiles: int, patches: int) -> list[Tensor]:
+    def _values(self, records: Sequence[Any], before: Sequence[Tensor], tiles: int, patches: int) -> list[Tensor]:
         after, found = self.patch.after, []
         assert after is not None
         lengths = [record.tokens for record in records]
         if any(length != lengths[0] for length in lengths) and patches != sum(lengths):
             raise UnsupportedModel("the tower's tiles have different numbers of patches")
-        if sum(r.tokens * r.hidden.shape[0] for r in records) != tiles * patches:
+        looked_at = [sum(r.tokens * r.hidden.shape[0] for r in records), *map(len, before)]
+        if any(tokens != tiles * patches for tokens in looked_at):
             raise UnsupportedModel(
                 "the image tower is patched itself, and the layer that is scored has fewer tokens than the images have"
                 " patches; unpatch the tower, or use a method that does not look at its attention, such as 'uniform'"
             )
         if after.score is not None:
-            found.append(torch.cat([after.score(record).reshape(-1, 1).float() for record in records]))
+            last = scores_of(after, records)
+            found.append(torch.stack([*(one.to(last.device) for one in before), last]).mean(0))
         if after.keys is not None:
             found.append(torch.cat([after.keys(record).flatten(0, 1).float() for record in records]))
         return [value.view(-1, patches, value.shape[-1]) for value in found]
@@ -148,29 +153,16 @@ class ProjectorSite:
         assert after is not None
         merged = []
         for place, x in enumerate(features):
-            _, scores, metric = encoded.take(place)
+            own, scores, metric = encoded.take(place)
             assert metric is not None
-            record = record_of(x.detach().unsqueeze(0), encoded.grids[place], metric.unsqueeze(0))
+            patches, where = x[own], own.nonzero().squeeze(1)
+            record = record_of(patches.detach().unsqueeze(0), encoded.grids[place], metric.unsqueeze(0))
             scored = scores.unsqueeze(0) if scores is not None else None
             with torch.no_grad():
-                reduction = after.select(scored, record, self.patch.count_alone(scores, len(x)))
-            merged.append(x.index_copy(0, reduction.kept[0], reduction(x.unsqueeze(0))[0]))
+                reduction = after.select(scored, record, self.patch.count_alone(scores, len(patches)))
+            merged.append(x.index_copy(0, where[reduction.kept[0]], reduction(patches.unsqueeze(0))[0]))
         encoded.merged = True
         return (torch.stack(merged), *args[1:]), kwargs
-
-
-class _Tap:
-    """A hook that keeps what a module put out, or was given."""
-
-    def __init__(self, site: TowerSite, kind: str) -> None:
-        self.patch = site.patch
-        self.kind = kind
-
-    def output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.patch.local.caught[self.kind] = output
-
-    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.patch.local.caught[self.kind] = kwargs
 
 
 def pack_here(model: nn.Module, pack: Any, features: Sequence[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -24,12 +24,15 @@ class TowerCall:
 
 @dataclass(frozen=True)
 class Scored:
-    """The tower's layer whose attention is looked at.
+    """A layer of the tower whose attention is looked at, the tower's `index`-th.
 
     taps: (kind, module) whose output is caught under that kind; a kind that ends in "_inputs" catches the keyword
-    arguments. records: the call -> one record for each group of equally long images, in order, prefix tokens in front.
+    arguments. records: the call -> one record for each group of equally long images, in order, prefix tokens in front;
+    before the tower has ended the call has no output, and "hidden" is caught, what the layer put out.
     """
 
+    layer: nn.Module
+    index: int
     taps: Sequence[tuple[str, nn.Module]]
     records: Callable[[TowerCall], list[AttentionRecord]]
 
@@ -55,13 +58,15 @@ class Crops:
 
     side: of a crop in pixels. encode: normalised pixels [T, 3, side, side] -> [T, n, C], tokens of the language model,
     row by row. separator: [C] what ends a row of tokens, None for nothing. shrink: by how much more the sides of a
-    crop's grid of tokens may be shrunk, 2 where each patch becomes a token.
+    crop's grid of tokens may be shrunk, 2 where each patch becomes a token. tokens: of an image that the model encodes
+    itself, None where that depends on its size.
     """
 
     side: int
     encode: Callable[[Tensor], Tensor]
     separator: Tensor | None = None
     shrink: int = 1
+    tokens: int | None = None
 
 
 @dataclass

@@ -46,10 +46,11 @@ class Inside:
     """One forward of the language model.
 
     Of a prompt: visual, real: [B, L] which tokens are an image's, and none of padding. rates: of each sample; finals:
-    tokens behind the last stage, None where the rate says it. sure: [B, L] tokens that the first stage keeps. index,
-    valid: [B, M] tokens that are left, None for all. pending: what the next stage keeps of these. forwards: recordings
-    of each sample. scored: keys looked at by each, at each stage. Of text behind a prompt: stages, and entries of the
-    first layer's cache before it. memo: what was made for one of the layers, kept for the others.
+    tokens behind the last stage, None where the rate says it. sure: [B, L] tokens that the first stage keeps.
+    candidates: tokens at the end that are none of the prompt. index, valid: [B, M] tokens that are left, None for all.
+    pending: what the next stage keeps of these. forwards: recordings of each sample. scored: keys looked at by each, at
+    each stage. Of text behind a prompt: stages, and entries of the first layer's cache before it. memo: what was made
+    for one of the layers, kept for the others.
     """
 
     stages: list[StageMap]
@@ -59,6 +60,7 @@ class Inside:
     rates: Sequence[float] = ()
     finals: Sequence[int | None] = ()
     sure: Tensor | None = None
+    candidates: int = 0
     index: Tensor | None = None
     valid: Tensor | None = None
     pending: Tensor | None = None
@@ -177,6 +179,8 @@ class LayerSite:
         self, now: Inside, layer: Any, x: Tensor, visual: Tensor, real: Tensor, kwargs: Mapping[str, Any]
     ) -> Tensor:
         """[B, M]: attention of the last text token, mean over heads."""
+        if now.candidates:
+            real = real & (torch.arange(real.shape[1], device=real.device) < real.shape[1] - now.candidates)
         text = real & ~visual
         last = (text.cumsum(1) * text).argmax(1, keepdim=True)
         only_visual = self.recipe.softmax == "visual"
@@ -196,8 +200,9 @@ class LayerSite:
         now.pending = None
         now.index = index if now.index is None else gather(now.index, index)
         now.valid = valid
-        padded = not bool(valid.all())
-        now.stages.append(StageMap(self.index, now.index, valid, now.visual.shape[1], padded))
+        padded, held = not bool(valid.all()), valid.shape[1] - now.candidates
+        length = now.visual.shape[1] - now.candidates
+        now.stages.append(StageMap(self.index, now.index[:, :held], valid[:, :held], length, padded))
         self._record(now)
         return gather(x, index)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.lvlm.cache import CacheMap
 from tokenprune.lvlm.costs import Given
@@ -43,16 +44,20 @@ class Call:
 
 @dataclass(eq=False)
 class Local:
-    """What this thread is in the middle of."""
+    """What this thread is in the middle of. candidates: tokens at the end of a prompt's forward that are none of the
+    prompt, but guesses at its continuation."""
 
     call: Call | None = None
     labels: Tensor | None = None
+    candidates: int = 0
     inside: Inside | None = None
     encoded: list[Encoded] = field(default_factory=list)
     latest: Encoded | None = None
     prompts: list[Prefill] = field(default_factory=list)
     given: Given = field(default_factory=lambda: Given((), {}))
-    caught: dict[str, Any] = field(default_factory=dict)
+    bound: dict[str, Any] = field(default_factory=dict)
+    caught: dict[int, dict[str, Any]] = field(default_factory=dict)
+    scores: list[Tensor] | None = None
 
 
 class _OfThread(threading.local):
@@ -66,6 +71,20 @@ _THREAD = _OfThread()
 def local_of(patch: LvlmPatch) -> Local:
     """This thread's part of a patch."""
     return _THREAD.by_patch.setdefault(patch, Local())
+
+
+def arguments_around(model: nn.Module) -> Mapping[str, Any]:
+    """What the module around `model` is being called with, by name; nothing where none is.
+
+    A module does not know what it is part of, and hooks on it do not see the arguments of that: the stack does.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        holder = frame.f_locals.get("self")
+        if isinstance(holder, nn.Module) and any(part is model for part in holder.children()):
+            return frame.f_locals
+    return {}
 
 
 def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from tokenprune.lvlm.cache import entries_of, map_of
 from tokenprune.lvlm.costs import Spent
 from tokenprune.lvlm.encoded import encoded_of
 from tokenprune.lvlm.host import LvlmHost
-from tokenprune.lvlm.local import Call, Local, bind, local_of, mask_of_entries, shape_of
+from tokenprune.lvlm.local import Call, Local, arguments_around, bind, local_of, mask_of_entries, shape_of
 from tokenprune.lvlm.plan import counts_of
 from tokenprune.lvlm.prefill import Prefill, mean_costs
 from tokenprune.lvlm.recipe import AfterTower, InsideModel
@@ -88,6 +88,7 @@ class LvlmPatch(Portable):
         """Hook: the whole is called. Labels are copied, as those of tokens that are left out will be ignored."""
         self.model = weakref.ref(outer)
         bound = bind(self.names.outer, args, kwargs)
+        self.local.candidates = _candidates(bound)
         labels = bound.get("labels")
         self.local.labels = labels.clone() if isinstance(labels, Tensor) else None
         if self.local.labels is None or not self.active:
@@ -106,6 +107,16 @@ class LvlmPatch(Portable):
         cache = bound.get("past_key_values")
         past, mask = map_of(cache), bound.get("attention_mask")
         call = Call(self._placeholders(model, bound, cache), past, entries_of(cache), _padding(mask))
+        if not self.whole and call.visual is not None:
+            around = arguments_around(model)
+            local.candidates = _candidates({**bound, "logits_to_keep": around.get("logits_to_keep")})
+            if isinstance(around.get("labels"), Tensor):
+                whole = type(around["self"]).__name__
+                raise UnsupportedModel(
+                    f"labels are given to a {whole}, and only the {type(model).__name__} in it is patched: those of"
+                    f" tokens that are left out would count; tokenprune.patch(model, {self.method.name!r}, ...) of the"
+                    f" {whole} works"
+                )
         local.call = call
         if past is None or not self.masks_first:
             return None
@@ -201,6 +212,14 @@ class LvlmPatch(Portable):
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
+
+
+def _candidates(bound: Mapping[str, Any]) -> int:
+    """Tokens behind the prompt, which assisted generation and prompt lookup append to the prompt's own forward: they
+    alone ask for several logits where images are encoded before and a cache is filled."""
+    logits = bound.get("logits_to_keep")
+    generates = _given(bound.get("mm_encoder_outputs")) and bound.get("past_key_values") is not None
+    return logits - 1 if generates and isinstance(logits, int) and logits > 1 else 0
 
 
 def _given(value: Any) -> bool:

@@ -166,7 +166,8 @@ def _encoding(patch: LvlmPatch, prompt: Prefill, *, scored: bool = False) -> flo
                 patch.spent.encoder[key] = count_call(module, call)
             cost += patch.spent.encoder[key]
         if scored:
-            cost += patch.spent.choice.get(("score", calls[0].shapes), 0)
+            looks = ("score", calls[0].shapes)
+            cost += sum(spent for of, spent in patch.spent.choice.items() if of[:2] == looks)
     return cost * prompt.share
 
 

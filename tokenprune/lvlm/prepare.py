@@ -53,7 +53,7 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
             f" {type(host.tower).__name__} does not have"
         )
     patch = LvlmPatch(describe, host, adapter, method, request)
-    if patch.active and patch.after and patch.after.looks_at_attention and _scored(host, patch) is None:
+    if patch.active and patch.after and patch.after.looks_at_attention and not _scored(host, patch):
         raise UnsupportedMethod(
             f"{method.name} looks at the attention of the image tower, and that of a {type(host.tower).__name__} is not"
             " known; 'uniform' and 'divprune' work with any"
@@ -73,7 +73,7 @@ def attach(host: LvlmHost, patch: LvlmPatch) -> None:
     host.text.register_forward_pre_hook(site.enter, with_kwargs=True)
     host.text.register_forward_hook(site.leave, prepend=True)
     scored = _scored(host, patch)
-    TowerSite(patch, host, scored).attach(host, scored)
+    TowerSite(patch, host, scored[-1] if scored else None).attach(host, scored)
     for index in _hooked(patch, len(host.layers)):
         assert host.layer is not None
         layer_site = LayerSite(patch, index, patch.places, host.layer(index))
@@ -85,9 +85,20 @@ def attach(host: LvlmHost, patch: LvlmPatch) -> None:
         host.model.__class__ = host.packs
 
 
-def _scored(host: LvlmHost, patch: LvlmPatch) -> Scored | None:
+def _scored(host: LvlmHost, patch: LvlmPatch) -> list[Scored]:
+    """The layers of the tower that are looked at, none where nothing is or can be."""
     after = patch.after
-    return host.scored(after.layer) if after is not None and after.looks_at_attention else None
+    last = host.scored(after.layer) if after is not None and after.looks_at_attention else None
+    if after is None or last is None:
+        return []
+    if after.start_layer is None or (after.by_class_token and "class token" not in host.offers):
+        return [last]
+    if not 0 <= after.start_layer <= last.index:
+        raise UnsupportedMethod(
+            f"start_layer={after.start_layer!r}: scores are taken up to layer {last.index} of the image tower"
+            f" {type(host.tower).__name__}; use start_layer=0 to {last.index}"
+        )
+    return [scored for layer in range(after.start_layer, last.index) if (scored := host.scored(layer))] + [last]
 
 
 def _hooked(patch: LvlmPatch, depth: int) -> range:

@@ -108,7 +108,7 @@ def choose(
     after = patch.after
     assert after is not None
     rows = embeds.reshape(-1, width)
-    texts = _texts(embeds, visual, padding) if after.text else None
+    texts = _texts(embeds, visual, padding, patch.local.candidates) if after.text else None
     if patch.budget.kind == "flops":
         for image in images:
             _count_choosing(patch, image, rows, texts)
@@ -173,9 +173,10 @@ def _count_choosing(patch: LvlmPatch, image: Image, rows: Tensor, texts: Sequenc
             )
 
 
-def _texts(embeds: Tensor, visual: Mapping[str, Tensor], padding: Tensor | None) -> list[Tensor]:
-    """Embeddings [T, C] of each sample's text."""
+def _texts(embeds: Tensor, visual: Mapping[str, Tensor], padding: Tensor | None, candidates: int) -> list[Tensor]:
+    """Embeddings [T, C] of each sample's text, without the last `candidates` tokens."""
     text = ~torch.stack(list(visual.values())).any(0)
+    text[:, text.shape[1] - candidates :] = False
     if padding is not None:
         text &= padding[:, -text.shape[1] :]
     return [row[own].detach() for row, own in zip(embeds, text, strict=True)]

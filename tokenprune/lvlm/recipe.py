@@ -19,7 +19,9 @@ class AfterTower:
     record holds the features [B, n, C] as the language model would get them. score: record of the tower's layer ->
     importance [B, n] of its patches; keys: the same record -> what similarity is measured on, [B, n, d], which becomes
     `metric` of the record of features. Where a placeholder stands for several patches it has their mean. layer: which
-    layer, -1 the last; None the one whose output the language model gets. text: whether the record needs the embeddings
+    layer, -1 the last; None the one whose output the language model gets. start_layer: from which layer on up to that
+    one the score is the mean over layers, None for that one alone; by_class_token: only where the tower has a class
+    token, whose attention is one row of a layer's map. text: whether the record needs the embeddings
     of the prompt's text. merges: whether tokens are merged, which is done before the projector where a patch is a
     token. count: (scores of an image) -> how many it keeps where there is no budget. whole_rows: whether K is a number
     of whole rows.
@@ -29,6 +31,8 @@ class AfterTower:
     score: Callable[[AttentionRecord], Tensor] | None = None
     keys: Callable[[AttentionRecord], Tensor] | None = None
     layer: int | None = None
+    start_layer: int | None = None
+    by_class_token: bool = False
     text: bool = False
     merges: bool = False
     count: Callable[[Tensor], int] | None = None

@@ -43,7 +43,8 @@ def begin(patch: LvlmPatch, images: Sequence[Image], visual: Tensor, real: Tenso
     for recording in patch.recordings:
         recording.forwards += forwards
     patch.seen = tuple((len(image.flat), len(image.flat)) for image in images)
-    return Inside([], 0, own, real, rates, finals, sure, forwards=forwards if patch.recordings else ())
+    forwards = forwards if patch.recordings else []
+    return Inside([], 0, own, real, rates, finals, sure, patch.local.candidates, forwards=forwards)
 
 
 def _of_sample(patch: LvlmPatch, sample: int, total: int, images: int, on_grid: int) -> tuple[float, int | None]:

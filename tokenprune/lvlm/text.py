@@ -64,7 +64,7 @@ class TextSite:
         real = torch.ones_like(visual) if call.padding is None else call.padding
         images = find_images(call.visual, self.patch.local.encoded)
         self.patch.prompts = self.patch.local.prompts = prefills(
-            self.patch, images, self.patch.local.encoded, real.sum(1).tolist()
+            self.patch, images, self.patch.local.encoded, (real.sum(1) - self.patch.local.candidates).tolist()
         )
         return begin(self.patch, images, visual, real)
 
@@ -82,7 +82,7 @@ class TextSite:
         images = find_images(call.visual, self.patch.local.encoded)
         real = embeds.new_ones(batch, length, dtype=torch.bool) if call.padding is None else call.padding[:, -length:]
         self.patch.prompts = self.patch.local.prompts = prefills(
-            self.patch, images, self.patch.local.encoded, real.sum(1).tolist()
+            self.patch, images, self.patch.local.encoded, (real.sum(1) - self.patch.local.candidates).tolist()
         )
         prompt = choose(self.patch, images, embeds, call.visual, bound.get("deepstack_visual_embeds"), call.padding)
         keep = prompt.keep & real

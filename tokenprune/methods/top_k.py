@@ -12,7 +12,10 @@ from tokenprune.selection.top_k import keep_top_k
 def top_k(*, rate: float = 0.7, places: tuple[int, ...] | None = None) -> Method:
     """Keep the tokens that the class token attends to most; without a class token, those that receive most attention.
 
-    rate: share kept at each of `places` (a quarter, a half and three quarters of the depth).
+    rate: share kept at each of `places` (a quarter, a half and three quarters of the depth). Behind the tower of a
+    vision-language model the class token's attention is the mean over all layers up to the one whose output is used
+    (Wang et al., VTC-CLS, 2024): it looks at one thing in one layer and at another in the next. That of this layer
+    alone is "fopru" with query="cls".
     """
     return Method(
         name="top_k",
@@ -21,5 +24,5 @@ def top_k(*, rate: float = 0.7, places: tuple[int, ...] | None = None) -> Method
         score=attention_to_class,
         select=keep_top_k,
         needs=frozenset({"queries", "keys"}),
-        after_tower=AfterTower(keep_top_k, score=attention_to_class),
+        after_tower=AfterTower(keep_top_k, score=attention_to_class, start_layer=0, by_class_token=True),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
-from tokenprune.budget import checked_share
+from tokenprune.budget import checked_count, checked_share
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
 from tokenprune.lvlm.recipe import AfterTower, mean_keys
@@ -21,23 +21,28 @@ from tokenprune.selection.top_k import ranked
 
 
 @register_method("visionzip")
-def visionzip(*, rate: float = 1 / 9, contextual: float = 10 / 64) -> Method:
+def visionzip(*, rate: float = 1 / 9, contextual: float = 10 / 64, start_layer: int | None = None) -> Method:
     """Keep the tokens that the class token attends to most (without one, that receive most), and merge the others by
     the cosine of keys into evenly spaced ones among them.
 
-    rate: share kept (64 of 576). contextual: share of the kept ones that others are merged into (10 of 64). The
-    published code keeps the class token as one of the dominant ones; here its place goes to one more of the image.
+    rate: share kept (64 of 576). contextual: share of the kept ones that others are merged into (10 of 64).
+    start_layer: the class token's attention is the mean over the tower's layers from this one (0 the first) to the one
+    whose output is used (Wang et al., VTC-CLS, 2024); None, as published, for that one alone. The published code keeps
+    the class token as one of the dominant ones; here its place goes to one more of the image.
     """
+    if start_layer is not None:
+        checked_count("start_layer", start_layer, smallest=0, example=0)
     return Method(
         name="visionzip",
         paper="Yang et al., VisionZip, CVPR 2025",
         schedule=Stages(rate),
         select=partial(dominant_and_contextual, share=contextual),
-        needs=frozenset({"language model"}),
+        needs=frozenset({"language model", *(["class token"] if start_layer is not None else [])}),
         after_tower=AfterTower(
             partial(dominant_and_contextual, share=checked_share("contextual", contextual)),
             score=attention_to_class,
             keys=mean_keys,
+            start_layer=start_layer,
             merges=True,
         ),
     )

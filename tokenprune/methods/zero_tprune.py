@@ -59,8 +59,8 @@ def zero_tprune(
     `seed` ("random"), or each is compared with all that are more important ("none"; what the paper does without a
     partition is not verified). fusion of heads: root mean square ("rms") or "mean".
 
-    Behind the tower of a vision-language model the graph is that of the layer whose output is used, the iterations are
-    those of the first blocks, and the similarity stage's part is that of the last.
+    Behind the tower of a vision-language model the graph is that of the layer whose output is used. It is the last of
+    those that run for the language model, and iterations and the similarity stage's part are those of the last block.
 
     The paper finds places, rates and the similarity stage's part by random search for each model, and prints them in
     part (10 tokens a stage in DeiT-S, with importance pruning growing with depth). The defaults here were found the
@@ -68,7 +68,7 @@ def zero_tprune(
     """
     frozen = tuple(sorted(iterations.items())) if isinstance(iterations, Mapping) else iterations
     stage = ImportanceAndSimilarity(frozen, similarity, variance, class_start, feature, metric, partition, fusion, seed)
-    of_keys = AfterTower(stage.after_tower, score=stage.settled, keys=mean_keys)
+    of_keys = AfterTower(stage.after_tower, score=stage.importance_here, keys=mean_keys)
     return Method(
         name="zero_tprune" if class_start else "zero_tprune_uni",
         paper=_PAPER,

@@ -18,16 +18,23 @@ from tokenprune.pyramid.walk import Settings, Step, walk
 
 @dataclass(frozen=True)
 class Answer:
-    """text: the answer. sequences: [1, T] its token ids. steps: the levels that were looked at, coarsest first. tiles:
-    how many tiles were encoded, the whole image in small among them. tokens: of the image, separators among them, that
-    the language model was given. embeds: [1, L, C] its whole prompt."""
+    """texts: the answers, as many as `num_return_sequences` (one). sequences: [R, T] their token ids. steps: the levels
+    that were looked at, coarsest first. tiles: how many tiles were encoded, the whole image in small among them.
+    tokens: of the image, separators among them, that the language model was given. embeds: [1, L, C] its whole prompt.
+    output: all that generation returned, where `return_dict_in_generate` asks for it."""
 
-    text: str
+    texts: list[str]
     sequences: Tensor
     steps: list[Step]
     tiles: int
     tokens: int
     embeds: Tensor
+    output: Any = None
+
+    @property
+    def text(self) -> str:
+        """The first answer."""
+        return self.texts[0]
 
 
 def coarse_to_fine(
@@ -53,8 +60,8 @@ def coarse_to_fine(
     model: transformers' Llava, LlavaNext, LlavaOnevision, InternVL, Idefics3 or SmolVLM, not patched but for its image
     tower. image: a PIL image, a path, or an object with size = (width, height) and read(box, size), see
     `tokenprune.pyramid.regions.Regions`; only the last keeps the image itself out of memory. question: text, for the
-    processor's chat template, or token ids [1, T] with placeholders of one image, in the place of which its tokens
-    stand. processor: the model's own.
+    processor's chat template, or token ids [1, T] with placeholders of one image side by side, in the place of which
+    its tokens stand. processor: the model's own.
 
     focus: (`Seen`) -> importance [n] of the level's tokens; `FirstLayers()`, training-free, by default; a distilled
     `FocusModule`, or any function. share: of a level's tokens that lead on, and are kept of the last (0.25 in the
@@ -68,6 +75,7 @@ def coarse_to_fine(
     Raises:
         UnsupportedModel: the model is none of these.
         BudgetError: share or max_tiles cannot be.
+        TokenPruneError: the question has no place for an image, or for several.
     """
     host, crops = host_of(model)
     if not hasattr(host.outer, "generate"):
@@ -78,10 +86,11 @@ def coarse_to_fine(
     prompt = prompt_of(host, crops, question, processor)
     found = walk(host, crops, prompt, regions_of(image), focus if focus is not None else FirstLayers(), settings)
     embeds = prompt.around(found.image)
-    sequences = _generate(host, embeds, generation)
-    text: str = processor.batch_decode(sequences, skip_special_tokens=True)[0]
+    generated = _generate(host, embeds, generation)
+    sequences, output = (generated, None) if isinstance(generated, Tensor) else (generated.sequences, generated)
+    texts: list[str] = processor.batch_decode(sequences, skip_special_tokens=True)
     tiles = 1 + sum(len(step.tiles) for step in found.steps)
-    return Answer(text, sequences, found.steps, tiles, len(found.image), embeds)
+    return Answer(texts, sequences, found.steps, tiles, len(found.image), embeds, output)
 
 
 def settings_of(
@@ -102,8 +111,7 @@ def settings_of(
     return Settings(share, max_tiles, shrink, batch, images.image_mean, images.image_std)
 
 
-def _generate(host: LvlmHost, embeds: Tensor, generation: dict[str, Any]) -> Tensor:
+def _generate(host: LvlmHost, embeds: Tensor, generation: dict[str, Any]) -> Any:
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     outer: Any = host.outer
-    sequences: Tensor = outer.generate(inputs_embeds=embeds, attention_mask=mask, **generation)
-    return sequences
+    return outer.generate(inputs_embeds=embeds, attention_mask=mask, **generation)

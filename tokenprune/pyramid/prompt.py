@@ -60,10 +60,10 @@ def host_of(model: nn.Module) -> tuple[LvlmHost, Crops]:
 
 def prompt_of(host: LvlmHost, crops: Crops, question: str | Tensor, processor: Any) -> Prompt:
     """The prompt of a question: text, put into the processor's chat template behind an image, or token ids [1, T] in
-    which placeholders of one image stand.
+    which placeholders of one image stand side by side.
 
     Raises:
-        TokenPruneError: it has no place for an image.
+        TokenPruneError: it has no place for an image, or for several.
     """
     ids = question if isinstance(question, Tensor) else _ids(crops, question, processor)
     embeddings: Any = host.model.get_input_embeddings()  # type: ignore[operator]
@@ -73,9 +73,26 @@ def prompt_of(host: LvlmHost, crops: Crops, question: str | Tensor, processor: A
             f"the prompt, token ids {list(ids.shape)}, is to be of one sample with placeholders"
             f" ({host.tokens['image']}) of one image; {len(where)} were found"
         )
+    if isinstance(question, Tensor):
+        _check_one_image(where, crops)
     device = embeddings.weight.device
     rows: Tensor = embeddings(ids if device.type == "meta" else ids.to(device))[0].detach()
     return Prompt(rows[: int(where[0])], rows[int(where[-1]) + 1 :])
+
+
+def _check_one_image(where: Tensor, crops: Crops) -> None:
+    first, last, count = int(where[0]), int(where[-1]), len(where)
+    if last - first + 1 != count:
+        raise TokenPruneError(
+            f"the prompt's {count} placeholders, of tokens {first} to {last}, are not side by side, as they are of one"
+            " image; coarse_to_fine puts one image in their place: ask about each by itself, and give the question as"
+            " text where the placeholders of one image have markers between them"
+        )
+    if crops.tokens is not None and count > crops.tokens:
+        raise TokenPruneError(
+            f"the prompt has {count} placeholders, and one image of this model has {crops.tokens}; coarse_to_fine puts"
+            " one image in their place: ask about each by itself"
+        )
 
 
 def _ids(crops: Crops, question: str, processor: Any) -> Tensor:

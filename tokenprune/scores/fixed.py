@@ -17,10 +17,13 @@ def hashed_scores(record: AttentionRecord, seed: int, each_step: bool = False) -
     Stateless, so that the global generator is untouched, an image's tokens do not depend on its batch mates, and it
     compiles and exports.
     """
-    h = record.origin * 0x9E3779B1 + ((seed * 1000003 + record.place * 7919 + 12345) & _MASK)
+    batch = record.origin.shape[0]
+    # Where all images have one row of origins, as in a denoiser, its scores are worked out once.
+    origin = record.origin[:1] if batch > 1 and record.origin.stride(0) == 0 else record.origin
+    h = origin * 0x9E3779B1 + ((seed * 1000003 + record.place * 7919 + 12345) & _MASK)
     if each_step and record.step is not None:
         h = h + record.step * 0x2545F491
     for constant in _MIX:
         h = h & _MASK
         h = ((h ^ (h >> 16)) * constant) & _MASK
-    return (h ^ (h >> 13)).to(torch.float64) / 2**32
+    return ((h ^ (h >> 13)).to(torch.float64) / 2**32).expand(batch, -1)

@@ -123,9 +123,9 @@ class ImportanceAndSimilarity:
         gone = self.similar(scores, record, min(share, removed, self._candidates(record)))
         return keep_top_k(torch.where(gone, -1.0, scores), record, keep)
 
-    def settled(self, record: AttentionRecord) -> Tensor:
-        """[B, n]: importance at a place of its own, after as many iterations as the first blocks have."""
-        return self.importance(record, self.rounds(0, record.depth))
+    def importance_here(self, record: AttentionRecord) -> Tensor:
+        """[B, n]: importance after as many iterations as this block has."""
+        return self.importance(record, self.rounds(record.place, record.depth))
 
     def needs(self) -> frozenset[str]:
         """What must be captured."""

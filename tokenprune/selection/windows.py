@@ -26,16 +26,17 @@ def split_by_windows(scores: Tensor | None, record: AttentionRecord, sy: int, sx
     rows, columns = record.grid
     down, across = rows // sy, columns // sx
     batch, device = record.origin.shape[0], record.origin.device
+    images = 1 if scores is None or scores.stride(0) == 0 else batch  # of which the windows' choices may differ
     first = torch.arange(down, device=device)[:, None] * sy * columns + torch.arange(across, device=device) * sx
     if scores is None:
-        chosen = first.expand(batch, -1, -1)
+        chosen = first.expand(images, -1, -1)
     else:
-        inside = scores.view(batch, rows, columns)[:, : down * sy, : across * sx]
-        inside = inside.reshape(batch, down, sy, across, sx).transpose(2, 3).flatten(3)
+        inside = scores[:images].view(images, rows, columns)[:, : down * sy, : across * sx]
+        inside = inside.reshape(images, down, sy, across, sx).transpose(2, 3).flatten(3)
         best = inside.argmax(-1)
         chosen = first + best // sx * columns + best % sx
-    taken = torch.zeros_like(record.origin, dtype=torch.int8).scatter(1, chosen.flatten(1), 1)
-    order = taken.sort(dim=1, stable=True).indices
+    taken = torch.zeros(images, rows * columns, dtype=torch.int8, device=device).scatter(1, chosen.flatten(1), 1)
+    order = taken.sort(dim=1, stable=True).indices.expand(batch, -1)
     others = order.shape[1] - down * across
     return order[:, :others], order[:, others:]
 

@@ -14,11 +14,10 @@ from torch.utils.flop_counter import register_flop_formula
 from tokenprune.errors import TokenPruneError
 from tokenprune.kernels.attention_mass import eager
 from tokenprune.kernels.backends import Choice, forced, log_once, triton_on_gpu
-from tokenprune.kernels.inputs import observed, precision, repeat_heads, without_autocast
+from tokenprune.kernels.inputs import at_once, observed, precision, repeat_heads, without_autocast
 
-__all__ = ["MEMORY_LIMIT", "attention_mass", "choose", "mass_and_log_sums"]
+__all__ = ["attention_mass", "choose", "mass_and_log_sums"]
 
-MEMORY_LIMIT = 64 * 2**20
 MAX_ITERATIONS = 200
 
 
@@ -30,7 +29,7 @@ def attention_mass(
     iterations: int | float | Sequence[int] = 1,
     scale: float | None = None,
     bias: Tensor | None = None,
-    memory_limit: int = MEMORY_LIMIT,
+    memory_limit: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Push weights through the attention graph: `iterations` times w <- Aᵀ w with A = softmax(q kᵀ scale + bias).
@@ -47,8 +46,9 @@ def attention_mass(
     Returns [B, H, N], or [len(iterations), B, H, N] for several counts, in float32 (float64 for float64 inputs). As
     rows of A sum to one, the sum of the weights stays. No gradient: scores only choose tokens.
 
-    memory_limit: bytes of A to hold at a time, where holding it pays; at least one pair's, and rather what fits the
-    cache. backend: "tiled", "matrix_free", "eager" (either of these) or "triton"; by default `choose` decides.
+    memory_limit: bytes of A to hold at a time (64 MiB, on a GPU 512 MiB), where holding it pays; at least one pair's,
+    and rather what fits the cache. backend: "tiled", "matrix_free", "eager" (either of these) or "triton"; by default
+    `choose` decides.
 
     The step of weighted PageRank (Zero-TPrune, Wang et al., 2024, section 3.2).
 
@@ -67,7 +67,7 @@ def mass_and_log_sums(
     iterations: int | float | Sequence[int] = 1,
     scale: float | None = None,
     bias: Tensor | None = None,
-    memory_limit: int = MEMORY_LIMIT,
+    memory_limit: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention_mass`, and the log-sum-exp [B, H, M] of each row of logits (infinite where a query may attend to
@@ -83,7 +83,7 @@ def _found(
     iterations: int | float | Sequence[int],
     scale: float | None,
     bias: Tensor | None,
-    memory_limit: int,
+    memory_limit: int | None,
     backend: str | None,
     *,
     log_sums: bool,
@@ -105,14 +105,14 @@ def _found(
         counts,
         tolerance,
         q.shape[-1] ** -0.5 if scale is None else scale,
-        memory_limit,
+        at_once(q.device, memory_limit),
         backend or "",
         log_sums,
     )
     return found
 
 
-def choose(q: Tensor, k: Tensor, *, iterations: int = 1, memory_limit: int = MEMORY_LIMIT, backend: str = "") -> Choice:
+def choose(q: Tensor, k: Tensor, *, iterations: int = 1, memory_limit: int | None = None, backend: str = "") -> Choice:
     """Which path these inputs take and why; `iterations` is the largest count. Measurements: docs/kernels.md.
 
     Raises:
@@ -121,9 +121,12 @@ def choose(q: Tensor, k: Tensor, *, iterations: int = 1, memory_limit: int = MEM
     choice = forced(backend, q, k, names=("tiled", "matrix_free", "eager", "triton"))
     if choice is not None and choice.backend != "eager":
         return choice
-    fits = _fits(q.shape[2], k.shape[2], memory_limit, precision(q).itemsize)
-    if choice is None and (iterations == 1 or not fits) and triton_on_gpu(q, k):
-        return Choice("triton", "a GPU computes A faster than it writes it to memory (an estimate: make bench-gpu)")
+    limit, itemsize = at_once(q.device, memory_limit), precision(q).itemsize
+    if choice is None and triton_on_gpu(q, k):
+        if _fits(2 * q.shape[0] * q.shape[1] * q.shape[2], k.shape[2], limit, itemsize):  # the logits and A
+            return Choice("tiled", "a few calls of torch take less time than the launch of a kernel of our own")
+        return Choice("triton", "a GPU computes A faster than it writes it to memory")
+    fits = _fits(q.shape[2], k.shape[2], limit, itemsize)
     if iterations == 1:
         return Choice("matrix_free", "one iteration reads every row of A once")
     if fits:

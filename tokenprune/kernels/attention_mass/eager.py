@@ -19,11 +19,41 @@ from torch import Tensor
 
 from tokenprune.kernels.attention_mass.iterate import iterate
 from tokenprune.kernels.attention_mass.tiles import Tile, flat, tiles
-from tokenprune.kernels.inputs import precision
+from tokenprune.kernels.inputs import additive, precision, product
 
 # Bytes of the map that a thread works on at a time: measured best from 1 to 1.5 MiB at 257 tokens with 2 MiB of
 # second-level cache a core, and no different between 1 and 4 MiB at 4,096.
 CACHED = 5 * 2**18
+
+
+def all_at_once(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    counts: Sequence[int],
+    tolerance: float,
+    scale: float,
+    log_sums: Tensor | None = None,
+) -> Tensor:
+    """A of all pairs in memory, in few calls."""
+    (batch, heads, rows, _), keys = q.shape, k.shape[2]
+    logits = product(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).mul_(scale).view(batch, heads, rows, keys)
+    if bias is not None:
+        bias = additive(bias)
+        logits.add_(bias)
+    attention = logits.softmax(-1)
+    if log_sums is not None:
+        log_sums.copy_(logits.logsumexp(-1))
+    if bias is not None:  # a query that may attend to nothing pays nothing
+        silent = bias.amax(-1, keepdim=True) == float("-inf")
+        attention.masked_fill_(silent, 0.0)
+        if log_sums is not None:
+            log_sums.masked_fill_(silent.squeeze(-1), float("inf"))
+    maps = attention.flatten(0, 1)
+    mass = weights.flatten(0, 1).to(maps.dtype).unsqueeze(1)
+    found = iterate(lambda mass: torch.bmm(mass, maps), mass, counts, tolerance)
+    return torch.stack(found).view(len(found), batch, heads, keys)
 
 
 def tiled(
@@ -41,6 +71,8 @@ def tiled(
     dtype, rows, keys = precision(q), q.shape[2], k.shape[2]
     columns = _columns(k)
     work, row = _work(q, memory_limit), _row_bytes(q, k)
+    if q.is_cuda and q.shape[0] * q.shape[1] * rows * row <= work:
+        return all_at_once(q, k, weights, bias, counts, tolerance, scale, log_sums)
     pairs = max(1, work // (rows * row))
     block = rows if pairs > 1 else max(1, work // row)
     buffer = q.new_empty(min(pairs, q.shape[0] * q.shape[1]), rows, columns, dtype=dtype)

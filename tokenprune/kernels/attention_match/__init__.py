@@ -11,11 +11,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.kernels.attention_match import eager
-from tokenprune.kernels.inputs import observed, without_autocast
+from tokenprune.kernels.inputs import at_once, observed, without_autocast
 
-__all__ = ["MEMORY_LIMIT", "attention_match"]
-
-MEMORY_LIMIT = 64 * 2**20
+__all__ = ["attention_match"]
 
 
 def attention_match(
@@ -25,14 +23,15 @@ def attention_match(
     *,
     scale: float | None = None,
     log_sums: Tensor | None = None,
-    memory_limit: int = MEMORY_LIMIT,
+    memory_limit: int | None = None,
 ) -> Tensor:
     """argmax over j of mean_h A_h[i, columns[j]] with A_h = softmax(q_h k_hᵀ scale) over all N keys, [B, M] in [0, K).
 
     q: [B, H, M, D]; k: [B, H, N, D]; columns: [B, K], no column twice. scale: D**-0.5 by default. log_sums: [B, H, M],
     the log-sum-exp of each row of logits where `mass_and_log_sums` has found it; only the columns' logits are computed
-    then. memory_limit: bytes of the map to hold at a time; at least one row's, and rather what fits the cache. No
-    gradient: a match only chooses tokens. AT-EDM's similarity-based recovery (Wang et al., CVPR 2024, section 3.3).
+    then. memory_limit: bytes of the map to hold at a time (64 MiB, on a GPU 512 MiB); at least one row's, and rather
+    what fits the cache. No gradient: a match only chooses tokens. AT-EDM's similarity-based recovery (Wang et al., CVPR
+    2024, section 3.3).
 
     Raises:
         TokenPruneError: shapes that do not fit, or no columns.
@@ -40,7 +39,7 @@ def attention_match(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k = q.detach(), k.detach()
     run = _attention_match if observed(q, k) else _run
-    found: Tensor = run(q, k, columns, scale, log_sums, memory_limit)
+    found: Tensor = run(q, k, columns, scale, log_sums, at_once(q.device, memory_limit))
     return found
 
 

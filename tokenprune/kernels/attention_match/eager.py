@@ -5,16 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.kernels.inputs import precision, some_rows
+from tokenprune.kernels.inputs import precision, product, some_rows
 from tokenprune.kernels.merge.eager import gather
+
+
+def all_at_once(q: Tensor, k: Tensor, columns: Tensor, scale: float, log_sums: Tensor | None) -> Tensor:
+    """As `attention_match` with the maps of all heads in memory, in few calls."""
+    batch, heads, rows, _ = q.shape
+    if log_sums is not None:
+        k = gather(k, columns, 2)
+    maps = product(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).mul_(scale).view(batch, heads, rows, -1)
+    if log_sums is None:
+        return gather(maps.softmax(-1).sum(1), columns, 2).argmax(-1)
+    return maps.sub_(log_sums.unsqueeze(-1)).exp_().sum(1).argmax(-1)
 
 
 def attention_match(
     q: Tensor, k: Tensor, columns: Tensor, scale: float, log_sums: Tensor | None, memory_limit: int
 ) -> Tensor:
     """q [B, H, M, D], k [B, H, N, D], columns [B, K], log_sums [B, H, M] or None -> [B, M]."""
-    dtype, (batch, _, rows, _) = precision(q), q.shape
+    dtype, (batch, heads, rows, _) = precision(q), q.shape
     keys = k.shape[2] if log_sums is None else columns.shape[1]
+    if q.is_cuda and 2 * batch * heads * rows * keys * dtype.itemsize <= memory_limit:
+        return all_at_once(q, k, columns, scale, log_sums)
     found = torch.empty(batch, rows, dtype=torch.long, device=q.device)
     of_heads: list[Tensor] = []
     for some, part in some_rows(batch, rows, keys * dtype.itemsize, memory_limit, q.device):

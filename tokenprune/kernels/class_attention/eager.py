@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tokenprune.kernels.inputs import precision
+from tokenprune.kernels.inputs import precision, product
 
 
 def few_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -12,6 +12,9 @@ def few_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     On a CPU image by image where heads and tokens are interleaved in memory, as a fused projection leaves them: a
     product over all would copy the keys first, which costs more than the product.
     """
+    if k.is_cuda:
+        logits = product((q * scale).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+        return logits.view(*q.shape[:3], k.shape[2])
     dtype = precision(q)
     q = q.to(dtype) * scale
     if k.device.type != "cpu" or k.is_contiguous():

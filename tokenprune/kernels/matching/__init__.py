@@ -12,12 +12,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.kernels.backends import Choice, forced, log_once, triton_on_gpu
-from tokenprune.kernels.inputs import exporting, observed, precision, without_autocast
+from tokenprune.kernels.inputs import at_once, exporting, observed, precision, without_autocast
 from tokenprune.kernels.matching import eager
 
-__all__ = ["MEMORY_LIMIT", "choose", "cosine_match"]
-
-MEMORY_LIMIT = 64 * 2**20
+__all__ = ["choose", "cosine_match"]
 
 
 def cosine_match(
@@ -25,15 +23,15 @@ def cosine_match(
     b: Tensor,
     *,
     window: int | None = None,
-    memory_limit: int = MEMORY_LIMIT,
+    memory_limit: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Best match of each row of a among the rows of b by cosine similarity, ties to the lower row.
 
     a: [B, M, D], b: [B, N, D] with N > 0. window: row i looks only at the rows of b at most `window` away from its own
     place, floor(i N / M); the rows of a grid's windows go into the batch instead. memory_limit: bytes of similarities
-    to hold at a time; at least one row's, and rather what fits the cache. backend: "eager" or "triton"; by default
-    `choose` decides.
+    to hold at a time (64 MiB, on a GPU 512 MiB); at least one row's, and rather what fits the cache. backend: "eager"
+    or "triton"; by default `choose` decides.
 
     Returns the similarity [B, M] in float32 (float64 for float64 inputs) and the row [B, M]. No gradient: a match only
     chooses tokens. A row of zeros has similarity 0; NaN gives NaN and a valid row. Used by ToMe (Bolya et al., 2023,
@@ -46,11 +44,11 @@ def cosine_match(
     if exporting():
         return _formula(a, b, window)
     run = _cosine_match if observed(a, b) else _run
-    value, row = run(a, b, -1 if window is None else window, memory_limit, backend or "")
+    value, row = run(a, b, -1 if window is None else window, at_once(a.device, memory_limit), backend or "")
     return value, row
 
 
-def choose(a: Tensor, b: Tensor, *, memory_limit: int = MEMORY_LIMIT, backend: str = "") -> Choice:
+def choose(a: Tensor, b: Tensor, *, memory_limit: int | None = None, backend: str = "") -> Choice:
     """Which implementation these inputs take and why. Measurements: docs/kernels.md.
 
     Raises:
@@ -60,8 +58,8 @@ def choose(a: Tensor, b: Tensor, *, memory_limit: int = MEMORY_LIMIT, backend: s
     if choice is not None:
         return choice
     size = a.shape[0] * a.shape[1] * b.shape[1] * precision(a).itemsize
-    if size > memory_limit and triton_on_gpu(a, b):
-        return Choice("triton", "the similarities exceed the memory limit (an estimate: make bench-gpu)")
+    if size > at_once(a.device, memory_limit) and triton_on_gpu(a, b):
+        return Choice("triton", "the similarities exceed the memory limit")
     return Choice("eager", "torch's product and reductions on blocks of rows")
 
 

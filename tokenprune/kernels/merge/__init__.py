@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.kernels.backends import Choice, forced, log_once, triton_on_gpu
-from tokenprune.kernels.inputs import exporting
+from tokenprune.kernels.inputs import exporting, observed
 from tokenprune.kernels.merge import eager
 from tokenprune.kernels.merge.eager import merge_sizes, source
 
@@ -49,7 +49,8 @@ def gather(
         choice = choose_gather(tokens, backend=backend or "")
         log_once("gather", choice)
         if choice.backend == "triton":
-            return _gather(tokens, index, dim)  # type: ignore[no-any-return]
+            run = _gather if observed(tokens) else _run_gather
+            return run(tokens, index, dim)
     return eager.gather(tokens, index, dim)
 
 
@@ -84,7 +85,8 @@ def merge(
     choice = choose_merge(x, sizes, backend=backend or "")
     log_once("merge", choice)
     if choice.backend == "triton":
-        return _merge(x, kept, moved, target, sizes, "triton")  # type: ignore[no-any-return]
+        run = _merge if observed(x, sizes) else _run_merge
+        return run(x, kept, moved, target, sizes, "triton")
     return eager.merge(x, kept, moved, target, sizes)
 
 
@@ -117,7 +119,7 @@ def choose_merge(x: Tensor, sizes: Tensor, *, backend: str = "") -> Choice:
     """
     choice = forced(backend, x, sizes)
     if choice is None and triton_on_gpu(x, sizes):
-        return Choice("triton", "one launch for ten, and sums in a fixed order (an estimate: make bench-gpu)")
+        return Choice("triton", "one launch for ten, and sums in a fixed order")
     return choice or Choice("eager", "torch's gather and scatter_add")
 
 
@@ -129,11 +131,13 @@ def _check(batch: int, kept: Tensor, moved: Tensor, target: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("tokenprune::gather", mutates_args=())
-def _gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
+def _run_gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     from tokenprune.kernels.merge import triton
 
     return triton.gather(x, index, dim)
+
+
+_gather = torch.library.custom_op("tokenprune::gather", _run_gather, mutates_args=())
 
 
 @_gather.register_fake
@@ -158,8 +162,7 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 _gather.register_autograd(_gather_backward, setup_context=_keep_index)
 
 
-@torch.library.custom_op("tokenprune::merge", mutates_args=())
-def _merge(
+def _run_merge(
     x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     choice = choose_merge(x, sizes, backend=backend)
@@ -169,6 +172,9 @@ def _merge(
 
         return triton.merge(x, kept, moved, target, sizes)
     return eager.merge(x, kept, moved, target, sizes)
+
+
+_merge = torch.library.custom_op("tokenprune::merge", _run_merge, mutates_args=())
 
 
 @_merge.register_fake

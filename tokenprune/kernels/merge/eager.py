@@ -9,13 +9,14 @@ from torch import Tensor
 def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """Entries `index` [B, K] of x [B or 1, ..., N, ...] along `dim`.
 
-    Whole rows are copied wherever they lie one behind another in memory: torch.gather copies element by element.
+    On a CPU whole rows are copied wherever they lie one behind another in memory, as torch.gather copies element by
+    element; on a GPU that is one launch, and the rows' places among those of all images are four more.
     """
     batch, count = index.shape
     if x.shape[0] == 1:
         rows = x[0].index_select(dim - 1, index.reshape(-1))
         return rows.reshape(*x.shape[1:dim], batch, count, *x.shape[dim + 1 :]).movedim(dim - 1, 0)
-    if dim == 1 and x.ndim > 2:
+    if dim == 1 and x.ndim > 2 and not x.is_cuda:
         rows = x.reshape(-1, *x.shape[2:]).index_select(0, _rows(index, x.shape[1]))
         return rows.reshape(batch, count, *x.shape[2:])
     along = index.reshape(batch, *(1,) * (dim - 1), count, *(1,) * (x.ndim - dim - 1))
@@ -34,9 +35,10 @@ def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor)
     out = gather(x, kept, 1).to(torch.promote_types(x.dtype, sizes.dtype))
     # x_t + sum of s_m / S (x_m - x_t) is the average of the group, and touches none but the rows that it changes.
     share = moved_sizes / gather(merged_sizes, target, 1)
-    pull = (gather(x, moved, 1) - gather(out, target, 1)) * share.unsqueeze(-1)
+    rows, flat = _rows(target, kept.shape[1]), out.flatten(0, 1)
+    pull = (gather(x, moved, 1).flatten(0, 1) - flat.index_select(0, rows)) * share.reshape(-1, 1)
     # By whole rows, as in `gather`: scatter_add takes four times as long on a CPU.
-    out.flatten(0, 1).index_add_(0, _rows(target, kept.shape[1]), pull.flatten(0, 1))
+    flat.index_add_(0, rows, pull)
     return out.to(x.dtype), merged_sizes
 
 

@@ -1,10 +1,13 @@
-"""The Triton paths in Triton's interpreter, against the naive references."""
+"""The Triton paths against the naive references: on the GPU, or in Triton's interpreter."""
 
 from __future__ import annotations
 
+from functools import partial
+
+import kernel_inputs
 import pytest
 import torch
-from kernel_inputs import TOKENS, attention_inputs, error, groups, rows
+from kernel_inputs import INTERPRETED, TOKENS, TRITON_DEVICE, error
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,15 +18,21 @@ from tokenprune.kernels.class_attention.reference import class_attention as naiv
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather, merge, unmerge
 
+attention_inputs = partial(kernel_inputs.attention_inputs, device=TRITON_DEVICE)
+groups = partial(kernel_inputs.groups, device=TRITON_DEVICE)
+rows = partial(kernel_inputs.rows, device=TRITON_DEVICE)
 # The interpreter takes a millisecond for each line of each program.
-FEW_OR_MANY = [pytest.param(tokens, marks=[] if tokens < 250 else pytest.mark.full) for tokens in TOKENS]
+FEW_OR_MANY = [
+    pytest.param(tokens, marks=pytest.mark.full if INTERPRETED and tokens >= 250 else []) for tokens in TOKENS
+]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def best(a: Tensor, b: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
     similarity = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(1, 2)
     if window is not None:
-        far = (torch.arange(b.shape[1]) - (torch.arange(a.shape[1]) * b.shape[1] // a.shape[1])[:, None]).abs() > window
+        own, other = (torch.arange(x.shape[1], device=x.device) for x in (a, b))
+        far = (other - (own * b.shape[1] // a.shape[1])[:, None]).abs() > window
         similarity = similarity.masked_fill(far, -2.0)
     value, row = similarity.max(-1)
     return value, row
@@ -40,7 +49,7 @@ def test_mass(tokens: int) -> None:
 @pytest.mark.parametrize("mask", [False, True])
 def test_mass_under_a_bias(shape: tuple[int, int, int], mask: bool) -> None:
     q, k, weights = attention_inputs(2, 3, 97, 16)
-    bias = torch.randn(*shape, 97, generator=torch.Generator().manual_seed(sum(shape)))
+    bias = torch.randn(*shape, 97, generator=torch.Generator().manual_seed(sum(shape))).to(TRITON_DEVICE)
     if mask:
         bias = bias > 0.5
         bias[0, 0, 0] = False
@@ -102,8 +111,8 @@ def test_merging(tokens: int, channels: int) -> None:
     ids=str,
 )
 def test_gathering(shape: tuple[int, ...], dim: int) -> None:
-    x = torch.randn(shape)
-    index = torch.randint(0, 9, (3, 150), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(shape, device=TRITON_DEVICE)
+    index = torch.randint(0, 9, (3, 150), generator=torch.Generator().manual_seed(0)).to(TRITON_DEVICE)
     for dtype in (torch.float32, torch.long, torch.bool):
         one = (10 * x).to(dtype)
         expected = gather(one, index, dim=dim, backend="eager")
@@ -168,8 +177,8 @@ def test_empty_batches() -> None:
 def test_gradients() -> None:
     x, sizes, *indices = groups(2, 63, 20)
     q, k, _ = attention_inputs(2, 2, 63, 16)
-    repeated = torch.tensor([[1, 1, 0], [8, 2, 8]])
-    pictures = torch.randn(2, 3, 9, 4)
+    repeated = torch.tensor([[1, 1, 0], [8, 2, 8]], device=TRITON_DEVICE)
+    pictures = torch.randn(2, 3, 9, 4, device=TRITON_DEVICE)
     for run, leaves in (
         (lambda backend, x, sizes: merge(x, *indices, sizes, backend=backend), (x, sizes)),
         (lambda backend, x: unmerge(x, *indices, backend=backend), (gather(x, indices[0]),)),
@@ -182,7 +191,7 @@ def test_gradients() -> None:
             own = [leaf.detach().requires_grad_() for leaf in leaves]
             outs = run(backend, *own)
             outs = outs if isinstance(outs, tuple) else (outs,)
-            loss = sum((out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum() for out in outs)
+            loss = sum((out * torch.linspace(-1, 2, out.numel(), device=out.device).view_as(out)).sum() for out in outs)
             found.append(torch.autograd.grad(loss, own))
         for ours, theirs in zip(*found, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

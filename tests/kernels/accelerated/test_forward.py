@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import build, images, options, run
+from kernel_inputs import INTERPRETED, TRITON_DEVICE
 
 import tokenprune
 from tokenprune.kernels import backends
@@ -38,11 +39,12 @@ PAIRS = [(family, method) for family in ("class_token", "rotary_registers", "bia
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [pytest.param(*p, marks=[] if p in FAST else pytest.mark.full) for p in PAIRS]
+    ("family", "method"),
+    [pytest.param(*p, marks=pytest.mark.full if INTERPRETED and p not in FAST else []) for p in PAIRS],
 )
 def test_a_forward(family: str, method: str, ran: set[tuple[str, str]]) -> None:
-    model = tokenprune.patch(build(family), method, keep=0.5, **options(family, method))
-    x = images(model)
+    model = tokenprune.patch(build(family).to(TRITON_DEVICE), method, keep=0.5, **options(family, method))
+    x = images(model).to(TRITON_DEVICE)
     found: dict[str, Any] = {}
     for backend in ("eager", "triton"):
         ran.clear()
@@ -61,13 +63,13 @@ def test_a_forward(family: str, method: str, ran: set[tuple[str, str]]) -> None:
     torch.testing.assert_close(own_features, features, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", [pytest.param("top_k", marks=pytest.mark.full), "tome"])
+@pytest.mark.parametrize("method", [pytest.param("top_k", marks=pytest.mark.full if INTERPRETED else []), "tome"])
 def test_training(method: str) -> None:
     gradients = []
     for backend in ("eager", "triton"):
-        model = tokenprune.patch(build("class_token"), method, keep=0.5)
+        model = tokenprune.patch(build("class_token").to(TRITON_DEVICE), method, keep=0.5)
         with use_backend(backend):
-            model.train()(images(model)).square().mean().backward()
+            model.train()(images(model).to(TRITON_DEVICE)).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,88 @@
+"""The rows of docs/diffusion-quality.md: which methods on the small diffusion models, at which budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenprune.evals.arms import FEWER_STEPS, UNPATCHED, Budget, budget_label
+from tokenprune.evals.digits_denoisers import DIT, UNET
+from tokenprune.evals.drawing_orders import Orders
+from tokenprune.evals.generation_arms import GenerationArm, fewer_steps, method_arm
+
+STEPS = 10
+"""Of an unpatched run: half of what the pipelines take by default, for half of the time."""
+
+Kind = int | tuple[str, Budget]
+"""A number of steps without a patch, or a method with the keywords of its patch."""
+
+WHOLE_BLOCK: Budget = {"merge_crossattn": True, "merge_mlp": True}
+CROSS: Budget = {"attention": "cross", "similar_by": "hidden"}
+EVERY_STEP: Budget = {"steps": {}}
+# What `at_edm` does by default: on the small DiT, both of whose stacks are at its edges, it is the whole model.
+PRUNE_LESS: Budget = {"steps": {(0.0, 0.3): {"edges": 0.0}}}
+VARIANTS = {
+    "whole blocks": WHOLE_BLOCK,
+    "cross-attention": CROSS,
+    "all steps alike": EVERY_STEP,
+    "every second step dense": {"interval": 2},
+    "schedule of at_edm": PRUNE_LESS,
+}
+
+
+def _at(budgets: Sequence[float], method: str, **options: Any) -> list[Kind]:
+    return [(method, {"flops": flops, **options}) for flops in budgets]
+
+
+# Each method from 0.9 down to the least that it reaches. Where that is above 0.5 the row at 0.5 says so. Methods for
+# classifiers that fit as well stand at two budgets.
+ROWS: Mapping[str, Sequence[Kind]] = {
+    DIT: (
+        *(8, 7, 6, 5, 4, 3, 9),
+        *_at((0.8, 0.65, 0.55, 0.5, 0.35, 0.9), "random"),
+        *_at((0.8, 0.65, 0.55, 0.5, 0.35, 0.9), "uniform"),
+        *_at((0.8, 0.65, 0.59, 0.9, 0.5), "at_edm"),
+        *_at((0.8, 0.65, 0.55, 0.9, 0.5), "tomesd"),
+        *_at((0.8, 0.65, 0.55, 0.5, 0.35, 0.23, 0.9), "tomesd", **WHOLE_BLOCK),
+        *_at((0.8, 0.65, 0.55, 0.5, 0.35, 0.2, 0.9), "toma"),
+        *_at((0.8, 0.65, 0.55, 0.9, 0.5), "todo"),
+        *_at((0.8, 0.65, 0.55, 0.5, 0.31, 0.9), "ras", dense_steps=(0, 1, 2)),
+        *_at((0.63, 0.55, 0.49, 0.8), "toca"),
+        *_at((0.73, 0.65, 0.6), "toca", interval=2),
+        *_at((0.8, 0.65, 0.55, 0.41), "at_edm", **EVERY_STEP),
+        *_at((0.8, 0.65, 0.55), "random", **PRUNE_LESS),
+        *(row for method in ("top_k", "evit", "zero_tprune") for row in _at((0.8, 0.65), method)),
+    ),
+    UNET: (
+        *(8, 7, 6, 5, 4, 9),
+        *_at((0.8, 0.69, 0.65, 0.54, 0.9, 0.5), "random"),
+        *_at((0.8, 0.69, 0.65, 0.54, 0.9, 0.5), "uniform"),
+        *_at((0.8, 0.69, 0.65, 0.9, 0.5), "at_edm"),
+        *_at((0.8, 0.69, 0.65, 0.61, 0.9), "at_edm", **CROSS),
+        *_at((0.8, 0.69, 0.9, 0.65, 0.5), "tomesd"),
+        *_at((0.8, 0.69, 0.65, 0.54, 0.45, 0.9), "tomesd", **WHOLE_BLOCK),
+        *_at((0.8, 0.69, 0.65, 0.54, 0.5, 0.3, 0.9), "toma"),
+        *_at((0.8, 0.69, 0.66, 0.9, 0.5), "todo"),
+        *_at((0.73, 0.69, 0.65, 0.8, 0.5), "toca"),
+        *_at((0.81, 0.74), "toca", interval=2),
+        *_at((0.8, 0.65, 0.59), "at_edm", **EVERY_STEP),
+        *_at((0.8, 0.69, 0.65), "random", **PRUNE_LESS),
+        *(row for method in ("top_k", "evit", "zero_tprune") for row in _at((0.8, 0.65), method)),
+    ),
+}
+
+
+def build(first: GenerationArm, kind: Kind, orders: Orders) -> GenerationArm:
+    """The arm of a row beside the unpatched `first`; budgets are solved on the first two of the orders."""
+    if isinstance(kind, int):
+        return first if kind == first.steps else fewer_steps(first, kind, "")
+    return method_arm(first, orders.first(2), *kind, required=True)
+
+
+def name_of(kind: Kind, steps: int = STEPS) -> str:
+    """What the files of a row are called; steps: of the unpatched run."""
+    if isinstance(kind, int):
+        told = f"{UNPATCHED if kind == steps else FEWER_STEPS} {kind} steps"
+    else:
+        told = f"{kind[0]} {budget_label(kind[1])} {steps} steps"
+    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in told).split())
