@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Container, Iterable
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import zoo
 from torch import Tensor, nn
+
+from tokenprune.state import TokenState
 
 FAMILIES = {
     "class_token": "vit_tiny_patch16_224",
@@ -67,6 +70,12 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 def options(family: str, method: str) -> dict[str, bool]:
     """What `method` needs to work on `family`."""
     return {"proportional": False} if family == "talking_heads" and method in PROPORTIONAL else {}
+
+
+def states_in_memory() -> int:
+    """How many states of forwards are still held by anything."""
+    gc.collect()
+    return sum(type(held) is TokenState for held in gc.get_objects())
 
 
 def patches(model: nn.Module) -> int:

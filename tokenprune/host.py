@@ -108,7 +108,7 @@ class Host:
     grid: tuple[int, int]
     example: Callable[[], Any]
     grid_of: Callable[..., tuple[int, int] | None] | None = None
-    restored: Callable[[nn.Module, bool, dict[str, Any]], frozenset[int]] | None = None
+    restored: Callable[[nn.Module, bool, dict[str, Any]], tuple[int, ...]] | None = None
     prefix_tail: Callable[[nn.Module], Sequence[nn.Module] | None] | None = None
     refused: Callable[..., str] | None = None
     has_class_token: bool = True

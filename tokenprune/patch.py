@@ -102,10 +102,10 @@ class Patch(Portable):
             return None
         return keep
 
-    def restored_blocks(self, model: nn.Module, kwargs: dict[str, Any]) -> frozenset[int]:
+    def restored_blocks(self, model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, ...]:
         """Blocks behind which the full grid is restored in a forward, because what follows them reads it."""
         if not self.active or self.restored is None:
-            return frozenset()
+            return ()
         return self.restored(model, self.method.merges, kwargs)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -182,10 +182,12 @@ def attach(host: Host, patch: Patch) -> list[Site]:
 
 def _watched(module: nn.Module) -> bool:
     """Whether a hook on `module` is not a patch's."""
-    tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(
-        not isinstance(getattr(hook, "__self__", None), (Site, Taps)) for hooks in tables for hook in hooks.values()
-    )
+    if module._backward_hooks or module._backward_pre_hooks:
+        return True
+    if not module._forward_hooks and not module._forward_pre_hooks:  # as of nearly all modules
+        return False
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not isinstance(getattr(hook, "__self__", None), (Site, Taps)) for hook in hooks)
 
 
 def _has(model: nn.Module, name: str) -> bool:

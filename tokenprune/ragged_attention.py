@@ -164,6 +164,6 @@ def of_images(site: Site, kwargs: dict[str, Any], group: Group) -> dict[str, Any
 def state_of(group: Group, pack: Pack, state: TokenState) -> TokenState:
     """The state of a group's images, which have equally many tokens."""
     prefix = pack.num_prefix_tokens
-    sizes = group.of(pack.sizes)[:, prefix:] if pack.sizes is not None else None
+    sizes = group.of(pack.sizes) if pack.sizes is not None else None
     origin = group.of(pack.origin)[:, prefix:]
     return replace(state, pack=None, tokens=group.length - prefix, origin=origin, sizes=sizes)

@@ -68,7 +68,8 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
             return x
         if pack is None:
             prefix, by_channel = patch.num_prefix_tokens, x.stride(-1) != 1
-            pack = pack_batch(state.origins(x), state.sizes, prefix, by_channel=by_channel)
+            sizes = None if state.sizes is None else state.sizes[:, prefix:]
+            pack = pack_batch(state.origins(x), sizes, prefix, by_channel=by_channel)
         repacking = repack(pack, reductions, merges=method.merges)
     counts = repacking.after.counts()
     if max(counts, default=0) > keep:

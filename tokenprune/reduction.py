@@ -47,6 +47,12 @@ class Reduction:
         return self.weights is not None
 
     @property
+    def averages_by_size(self) -> bool:
+        """Whether tokens are averaged by size, as `merge` does it with their sizes."""
+        plain = self.matrix is None and self.weights is None and self.shares is None and self.average == "size"
+        return plain and self.moved is not None and self.moved.shape[1] > 0
+
+    @property
     def tokens(self) -> int:
         """Number of tokens that leave, K."""
         if self.matrix is not None:
@@ -58,9 +64,9 @@ class Reduction:
         if self.matrix is not None:
             return torch.bmm(self.matrix.to(sizes.dtype), sizes.unsqueeze(-1)).squeeze(-1)
         if self.moved is None:
-            return gather(sizes, self.kept)
+            return sizes.gather(1, self.kept)
         if self.fuses:
-            return torch.cat([gather(sizes, self.kept), gather(sizes, self.moved).sum(1, keepdim=True)], 1)
+            return torch.cat([sizes.gather(1, self.kept), sizes.gather(1, self.moved).sum(1, keepdim=True)], 1)
         assert self.target is not None
         if self.shares is not None:
             added = gather(sizes, self.moved) * self.shares.to(sizes.dtype)
@@ -91,26 +97,35 @@ class Reduction:
         took = torch.zeros_like(self.kept, dtype=torch.bool).scatter(1, self.target, True)
         return torch.where(took.unsqueeze(-1), grown, merged)
 
+    def with_sizes(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """self(x, sizes) and `merged_sizes` [B, K] at once, where tokens are averaged by size."""
+        assert self.moved is not None
+        assert self.target is not None
+        leaving, merged = merge(x, self.kept, self.moved, self.target, sizes)
+        return leaving, merged.detach() if merged.requires_grad else merged
+
     def with_prefix(self, count: int) -> Reduction:
         """The same behind `count` tokens in front of the n, which stay where they are; not of a dense matrix."""
         assert self.matrix is None
+        if count == 0:
+            return self
         own = torch.arange(count, device=self.kept.device).expand(self.kept.shape[0], -1)
         moved, target = (None if index is None else index + count for index in (self.moved, self.target))
         return replace(self, kept=torch.cat([own, self.kept + count], 1), moved=moved, target=target)
 
-    def follow(self, table: Tensor) -> Tensor:
-        """Re-index a per-token table that cannot be averaged (positions, origins): [B, n] -> [B, K].
+    def follow(self, table: Tensor | None) -> Tensor:
+        """Re-index a per-token table that cannot be averaged (positions, origins): [B, n] -> [B, K]; None: of the
+        positions themselves.
 
         A merged token keeps the entry of the token it was merged into, a fused one that of its heaviest member, a
         dense one that of its largest weight.
         """
+        index = self.kept
         if self.matrix is not None:
-            return gather(table, self.matrix.argmax(-1))
-        out = gather(table, self.kept)
-        if self.weights is None or self.moved is None:
-            return out
-        heaviest = gather(self.moved, self.weights.argmax(1, keepdim=True))
-        return torch.cat([out, gather(table, heaviest)], 1)
+            index = self.matrix.argmax(-1)
+        elif self.weights is not None and self.moved is not None:
+            index = torch.cat([index, self.moved.gather(1, self.weights.argmax(1, keepdim=True))], 1)
+        return index if table is None else table.gather(1, index)
 
     def source(self, entering: int) -> Tensor:
         """For each of the `entering` tokens, the leaving position that represents it, or -1: [B, entering]."""

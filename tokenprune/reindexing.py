@@ -30,15 +30,14 @@ def reindexed(site: Site, kwargs: dict[str, Any], state: TokenState, dtype: torc
                 kwargs[name] = gather_bias(kwargs[name], state.origin, site.patch.num_prefix_tokens)
             now.bias = kwargs[name]
     if site.patch.method.proportional and state.sizes is not None and site.key_bias is not None:
-        bias = _size_bias(site, state.sizes, dtype)
+        bias = _size_bias(state.sizes, dtype)
         kwargs[site.key_bias] = now.bias = bias if now.bias is None else now.bias + bias
     return kwargs
 
 
-def _size_bias(site: Site, sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Proportional attention: log(size) of every key, prefix tokens of size one, [B, 1, 1, P + n]."""
-    prefix = sizes.new_zeros(sizes.shape[0], site.patch.num_prefix_tokens)
-    return torch.cat([prefix, sizes.log()], 1)[:, None, None, :].to(dtype)
+def _size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Proportional attention: log(size) of every key, [B, 1, 1, P + n]."""
+    return sizes.log().to(dtype)[:, None, None]
 
 
 def own_bias(site: Site, bias: Tensor) -> Tensor:
@@ -50,6 +49,6 @@ def own_bias(site: Site, bias: Tensor) -> Tensor:
     if state.origin is not None:
         bias = gather_bias(bias, state.origin, site.patch.num_prefix_tokens)
     if site.patch.method.proportional and state.sizes is not None and site.key_bias is None:
-        bias = bias + _size_bias(site, state.sizes, bias.dtype)
+        bias = bias + _size_bias(state.sizes, bias.dtype)
     now.bias = bias if now.bias is None else now.bias + bias
     return bias

@@ -18,6 +18,7 @@ from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.host import BlockHost
 from tokenprune.ragged_blocks import reduce_ragged, restore_packed, unpack_for_head
 from tokenprune.recording import PlaceRecord
+from tokenprune.reduction import Reduction
 from tokenprune.reindexing import reindexed
 from tokenprune.restore import follow_source, restore_tokens, undo
 from tokenprune.state import TokenState, flow, in_backward, recall, remember, times_written
@@ -138,7 +139,7 @@ class Site:
         if state is None:
             tokens = x.shape[1] - self.patch.num_prefix_tokens
             entry = now.entry
-            dense = entry.dense if entry is not None else frozenset()
+            dense = entry.dense if entry is not None else ()
             grid = entry.grid if entry is not None else self.patch.grid
             if grid is not None and grid[0] * grid[1] != tokens:  # some were dropped before the first block
                 grid = None
@@ -148,7 +149,7 @@ class Site:
                 forward = self.patch.new_forward(grid)
             last = entry.last if entry is not None and entry.last is not None else self.patch.depth - 1
             if entry is None and self.patch.method.adaptive:  # a loop of the user's own over the blocks
-                dense = frozenset({last})
+                dense = (last,)
             front = entry.front if entry is not None else None
             state = TokenState(tokens, tokens, grid=grid, forward=forward, dense=dense, last=last, front=front)
             if torch.is_grad_enabled() or x.requires_grad:
@@ -178,25 +179,16 @@ class Site:
                 f"{self.patch.method.name} left {reduction.tokens} tokens at {self.name} where {keep} were to be left"
             )
         prefix = self.patch.num_prefix_tokens
-        body = x[:, prefix:]
-        if prefix and reduction.matrix is None:  # the whole sequence, as a slice of it would be copied to be gathered
-            all_sizes = None if state.sizes is None else _with_ones(state.sizes, prefix)
-            leaving = reduction.with_prefix(prefix)(x, all_sizes)
-        elif prefix:
-            leaving = torch.cat([x[:, :prefix], reduction(body, state.sizes)], 1)
-        else:
-            leaving = _in_layout_of(x, reduction(body, state.sizes))
-        origin = reduction.follow(record.origin)
-        sizes = state.sizes
-        if self.patch.method.merges:
-            sizes = reduction.merged_sizes(sizes if sizes is not None else origin.new_ones(body.shape[:2]).float())
+        leaving, sizes = _leaving(x, state.sizes, reduction, prefix, self.patch.method.merges)
+        origin = reduction.follow(state.origin)
         if state.dense and self.patch.probe is None:
             with torch.no_grad():
-                state = replace(state, undo=(*state.undo, undo(state, reduction, body)))
+                state = replace(state, undo=(*state.undo, undo(state, reduction, x[:, prefix:])))
         if state.forward is not None and not in_backward():
             source = follow_source(state, reduction.source(state.tokens))
             state = replace(state, source=source)
-            state.forward.places.append(PlaceRecord(self.name, origin, source, sizes))  # type: ignore[union-attr]
+            own = None if sizes is None else sizes[:, prefix:]
+            state.forward.places.append(PlaceRecord(self.name, origin, source, own))  # type: ignore[union-attr]
         if self.patch.probe is not None:  # counted, not removed
             self.patch.mark(self, "reduced")
             return x
@@ -260,8 +252,23 @@ def _move_behind(hooks: dict[int, Any], records: Callable[[Any], bool]) -> None:
         hooks[key] = hooks.pop(key)
 
 
-def _with_ones(sizes: Tensor, prefix: int) -> Tensor:
-    return torch.cat([sizes.new_ones(sizes.shape[0], prefix), sizes], 1)
+def _leaving(
+    x: Tensor, sizes: Tensor | None, reduction: Reduction, prefix: int, merges: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The tokens of x [B, P + n, C] that leave, [B, P + K, C], and where `merges` the original patches in each."""
+    if prefix and reduction.matrix is not None:
+        leaving = torch.cat([x[:, :prefix], reduction(x[:, prefix:])], 1)
+    else:  # the whole sequence, as a slice of it would be copied to be gathered
+        whole = reduction.with_prefix(prefix)
+        if merges and whole.averages_by_size:
+            leaving, sizes = whole.with_sizes(x, sizes)
+            return leaving if prefix else _in_layout_of(x, leaving), sizes
+        leaving = whole(x, sizes) if prefix else _in_layout_of(x, whole(x, sizes))
+    if not merges:
+        return leaving, sizes
+    if sizes is None:
+        sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
+    return leaving, torch.cat([sizes[:, :prefix], reduction.merged_sizes(sizes[:, prefix:])], 1)
 
 
 def _in_layout_of(x: Tensor, leaving: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The state of one forward: which tokens are left, found again when a block is re-run in backward.
 
-Nothing here lives in a module. What a block hands to the next is keyed by the storage of the hidden tensor, so that
+Nothing here lives in a module. What a block hands to the next is kept on the storage of the hidden tensor, so that
 gradient checkpointing finds it again (a re-entrant re-run sees a detached tensor on the same storage, maybe in another
 thread), two forwards never mix, and it dies with the tensor. While torch.compile traces, storages have no identity and
 the state rides on the traced tensor instead.
@@ -9,13 +9,12 @@ the state rides on the traced tensor instead.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
     from tokenprune.host import Caught, RopeTable
@@ -29,13 +28,13 @@ class TokenState:
     """The prunable tokens between two blocks.
 
     entering: tokens that entered the first place. tokens: how many are left, n. origin: [B, n] original patch of each
-    (None: all, in order). sizes: [B, n] patches in each (None: one each). source: [B, entering] position that holds
-    each original patch, -1 where it was dropped (for recordings). undo: for each place so far, what brings its leaving
-    tokens back to those that entered it (for dense outputs). reduced: the reduced tensor behind a restored one, that
-    had been changed in place `version` times (None: not known). grid:
-    (rows, columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward.
-    dense: blocks whose output is restored in this forward. last: the block behind which the model's own tail follows.
-    front: of how many tokens in front alone the last block's output is computed, None for all.
+    (None: all, in order). sizes: [B, P + n] patches in each, behind ones for the prefix tokens (None: one each).
+    source: [B, entering] position that holds each original patch, -1 where it was dropped (for recordings). undo: for
+    each place so far, what brings its leaving tokens back to those that entered it (for dense outputs). reduced: the
+    reduced tensor behind a restored one, that had been changed in place `version` times (None: not known). grid: (rows,
+    columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward. dense:
+    blocks whose output is restored in this forward. last: the block behind which the model's own tail follows. front:
+    of how many tokens in front alone the last block's output is computed, None for all.
     pack: where the images keep different numbers of tokens, which then holds origin and sizes; tokens is the largest
     number, source holds rows of the pack, and undo leads from pack to pack. counts: (block, tokens that left it of
     each image).
@@ -51,7 +50,7 @@ class TokenState:
     version: int | None = None
     grid: tuple[int, int] | None = None
     forward: Forward | None = None
-    dense: frozenset[int] = frozenset()
+    dense: tuple[int, ...] = ()
     last: int | None = None
     front: int | None = None
     pack: Pack | None = None
@@ -71,7 +70,7 @@ class Entry:
     has. front: as in TokenState. pack: how the tokens lay behind the last block, where the images had different numbers
     of them."""
 
-    dense: frozenset[int]
+    dense: tuple[int, ...]
     whole: bool
     grid: tuple[int, int] | None
     last: int | None = None
@@ -135,23 +134,21 @@ def flow() -> Flow:
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-_STATES: MutableMapping[Any, Any] = WeakIdKeyDictionary()
 _ATTRIBUTE = "_tokenprune_state"
 
 
 def remember(x: Tensor, state: Any) -> None:
     """Tie `state` to the hidden tensor x."""
-    if torch.compiler.is_compiling() or _is_wrapped(x):
-        setattr(x, _ATTRIBUTE, state)
-    else:
-        _STATES[x.untyped_storage()] = state
+    setattr(_holder(x), _ATTRIBUTE, state)
 
 
 def recall(x: Tensor) -> Any:
     """The state tied to the hidden tensor x, or None."""
-    if torch.compiler.is_compiling() or _is_wrapped(x):
-        return getattr(x, _ATTRIBUTE, None)
-    return _STATES.get(x.untyped_storage())
+    return getattr(_holder(x), _ATTRIBUTE, None)
+
+
+def _holder(x: Tensor) -> Any:
+    return x if torch.compiler.is_compiling() or _is_wrapped(x) else x.untyped_storage()
 
 
 def times_written(x: Tensor) -> int | None:

@@ -26,21 +26,25 @@ class Taps:
         self.values = facts.values
         self.rotate = facts.rotate
         self.scale = facts.scale
-        self.paths: list[tuple[str, str]] = []
+        self.paths: list[tuple[str, bool, tuple[str, ...]]] = []
 
     def attach(self, facts: BlockHost) -> None:
         """Put the hooks on the projections whose output the method needs."""
         names = {id(module): name for name, module in facts.module.named_modules()}
         needed = "values" in self.patch.method.needs
         self.paths = [
-            (kind, names[id(module)]) for kind, module in facts.taps if needed or kind not in ("values", "value_inputs")
+            (f"catch_{kind}", kind.endswith("inputs"), tuple(filter(None, names[id(module)].split("."))))
+            for kind, module in facts.taps
+            if needed or kind not in ("values", "value_inputs")
         ]
         self.follow(facts.module)
 
     def follow(self, block: nn.Module) -> None:
         """Put the hooks on what has come in the place of a projection since: adapters that were added or merged."""
-        for kind, path in self.paths:
-            module, hook, before = block.get_submodule(path), getattr(self, f"catch_{kind}"), kind.endswith("inputs")
+        for name, before, path in self.paths:
+            module, hook = block, getattr(self, name)
+            for part in path:
+                module = getattr(module, part)
             if hook not in (module._forward_pre_hooks if before else module._forward_hooks).values():
                 if before:
                     module.register_forward_pre_hook(hook)
@@ -93,7 +97,7 @@ class Taps:
             queries=queries.detach() if queries is not None else None,
             keys=keys.detach() if keys is not None else None,
             values=values.detach() if values is not None else None,
-            sizes=state.sizes,
+            sizes=None if state.sizes is None else state.sizes[:, self.patch.num_prefix_tokens :],
             bias=now.bias.detach() if now.bias is not None else None,
             rotate=rotate,
             before=now.before.detach() if now.before is not None else None,

@@ -16,13 +16,13 @@ from typing import Any
 import hf_families
 import pytest
 import torch
+from families import states_in_memory
 from hf_families import DEPTH, GRID, HOLDERS, MODELS, TOWERS, build, call, images, tensors
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
-from tokenprune import state
 from tokenprune.adapters import hf_vision
 from tokenprune.taps import Taps
 
@@ -268,7 +268,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, method: str) -> None:
         for key, value in gradients(model, x, **ALL_STATES).items():
             torch.testing.assert_close(value, wanted[key], rtol=1e-3, atol=1e-4 * float(wanted[key].abs().max()))
         model.activation_checkpointing_disable()
-    assert not len(state._STATES)
+    assert states_in_memory() == 0
 
 
 def test_two_forwards_of_different_sizes_and_one_backward_under_checkpointing() -> None:

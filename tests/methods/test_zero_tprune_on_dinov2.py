@@ -61,7 +61,7 @@ def test_the_variance_filter_removes_some_heads_and_not_all(records: list[Attent
     partly = []
     for block, record in enumerate(records):
         scores = patch_scores(record, published_rounds(block))
-        counted = passing_heads(scores, (0.01, 0.7)).mean((1, 2))
+        counted = passing_heads(scores, (0.01, 0.7)).float().mean((1, 2))
         removed = 1 - counted
         print(f"block {block}: the filter removes {removed.mean():.0%} of the heads, per image {removed.tolist()}")
         partly.append(bool(((removed > 0) & (removed < 1)).any()))

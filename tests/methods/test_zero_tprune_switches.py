@@ -74,8 +74,8 @@ def test_a_random_partition_is_drawn_by_a_seed() -> None:
         torch.randn(2, 36, 8), torch.arange(35).expand(2, -1), 1, 0, 12, (7, 5), keys=torch.randn(2, 1, 36, 8)
     )
     gone = stage.similar(torch.rand(2, 35), record, 17)
-    assert torch.equal(gone[0], gone[1])
-    assert gone[0].sum() == 17
+    assert len(set(gone[0].tolist())) == 17
+    assert set(gone[0].tolist()) == set(gone[1].tolist())
 
 
 def test_what_tokens_enter_a_block_is_known_when_it_is_run_once_more() -> None:

@@ -152,7 +152,7 @@ def _example(model: nn.Module, size: tuple[int, int]) -> Tensor:
     return torch.empty(1, conv.in_channels, *size, device=conv.weight.device, dtype=conv.weight.dtype)
 
 
-def _restored(model: Any, _: bool, kwargs: dict[str, Any]) -> frozenset[int]:
+def _restored(model: Any, _: bool, kwargs: dict[str, Any]) -> tuple[int, ...]:
     """The last layer, whose output every tower returns, and those whose hidden states are asked for."""
     depth = int(model.config.num_hidden_layers)
     asked = kwargs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
@@ -163,7 +163,7 @@ def _restored(model: Any, _: bool, kwargs: dict[str, Any]) -> frozenset[int]:
         states = [state % (depth + 1) for state in ([asked] if isinstance(asked, int) else asked)]
     if hasattr(model, "stage_names"):  # a backbone
         states += [model.stage_names.index(stage) for stage in model.out_features]
-    return frozenset({len(_layers(model)) - 1} | {state - 1 for state in states if state > 0})
+    return tuple({len(_layers(model)) - 1} | {state - 1 for state in states if state > 0})
 
 
 def _refused(model: Any, biased: bool, *args: Any, **kwargs: Any) -> str:

@@ -47,11 +47,11 @@ class DenseOutputs(Mixin):
             if torch.compiler.is_compiling():  # in the model's own hook it would be a graph for each size
                 entry.grid = _grid_of(self, *args, **kwargs)
             return run(*args, **kwargs)
-        return _dense(self, frozenset({len(self.blocks) - 1}), run, *args, **kwargs)  # type: ignore[arg-type]
+        return _dense(self, (len(self.blocks) - 1,), run, *args, **kwargs)  # type: ignore[arg-type]
 
     def forward_intermediates(self, x: Any, indices: Any = None, *args: Any, **kwargs: Any) -> Any:
         depth = len(self.blocks)  # type: ignore[arg-type]
-        wanted = frozenset(feature_take_indices(depth, indices)[0]) | {depth - 1}
+        wanted = (*feature_take_indices(depth, indices)[0], depth - 1)
         return _dense(self, wanted, super().forward_intermediates, x, indices, *args, **kwargs)  # type: ignore[misc]
 
     def forward_head(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -63,7 +63,7 @@ class DenseOutputs(Mixin):
         return head_by_length(lambda images: head(images, *args[1:], **kwargs), args[0], pack)
 
 
-def _dense(model: nn.Module, blocks: frozenset[int], run: Any, *args: Any, **kwargs: Any) -> Any:
+def _dense(model: nn.Module, blocks: tuple[int, ...], run: Any, *args: Any, **kwargs: Any) -> Any:
     flow().entry = Entry(blocks, whole=False, grid=_grid_of(model, *args, **kwargs))
     try:
         return run(*args, **kwargs)
@@ -114,9 +114,9 @@ def _has_class_token(model: Any) -> bool:
     return getattr(embeds, "cls_token", None) is not None
 
 
-def _restored(model: Any, merges: bool, _: dict[str, Any]) -> frozenset[int]:
+def _restored(model: Any, merges: bool, _: dict[str, Any]) -> tuple[int, ...]:
     """The last block that the model still has, where what follows it in a forward reads the full grid."""
-    return frozenset({len(model.blocks) - 1}) if _needs_grid(model, merges) else frozenset()
+    return (len(model.blocks) - 1,) if _needs_grid(model, merges) else ()
 
 
 def _needs_grid(model: Any, merges: bool) -> bool:

@@ -21,10 +21,9 @@ class AfterTower:
     `metric` of the record of features. Where a placeholder stands for several patches it has their mean. layer: which
     layer, -1 the last; None the one whose output the language model gets. start_layer: from which layer on up to that
     one the score is the mean over layers, None for that one alone; by_class_token: only where the tower has a class
-    token, whose attention is one row of a layer's map. text: whether the record needs the embeddings
-    of the prompt's text. merges: whether tokens are merged, which is done before the projector where a patch is a
-    token. count: (scores of an image) -> how many it keeps where there is no budget. whole_rows: whether K is a number
-    of whole rows.
+    token, whose attention is one row of a layer's map. text: whether the record needs the embeddings of the prompt's
+    text. merges: whether tokens are merged, which is done before the projector where a patch is a token. count: (scores
+    of an image) -> how many it keeps where there is no budget. whole_rows: whether K is a number of whole rows.
     """
 
     select: Callable[[Tensor | None, AttentionRecord, int], Reduction]

@@ -23,7 +23,7 @@ def hashed_scores(record: AttentionRecord, seed: int, each_step: bool = False) -
     h = origin * 0x9E3779B1 + ((seed * 1000003 + record.place * 7919 + 12345) & _MASK)
     if each_step and record.step is not None:
         h = h + record.step * 0x2545F491
+    h = h & _MASK
     for constant in _MIX:
-        h = h & _MASK
         h = ((h ^ (h >> 16)) * constant) & _MASK
     return ((h ^ (h >> 13)).to(torch.float64) / 2**32).expand(batch, -1)

@@ -13,9 +13,11 @@ from tokenprune.kernels.attention_mass import attention_mass, mass_and_log_sums
 def start_mass(record: AttentionRecord, *, class_start: bool = True) -> Tensor:
     """Where the PageRank starts, [B, H, N], of sum one: uniform but for the class token, which has sqrt(N) times the
     others' where `class_start`."""
-    start = torch.ones(record.q.shape[:3], device=record.q.device)
-    if class_start and record.has_class_token:
-        start[..., 0] = start.shape[2] ** 0.5
+    q = record.q
+    if not (class_start and record.has_class_token):
+        return torch.full(q.shape[:3], 1.0 / q.shape[2], device=q.device)
+    start = torch.ones(q.shape[:3], device=q.device)
+    start.select(2, 0).fill_(start.shape[2] ** 0.5)
     return start / start.sum(-1, keepdim=True)
 
 
@@ -37,22 +39,22 @@ def weighted_pagerank(
 
 
 def passing_heads(scores: Tensor, variance: tuple[float, float] | None) -> Tensor:
-    """Variance-based head filter (section 3.2, VHF): which heads count, [B, H, 1] of 0 and 1.
+    """Variance-based head filter (section 3.2, VHF): which heads count, [..., B, H, 1] of booleans.
 
-    scores: [B, H, n] of the prunable tokens. A head passes where the variance over the tokens of its scores, rescaled
-    to mean one, lies in `variance`; raw scores sum to one, their variance is near 1e-5 and no head would ever pass the
-    paper's thresholds of 0.01 and 0.7. If no head of an image passes, all count. None: all count.
+    scores: [..., B, H, n] of the prunable tokens. A head passes where the variance over the tokens of its scores,
+    rescaled to mean one, lies in `variance`; raw scores sum to one, their variance is near 1e-5 and no head would ever
+    pass the paper's thresholds of 0.01 and 0.7. If no head of an image passes, all count. None: all count.
     """
     if variance is None:
-        return torch.ones_like(scores[..., :1])
+        return torch.ones_like(scores[..., :1], dtype=torch.bool)
     spread = (scores / scores.mean(-1, keepdim=True)).var(-1, keepdim=True, unbiased=False)
-    passed = (spread >= variance[0]) & (spread <= variance[1])
-    return (passed | ~passed.any(1, keepdim=True)).to(scores.dtype)
+    passed = spread.clamp(*variance) == spread
+    return passed >= passed.any(-2, keepdim=True)
 
 
 def fuse_heads(scores: Tensor, heads: Tensor, how: Literal["rms", "mean"] = "rms") -> Tensor:
     """Head fusion that emphasises informative regions (section 3.2, EIR): the root mean square over the heads that
-    count, or their mean. scores: [B, H, n], heads: [B, H, 1]. Returns [B, n]."""
+    count, or their mean. scores: [..., B, H, n], heads: [..., B, H, 1] of booleans. Returns [..., B, n]."""
     if how == "mean":
-        return (heads * scores).sum(1) / heads.sum(1)
-    return ((heads * scores.square()).sum(1) / heads.sum(1)).sqrt()
+        return (heads * scores).sum(-2) / heads.sum(-2)
+    return ((heads * scores.square()).sum(-2) / heads.sum(-2)).sqrt()

@@ -101,7 +101,7 @@ class ImportanceAndSimilarity:
         return (record.q if self.feature == "query" else record.v)[:, :, prefix:].mean(1)
 
     def similar(self, importance: Tensor, record: AttentionRecord, remove: int) -> Tensor:
-        """Which `remove` tokens the similarity stage takes: True in [B, n]."""
+        """Positions [B, remove] of the tokens that the similarity stage takes."""
         features = self.features(record)
         return similar_to_important(
             importance, features, remove, record, metric=self.metric, partition=self.partition, seed=self.seed
@@ -111,9 +111,7 @@ class ImportanceAndSimilarity:
         """[B, n]: PageRank per head, filtered and fused; [len(iterations), B, n] for several counts."""
         scores = weighted_pagerank(record, iterations, class_start=self.class_start)
         scores = scores[..., record.num_prefix_tokens :]
-        after = scores if isinstance(iterations, Sequence) else scores.unsqueeze(0)
-        fused = [fuse_heads(one, passing_heads(one, self.variance), self.fusion) for one in after]
-        return torch.stack(fused) if isinstance(iterations, Sequence) else fused[0]
+        return fuse_heads(scores, passing_heads(scores, self.variance), self.fusion)
 
     def after_tower(self, scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
         """The stages of `__call__` by importance [B, n] found before, as they are in the last blocks."""
@@ -121,7 +119,7 @@ class ImportanceAndSimilarity:
         removed = record.tokens - keep
         share = self.similarity if isinstance(self.similarity, int) else round(self.similarity[1] * removed)
         gone = self.similar(scores, record, min(share, removed, self._candidates(record)))
-        return keep_top_k(torch.where(gone, -1.0, scores), record, keep)
+        return keep_top_k(scores.scatter(1, gone, -1.0), record, keep)
 
     def importance_here(self, record: AttentionRecord) -> Tensor:
         """[B, n]: importance after as many iterations as this block has."""
@@ -149,7 +147,7 @@ class ImportanceAndSimilarity:
         else:
             order, importance = self.importance(record, 1), self.importance(record, rounds)
         gone = self.similar(order, record, redundant)
-        return keep_top_k(torch.where(gone, -1.0, importance), record, keep)
+        return keep_top_k(importance.scatter(1, gone, -1.0), record, keep)
 
 
 def _whole(value: object) -> TypeGuard[int]:

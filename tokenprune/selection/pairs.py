@@ -58,11 +58,12 @@ def merge_best(
     token of b [B, N]. The tokens that leave: `others` [B, K], which are in neither set, the rest of a, then b."""
     order = ranked(similarity)
     merged, rest = order[:, :removed], order[:, removed:].sort(dim=1).values
-    front = gather(a, rest) if others is None else torch.cat([others, gather(a, rest)], 1)
+    parts = [a.gather(1, rest), b] if others is None else [others, a.gather(1, rest), b]
+    kept = torch.cat(parts, 1)
     return Reduction(
-        kept=torch.cat([front, b], 1),
-        moved=gather(a, merged),
-        target=gather(match, merged) + front.shape[1],
+        kept=kept,
+        moved=a.gather(1, merged),
+        target=match.gather(1, merged) + (kept.shape[1] - b.shape[1]),
     )
 
 
@@ -79,7 +80,7 @@ def similar_to_important(
     partition: Partition = "sequential_u",
     seed: int = 0,
 ) -> Tensor:
-    """Which `remove` tokens are redundant: True in [B, n] (Zero-TPrune's similarity stage, section 3.3).
+    """Positions [B, remove] of redundant tokens (Zero-TPrune's similarity stage, section 3.3).
 
     Some of the tokens are candidates, each is compared with the others by the `metric` of x [B, n, D], and the
     candidates nearest to one of those go. Sequential-U partition: the candidates are the less important half. Others:
@@ -96,8 +97,7 @@ def similar_to_important(
         strong, weak = _parts(order, record, partition, seed)
         a, b = gather(x, weak), gather(x, strong)
         near = (cosine_match(a, b) if metric == "cosine" else nearest(a, b, metric=metric))[0]
-    gone = gather(weak, ranked(near)[:, :remove])
-    return torch.zeros_like(importance, dtype=torch.bool).scatter(1, gone, True)
+    return weak.gather(1, ranked(near)[:, :remove])
 
 
 def _parts(order: Tensor, record: AttentionRecord, partition: Partition, seed: int) -> tuple[Tensor, Tensor]:

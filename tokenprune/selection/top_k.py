@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
-from tokenprune.kernels.merge import gather
 from tokenprune.reduction import Reduction
 
 
@@ -39,12 +38,13 @@ def fuse_rest(scores: Tensor | None, record: AttentionRecord, keep: int, *, equa
         return keep_top_k(scores, record, keep)
     order = ranked(scores)
     kept, moved = order[:, : keep - 1].sort(dim=1).values, order[:, keep - 1 :].sort(dim=1).values
-    weights = torch.full_like(moved, 1 / moved.shape[1], dtype=scores.dtype) if equal else gather(scores, moved)
+    weights = torch.full_like(moved, 1 / moved.shape[1], dtype=scores.dtype) if equal else scores.gather(1, moved)
     return Reduction(kept, moved, weights=weights)
 
 
 def keep_evenly(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
     """Keep `keep` evenly spaced tokens: positions floor((j + 1/2) n / keep)."""
-    step = torch.arange(keep, device=record.origin.device)
-    positions = (2 * step + 1) * record.tokens // (2 * keep)
+    n = record.tokens
+    odd = torch.rsub(torch.arange(keep, device=record.origin.device), n, alpha=-2 * n)  # (2 j + 1) n, in one operation
+    positions = odd // (2 * keep)
     return Reduction(positions.expand(record.origin.shape[0], -1))
