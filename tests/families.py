@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Container, Iterable
+from typing import Any
 
+import pytest
 import torch
 import zoo
 from torch import Tensor, nn
@@ -34,11 +37,14 @@ FAMILIES = {
 # For what the block's inside does not decide: prefix, rotary tables, a bias that is computed inside, no prefix.
 FEW = ("class_token", "rotary_registers", "bias_own_table", "map_pool")
 # All run on every family with an option or two; cait's talking heads take no bias.
-METHODS = (
-    *("random", "uniform", "top_k", "evit", "tome", "zero_tprune", "zero_tprune_uni"),
-    *("k_medoids", "dpc_knn", "pitome", "tofu", "diffrate", "pomt"),
-)
+FIRST_METHODS = ("random", "uniform", "top_k", "evit", "tome", "zero_tprune", "zero_tprune_uni")
+METHODS = (*FIRST_METHODS, "k_medoids", "dpc_knn", "pitome", "tofu", "diffrate", "pomt")
 PROPORTIONAL = ("tome", "pitome", "tofu", "diffrate")
+
+
+def full_but(fast: Container[Any], names: Iterable[Any]) -> list[Any]:
+    """`names` as parameters, of which only the `fast` ones are in the fast tests."""
+    return [pytest.param(name, marks=[] if name in fast else pytest.mark.full) for name in names]
 
 
 def build(family: str) -> nn.Module:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
 import timm
 import torch
 import zoo
-from families import FAMILIES, METHODS, build, images, options, run
+from families import FAMILIES, METHODS, build, full_but, images, options, run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tokenprune
-
-
-def full_but(fast: Container[Any], names: Iterable[Any]) -> list[Any]:
-    """`names` as parameters: compiling takes seconds each, so only the `fast` ones are in the fast tests."""
-    return [pytest.param(name, marks=[] if name in fast else pytest.mark.full) for name in names]
-
 
 PAIRS = [(f, m) for f in FAMILIES for m in METHODS if f == "class_token" or m in ("tome", "zero_tprune")]
 FAST = (("class_token", "top_k"), ("rotary_registers", "tome"), ("bias_own_table", "zero_tprune"), ("map_pool", "tome"))

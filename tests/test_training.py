@@ -11,7 +11,7 @@ import timm
 import timm.layers
 import torch
 import zoo
-from families import FAMILIES, FEW, METHODS, build, images, options, run
+from families import FAMILIES, FEW, FIRST_METHODS, METHODS, build, full_but, images, options, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -88,7 +88,7 @@ def pictures(height: int, width: int, batch: int = 2) -> Tensor:
 
 
 @MODES
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", full_but(FIRST_METHODS, METHODS))
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224"])
 def test_two_forwards_of_different_sizes_then_one_backward(
     name: str, method: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch

@@ -10,9 +10,11 @@ import pytest
 import torch
 from kernel_inputs import rows
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune import TokenPruneError
+from tokenprune.kernels import inputs as kernel_settings
 from tokenprune.kernels import pairwise
 from tokenprune.kernels.pairwise import eager, reference
 
@@ -57,7 +59,7 @@ CASES = cases()
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("cached", [1, 2**9, 2**21])
 def test_as_in_the_loops(name: str, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eager, "CACHED", cached)
+    monkeypatch.setattr(kernel_settings, "CACHED", cached)
     ours, naive = CASES[name]
     torch.testing.assert_close(ours(), naive(), rtol=1e-6, atol=1e-6)
 
@@ -127,3 +129,24 @@ def test_what_is_refused() -> None:
     for wrong in (b[:, :0], b[:2], b[:, :, :3]):
         with pytest.raises(TokenPruneError, match="do not fit"):
             pairwise.neighbours(a, wrong, threshold=0.5)
+
+
+def test_the_limit_is_kept_and_rows_do_not_depend_on_it() -> None:
+    x, largest = rows(2, 300, 8), 0
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.bmm.default:
+                largest = max(largest, 4 * out.numel())
+            return out
+
+    whole = pairwise.density(x, count=5), pairwise.energy(x, margin=0.5)
+    for limit in (2**14, 2**17):
+        largest = 0
+        with Products():  # of which none would be seen inside of the operator
+            parts = eager.density(x, 5, limit), eager.energy(x, 0.5, limit)
+        assert limit / 4 < largest <= limit
+        for got, expected in zip(parts, whole, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)

@@ -27,13 +27,10 @@ SWITCHES: list[dict[str, Any]] = [
     {"fusion": "mean"},
     {"feature": "x_pre", "metric": "euclidean", "partition": "none", "fusion": "mean"},
 ]
+FAST = [SWITCHES[i] for i in (2, 3, 6, 12, 13, 15)]  # x_pre, x, manhattan, alternate, none, several at once
 CASES = [
-    pytest.param(variant, switch, marks=[] if (i + len(switch)) % 2 or "feature" in switch else pytest.mark.full)
-    for variant in ("registers",)
-    for i, switch in enumerate(SWITCHES)
-] + [
-    pytest.param(variant, switch, marks=pytest.mark.full)
-    for variant in ("class_token", "mean_pool", "rotary")
+    pytest.param(variant, switch, marks=[] if variant == "registers" and switch in FAST else pytest.mark.full)
+    for variant in ("registers", "class_token", "mean_pool", "rotary")
     for switch in SWITCHES
 ]
 
@@ -76,9 +73,9 @@ def test_a_random_partition_is_drawn_by_a_seed() -> None:
     record = AttentionRecord(
         torch.randn(2, 36, 8), torch.arange(35).expand(2, -1), 1, 0, 12, (7, 5), keys=torch.randn(2, 1, 36, 8)
     )
-    gone = stage.similar(torch.rand(2, 35), record, 17).sort(1).values
-    assert gone.shape == (2, 17)
-    assert torch.equal(gone[0], gone[1])
+    gone = stage.similar(torch.rand(2, 35), record, 17)
+    assert len(set(gone[0].tolist())) == 17
+    assert set(gone[0].tolist()) == set(gone[1].tolist())
 
 
 def test_what_tokens_enter_a_block_is_known_when_it_is_run_once_more() -> None:

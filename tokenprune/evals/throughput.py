@@ -110,7 +110,12 @@ class Relative:
 
 
 def measure_together(
-    arms: Sequence[Arm], rounds: int = 20, *, seed: int = 0, clock: Callable[[], float] = time.perf_counter
+    arms: Sequence[Arm],
+    rounds: int = 20,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Relative]:
     """Times many candidates against one reference: the first of `arms`, which the last, the control, does again.
 
@@ -119,7 +124,7 @@ def measure_together(
     """
     for arm in arms:
         arm()
-    device, taken = torch.device("cpu"), [list[float]() for _ in arms]
+    device, taken = torch.device(device), [list[float]() for _ in arms]
     for number in range(rounds):
         order = [(place + number) % len(arms) for place in range(len(arms))]
         for place in order[:: 1 if number % 2 == 0 else -1]:

@@ -11,11 +11,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.kernels.attention_peak import eager
-from tokenprune.kernels.inputs import exporting, observed, precision, without_autocast
+from tokenprune.kernels.inputs import at_once, exporting, observed, precision, without_autocast
 
-__all__ = ["MEMORY_LIMIT", "attention_peak"]
-
-MEMORY_LIMIT = 64 * 2**20
+__all__ = ["attention_peak"]
 
 
 def attention_peak(
@@ -25,14 +23,15 @@ def attention_peak(
     first: int = 0,
     scale: float | None = None,
     bias: Tensor | None = None,
-    memory_limit: int = MEMORY_LIMIT,
+    memory_limit: int | None = None,
 ) -> Tensor:
     """sum over i >= first of max_h A_h[i, j] with A_h = softmax(q_h k_hᵀ scale + bias): [B, N].
 
     q, k: [B, H, N, D]. first: the query at which to begin, behind prefix tokens. scale: D**-0.5 by default. bias:
     [1|B, 1|H, 1|N, N], added to the logits, or a mask of that shape (True: may be attended to). memory_limit: bytes of
-    one head's map to hold at a time; at least one row's, and rather what fits the cache. Returns float32, float64 for
-    float64 inputs. No gradient: a score only chooses tokens. Pruning One More Token (Eliopoulos et al., WACV 2025).
+    one head's map to hold at a time (64 MiB, on a GPU 512 MiB); at least one row's, and rather what fits the cache.
+    Returns float32, float64 for float64 inputs. No gradient: a score only chooses tokens. Pruning One More Token
+    (Eliopoulos et al., WACV 2025).
 
     Raises:
         TokenPruneError: shapes that do not fit.
@@ -43,7 +42,7 @@ def attention_peak(
         rows, keys = q[:, :, first:].to(precision(q)), k.to(precision(q))
         return eager.largest(rows, keys, scale, eager.behind(bias, first)).sum(1)
     run = _attention_peak if observed(q, k) else _run
-    found: Tensor = run(q, k, first, scale, bias, memory_limit)
+    found: Tensor = run(q, k, first, scale, bias, at_once(q.device, memory_limit))
     return found
 
 

@@ -14,13 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.kernels.inputs import exporting, observed, precision, without_autocast
+from tokenprune.kernels.inputs import at_once, exporting, observed, precision, without_autocast
 from tokenprune.kernels.pairwise import eager
 from tokenprune.kernels.pairwise.eager import METRICS
 
-__all__ = ["MEMORY_LIMIT", "METRICS", "density", "energy", "nearest", "neighbours", "spread"]
-
-MEMORY_LIMIT = 64 * 2**20
+__all__ = ["METRICS", "density", "energy", "nearest", "neighbours", "spread"]
 
 
 def nearest(
@@ -29,13 +27,14 @@ def nearest(
     *,
     metric: str,
     ranks: tuple[Tensor, Tensor] | None = None,
-    memory_limit: int = MEMORY_LIMIT,
+    memory_limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The nearest row of b [B, N, D] for each row of a [B, M, D], ties to the lower row.
 
     metric: one of METRICS. ranks: [B, M] and [B, N]; a row of a then looks only at rows of b whose rank is lower, such
-    as tokens that are more important. memory_limit: bytes of the matrix of pairs to hold at a time; at least one row's,
-    and rather what fits the cache; so it is everywhere here. No gradient anywhere here: tokens are only chosen.
+    as tokens that are more important. memory_limit: bytes of the matrix of pairs to hold at a time (64 MiB, on a GPU
+    512 MiB); at least one row's, and rather what fits the cache; so it is everywhere here. No gradient anywhere here:
+    tokens are only chosen.
 
     Returns the closeness [B, M] (a cosine, a product, or minus a distance; -inf where no row of b is looked at) in
     float32, float64 for float64 inputs, and the row [B, M]. NaN gives NaN and a valid row.
@@ -51,7 +50,7 @@ def nearest(
     return found
 
 
-def energy(x: Tensor, *, margin: float, memory_limit: int = MEMORY_LIMIT) -> Tensor:
+def energy(x: Tensor, *, margin: float, memory_limit: int | None = None) -> Tensor:
     """Mean over all tokens j of elu(cos(x_i, x_j) - margin): high in a large group of similar tokens. x: [B, n, D];
     returns [B, n] (PiToMe, Tran et al., NeurIPS 2024, equation 4)."""
     found: Tensor = _call("energy", eager.energy, (x,), margin, memory_limit)
@@ -59,7 +58,7 @@ def energy(x: Tensor, *, margin: float, memory_limit: int = MEMORY_LIMIT) -> Ten
 
 
 def neighbours(
-    a: Tensor, b: Tensor, *, threshold: float, memory_limit: int = MEMORY_LIMIT
+    a: Tensor, b: Tensor, *, threshold: float, memory_limit: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row of a [B, M, D]: how many rows of b [B, N, D] have a cosine of at least `threshold` with it, the mean
     cosine with those (0 of none), and the mean with all; three of [B, M] (SAINT, Jeddi et al., 2025).
@@ -72,14 +71,14 @@ def neighbours(
     return found
 
 
-def density(x: Tensor, *, count: int, memory_limit: int = MEMORY_LIMIT) -> Tensor:
+def density(x: Tensor, *, count: int, memory_limit: int | None = None) -> Tensor:
     """exp(- mean of the `count` smallest squared distances / D), a token's own, 0, among them. x: [B, n, D]; returns
     [B, n] (DPC-KNN, Du et al., 2016)."""
     found: Tensor = _call("density", eager.density, (x,), count, memory_limit)
     return found
 
 
-def spread(x: Tensor, weights: Tensor, cluster: Tensor, *, memory_limit: int = MEMORY_LIMIT) -> Tensor:
+def spread(x: Tensor, weights: Tensor, cluster: Tensor, *, memory_limit: int | None = None) -> Tensor:
     """Sum over the tokens j of the cluster of i of weights_j times the Euclidean distance of i and j: lowest at a
     cluster's medoid. x: [B, n, D], weights: [B, n], cluster: [B, n] whole numbers; returns [B, n]."""
     found: Tensor = _call("spread", eager.spread, (x, weights, cluster), memory_limit)
@@ -94,9 +93,10 @@ def _check(a: Tensor, b: Tensor) -> None:
 
 
 def _call(name: str, function: Callable[..., Any], tensors: tuple[Tensor, ...], *options: Any) -> Any:
-    tensors = tuple(x.detach() for x in tensors)
+    tensors, chosen, limit = tuple(x.detach() for x in tensors), options[:-1], options[-1]
     if exporting():  # all rows at once, as their number is not known, by torch's own operators
-        return function(*tensors, *options[:-1], None)
+        return function(*tensors, *chosen, None)
+    options = (*chosen, at_once(tensors[0].device, limit))
     if observed(*tensors):
         return getattr(torch.ops.tokenprune, f"pairwise_{name}")(*tensors, *options)
     with without_autocast(tensors[0]):

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenprune.kernels import inputs
 from tokenprune.kernels.inputs import precision
-
-# Bytes of the matrix that a thread works on at a time, so that they stay in its cache.
-CACHED = 2 * 2**20
 
 # Orders of the distances that are no product.
 ORDERS = {"manhattan": 1.0, "minkowski_3": 3.0, "minkowski_4": 4.0, "minkowski_5": 5.0, "chebyshev": math.inf}
@@ -25,7 +23,7 @@ def blocks(a: Tensor, b: Tensor, limit: int | None) -> Iterator[slice]:
     batch, rows = a.shape[:2]
     block = rows
     if limit is not None:
-        work = min(limit, CACHED * torch.get_num_threads()) if a.device.type == "cpu" else limit
+        work = min(limit, inputs.CACHED * torch.get_num_threads()) if a.device.type == "cpu" else limit
         block = max(1, work // max(1, batch * b.shape[1] * precision(a).itemsize))
     for start in range(0, max(rows, 1), max(block, 1)):
         yield slice(start, min(rows, start + block))
