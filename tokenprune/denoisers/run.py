@@ -26,8 +26,8 @@ UNKNOWN_STEPS = 50
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """What a stack computes. near: [B, N] which of the computed tokens each token is a copy of behind the stack, None
-    where dropped ones keep their value."""
+    """What a stack computes. near: [B, N] which of the computed tokens each token is most like, None where dropped
+    ones keep their value."""
 
     reduction: Reduction
     near: Tensor | None

@@ -147,7 +147,9 @@ class BlockSite:
                 bound[name] = take(bound[name], index, tokens, text)
         output = forward(**bound)
         reduced = self._image(output)
-        if self.last and chosen.near is not None:
+        if self.patch.recover == "gain" and chosen.near is not None:
+            full = x + gather(reduced - entered, chosen.near)
+        elif self.last and chosen.near is not None:
             full = gather(reduced, chosen.near)
         else:
             full = reduction.bring_back(reduced, entered, self._left_out(x))
@@ -186,7 +188,7 @@ class BlockSite:
         assert isinstance(reduction, Reduction)
         reduction = reduction.tiled(copies)
         near = None
-        if self.patch.recover == "similar":
+        if self.patch.recover != "residual":
             if method.similar_by == "attention":
                 known = record.log_sums[0] if record.log_sums else None
                 near = attended_stand_ins(reduction, *record.rotated(), self.scale, known)
@@ -217,7 +219,7 @@ class BlockSite:
             rotate=self.rotate(bound, tokens),
             cross=self._crossed(bound),
             step=one.step,
-            log_sums=[] if self.patch.recover == "similar" and self.patch.method.similar_by == "attention" else None,
+            log_sums=[] if self.patch.recover != "residual" and self.patch.method.similar_by == "attention" else None,
         )
 
     def _scores(self, one: Pass, record: AttentionRecord) -> Tensor | None:
