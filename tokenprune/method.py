@@ -63,11 +63,12 @@ class Method:
     stack_depth: blocks that share one choice where a model does not divide them into stacks itself. steps: how strongly
     at each step of a run. recover: what a dropped token is behind a stack, a copy of the most "similar" kept one, its
     own value before and what that one has gained since ("gain"), or its own value alone ("residual"); None: the first
-    where convolutions follow, else the last. similar_by: whether that is by hidden states or by the first block's attention map (which needs queries and keys). parts: of each block, what
-    runs on fewer tokens where it is not the whole block ("attention", "cross", "mlp": on merged tokens, which are
-    unmerged behind it; "keys": the attention's keys and values alone). levels: at which stacks, and which share of the
-    tokens is computed there where there is no budget; None for all. reuse: of a choice over steps. over_steps: what is
-    taken from an earlier step, None for a method that computes all anew.
+    where convolutions follow, else the last. similar_by: whether that is by hidden states or by the first block's
+    attention map (which needs queries and keys). parts: of each block, what runs on fewer tokens where it is not the
+    whole block ("attention", "cross", "mlp": on merged tokens, which are unmerged behind it; "keys": the attention's
+    keys and values alone). levels: at which stacks, and which share of the tokens is computed there where there is no
+    budget; None for all. reuse: of a choice over steps. over_steps: what is taken from an earlier step, None for a
+    method that computes all anew.
 
     For vision-language models: after_tower: what is left out between the image tower and the language model.
     inside_model: what leaves between layers of the language model.

@@ -1,5 +1,7 @@
 """AT-EDM's scores and recovery against loops over the attention maps that the hosts compute."""
 
+from functools import partial
+
 import diffusers
 import pytest
 import torch
@@ -182,10 +184,9 @@ def test_a_token_left_out_gains_what_the_one_most_like_it_gained(similar_by):
     seen = {}
     for recover in ("similar", "gain", "residual"):
         tokenprune.patch(model, "at_edm", schedule={block: 4 / 12}, steps={}, recover=recover, similar_by=similar_by)
-        hooks = [
-            at.register_forward_hook(lambda *args: seen[recover].append(args[2])) for at in (blocks[0], blocks[-1])
-        ]
-        seen[recover] = []
+        outputs = seen[recover] = []
+        keep = partial(lambda into, *args: into.append(args[2]), outputs)
+        hooks = [at.register_forward_hook(keep) for at in (blocks[0], blocks[-1])]
         run(model, x)
         for hook in hooks:
             hook.remove()

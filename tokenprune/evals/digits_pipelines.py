@@ -45,8 +45,8 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
         """labels: [B] in 0..9. centres: [B, 2], row and column in pixels where the U-Net is to draw the digit (the DiT
         takes no place), None for anywhere. guidance_scale: of classifier-free guidance; 1 is one forward a step.
 
-        sigmas: shares of noise at which the steps begin, from 1 down; None for `num_inference_steps` even ones. The last
-        step ends without noise.
+        sigmas: shares of noise at which the steps begin, from 1 down; None for `num_inference_steps` even ones. The
+        last step ends without noise.
 
         latents: noise [B, 3, 36, 36] to start from, drawn by `generator` where it is not given.
 
