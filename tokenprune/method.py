@@ -18,6 +18,7 @@ from tokenprune.reduction import Reduction
 from tokenprune.schedule import Schedule
 
 Score = Callable[[AttentionRecord], Tensor]
+Recover = Literal["similar", "gain", "residual"]
 Select = Callable[[Tensor | None, AttentionRecord, int], Reduction | RaggedReduction]
 
 
@@ -65,13 +66,14 @@ class Method:
 
     For denoisers: stack_share: share of the tokens that is computed in a stack of blocks where there is no budget.
     stack_depth: blocks that share one choice where a model does not divide them into stacks itself. steps: how strongly
-    at each step of a run. recover: what a dropped token is behind a stack, a copy of the most "similar" kept one or its
-    own value before ("residual"); None: the first where convolutions follow, else the second. similar_by: whether that
-    is by hidden states or by the first block's attention map (which needs queries and keys). parts: of each block, what
-    runs on fewer tokens where it is not the whole block ("attention", "cross", "mlp": on merged tokens, which are
-    unmerged behind it; "keys": the attention's keys and values alone). levels: at which stacks, and which share of the
-    tokens is computed there where there is no budget; None for all. reuse: of a choice over steps. over_steps: what is
-    taken from an earlier step, None for a method that computes all anew.
+    at each step of a run. recover: what a dropped token is behind a stack, a copy of the most "similar" kept one, its
+    own value before and what that one has gained since ("gain"), or its own value alone ("residual"); None: the first
+    where convolutions follow, else the last. similar_by: whether that is by hidden states or by the first block's
+    attention map (which needs queries and keys). parts: of each block, what runs on fewer tokens where it is not the
+    whole block ("attention", "cross", "mlp": on merged tokens, which are unmerged behind it; "keys": the attention's
+    keys and values alone). levels: at which stacks, and which share of the tokens is computed there where there is no
+    budget; None for all. reuse: of a choice over steps. over_steps: what is taken from an earlier step, None for a
+    method that computes all anew.
 
     For models whose attention stays in windows, of which whole ones are left out (score is then of tokens [B, n], a
     window's is the L2 norm of its tokens', and select is given windows): window_ratios: (number of blocks in each
@@ -95,7 +97,7 @@ class Method:
     stack_share: float = 0.5
     stack_depth: int = 4
     steps: Steps = EVERY_STEP
-    recover: Literal["similar", "residual"] | None = None
+    recover: Recover | None = None
     similar_by: Literal["hidden", "attention"] = "hidden"
     parts: tuple[str, ...] = ()
     levels: Levels | None = None

@@ -1,5 +1,7 @@
 """AT-EDM's scores and recovery against loops over the attention maps that the hosts compute."""
 
+from functools import partial
+
 import diffusers
 import pytest
 import torch
@@ -170,6 +172,35 @@ def test_the_recovered_tokens_copy_what_the_first_block_attends_to(monkeypatch):
                 row = maps[image].mean(0)[token]
                 copied = max(kept, key=lambda j: row[j].item())
                 assert torch.equal(output[token], output[copied])
+
+
+@pytest.mark.parametrize("similar_by", ["attention", "hidden"])
+def test_a_token_left_out_gains_what_the_one_most_like_it_gained(similar_by):
+    """Held to the same stack with copies, whose kept tokens and stand-ins it shares."""
+    model, inputs = build("unet_sdxl")
+    x = inputs(2, 16, 12)
+    block = "mid_block.attentions.0"
+    blocks = model.get_submodule(block).transformer_blocks
+    seen = {}
+    for recover in ("similar", "gain", "residual"):
+        tokenprune.patch(model, "at_edm", schedule={block: 4 / 12}, steps={}, recover=recover, similar_by=similar_by)
+        outputs = seen[recover] = []
+        keep = partial(lambda into, *args: into.append(args[2]), outputs)
+        hooks = [at.register_forward_hook(keep) for at in (blocks[0], blocks[-1])]
+        run(model, x)
+        for hook in hooks:
+            hook.remove()
+        tokenprune.unpatch(model)
+    entered, copied = seen["similar"]
+    assert torch.equal(seen["gain"][0], entered)
+    for image in range(2):
+        kept = [i for i in range(12) if not torch.equal(seen["residual"][1][image, i], entered[image, i])]
+        assert len(kept) == 4
+        for token in range(12):
+            like = next(j for j in kept if torch.equal(copied[image, token], copied[image, j]))
+            gained = copied[image, like] - entered[image, like]
+            torch.testing.assert_close(seen["gain"][1][image, token], entered[image, token] + gained)
+            assert token in kept or gained.abs().max() > 0.1
 
 
 def test_cross_attention_chooses_other_tokens_and_needs_text():

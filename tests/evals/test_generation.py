@@ -49,6 +49,19 @@ def _arms(pipe, steps=STEPS, guidance=1.0):
     )
 
 
+def test_the_first_steps_alone_are_the_full_runs_and_then_one_leap(pipe):
+    orders, (base,) = drawing_orders(3, 0), _arms(pipe)
+    short = generation_arms.first_steps(base, 3)
+    assert (short.steps, short.flops_ratio) == (3, 3 / STEPS)
+    x, predict = orders.noise, digits_denoisers.predict
+    with torch.no_grad():
+        for sigma, length in ((1.0, 0.25), (0.75, 0.25), (0.5, 0.5)):
+            t = torch.full((len(x),), 1000 * sigma)
+            x = x - length * predict(base.model, x, t, orders.labels, orders.centres)
+    torch.testing.assert_close(short.draw(orders), (x * 0.16 + 0.25).clamp(0, 1), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(short.draw(orders), generation_arms.fewer_steps(base, 3, "").draw(orders), atol=1e-3)
+
+
 def test_orders_depend_on_seed_and_number_alone():
     few, many = drawing_orders(5, 3), drawing_orders(40, 3)
     assert all(torch.equal(a, b) for a, b in zip(few, many.first(5), strict=True))

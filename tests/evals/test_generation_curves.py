@@ -39,7 +39,12 @@ def test_rows_are_drawn_timed_and_written(tmp_path, monkeypatch, capsys):
         torch.nn.init.normal_(parameter, std=0.1)
     monkeypatch.setattr(generation_curves, "digits_pipeline", lambda name: pipeline_of(model))
     monkeypatch.setattr(generation_curves, "STEPS", 3)
-    rows = [2, ("random", {"flops": 0.7}), ("tomesd", {"flops": 0.7, **generation_rows.WHOLE_BLOCK})]
+    rows = [
+        2,
+        generation_rows.First(2),
+        ("random", {"flops": 0.7}),
+        ("tomesd", {"flops": 0.7, **generation_rows.WHOLE_BLOCK}),
+    ]
     rows += [("random", {"flops": 0.01}), ("nonsense", {"flops": 0.7})]
     monkeypatch.setattr(generation_curves, "ROWS", {"dit-digits": rows})
     monkeypatch.setattr(generation, "REAL_IMAGES", 70)
@@ -62,6 +67,11 @@ def test_rows_are_drawn_timed_and_written(tmp_path, monkeypatch, capsys):
     whole, random = drawn["tomesd, whole blocks", "flops=0.7"], drawn["random", "flops=0.7"]
     assert whole["over_random"] == pytest.approx(whole["frechet"] - random["frechet"])
     assert whole["over_fewer_steps"] == pytest.approx(whole["frechet"] - drawn["fewer steps", ""]["frechet"])
+    leap = drawn["fewer steps, the first ones", ""]
+    assert leap["frechet"] != drawn["fewer steps", ""]["frechet"]
+    assert leap["over_fewer_steps"] == pytest.approx(leap["frechet"] - drawn["fewer steps", ""]["frechet"])
+    assert whole["over_first_steps"] == pytest.approx(whole["frechet"] - leap["frechet"])
+    assert "over_first_steps" not in drawn["fewer steps", ""]
     assert "over_random" not in random
     assert failed == [0, 1]  # a row that fails stops none of the others, and is not there
     assert "nonsense" in capsys.readouterr().err

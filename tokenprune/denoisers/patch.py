@@ -27,7 +27,7 @@ from tokenprune.errors import UnsupportedModel
 from tokenprune.family import Portable, Request, detach, patch_of
 from tokenprune.flop_count import FlopCount
 from tokenprune.ghost import ghost
-from tokenprune.method import Method
+from tokenprune.method import Method, Recover
 from tokenprune.recording import Forward, Recording
 from tokenprune.schedule import Layout
 
@@ -53,7 +53,7 @@ class DenoiserPatch(Portable):
         self.arguments, self.latents, self.timestep = host.arguments, host.latents, host.timestep
         self.last_timestep = host.last_timestep
         self.shared = host.shared
-        self.recover = method.recover or ("similar" if host.convolves else "residual")
+        self.recover: Recover = method.recover or ("similar" if host.convolves else "residual")
         stacks = divided(host, method)
         self.depths = {stack.name: len(stack.blocks) for stack in stacks}
         self.edges = frozenset(stack.name for stack in stacks if stack.edge)

@@ -146,7 +146,9 @@ class BlockSite:
                 bound[name] = take(bound[name], chosen.index, tokens, text)
         output = forward(**bound)
         reduced = self._image(output)
-        if self.last and chosen.near is not None:
+        if self.patch.recover == "gain" and chosen.near is not None:
+            full = x + chosen.near.take(reduced - entered)
+        elif self.last and chosen.near is not None:
             full = chosen.near.take(reduced)
         else:
             full = chosen.bring_back(reduced, entered, self._left_out(x))
@@ -185,7 +187,7 @@ class BlockSite:
         assert isinstance(reduction, Reduction)
         reduction = reduction.tiled(copies)
         near = None
-        if self.patch.recover == "similar":
+        if self.patch.recover != "residual":
             if method.similar_by == "attention":
                 known = record.log_sums[0] if record.log_sums else None
                 near = attended_stand_ins(reduction, *record.rotated(), self.scale, known)
@@ -216,7 +218,7 @@ class BlockSite:
             rotate=self.rotate(bound, tokens),
             cross=self._crossed(bound),
             step=one.step,
-            log_sums=[] if self.patch.recover == "similar" and self.patch.method.similar_by == "attention" else None,
+            log_sums=[] if self.patch.recover != "residual" and self.patch.method.similar_by == "attention" else None,
         )
 
     def _scores(self, one: Pass, record: AttentionRecord) -> Tensor | None:

@@ -25,6 +25,7 @@ DROP_BASELINES = ("random", "uniform")
 UNPATCHED = "unpatched"
 SMALLER_INPUT = "smaller input"
 FEWER_STEPS = "fewer steps"
+FIRST_STEPS = "fewer steps, the first ones"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Arm:
     @property
     def is_patched(self) -> bool:
         """Whether `model` carries a patch, and so has a report."""
-        return self.model is not None and self.method not in (UNPATCHED, SMALLER_INPUT, FEWER_STEPS)
+        return self.model is not None and self.method not in (UNPATCHED, SMALLER_INPUT, FEWER_STEPS, FIRST_STEPS)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] as this arm's model takes them."""

@@ -35,6 +35,7 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
         *,
         centres: Tensor | None = None,
         num_inference_steps: int = STEPS,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float = GUIDANCE,
         latents: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -43,6 +44,9 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Tensor:
         """labels: [B] in 0..9. centres: [B, 2], row and column in pixels where the U-Net is to draw the digit (the DiT
         takes no place), None for anywhere. guidance_scale: of classifier-free guidance; 1 is one forward a step.
+
+        sigmas: shares of noise at which the steps begin, from 1 down; None for `num_inference_steps` even ones. The
+        last step ends without noise.
 
         latents: noise [B, 3, 36, 36] to start from, drawn by `generator` where it is not given.
 
@@ -59,8 +63,8 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
         if original is not None and mask is not None:
             original, mask = original.to(images), mask.to(images.device)
         # The scheduler's own spacing would spend the last of its steps on the last thousandth of the way.
-        sigmas = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
-        self.scheduler.set_timesteps(sigmas=sigmas, device=parameter.device)
+        even = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
+        self.scheduler.set_timesteps(sigmas=even if sigmas is None else list(sigmas), device=parameter.device)
         for timestep in self.scheduler.timesteps:
             if guidance_scale == 1.0:
                 velocity = predict(model, images, timestep.expand(len(images)), labels, centres)

@@ -10,7 +10,16 @@ from torch import Tensor
 
 import tokenprune
 from tokenprune.errors import BudgetError, TokenPruneError
-from tokenprune.evals.arms import DROP_BASELINES, FEWER_STEPS, UNPATCHED, Arm, Budget, budget_label, tokens_left
+from tokenprune.evals.arms import (
+    DROP_BASELINES,
+    FEWER_STEPS,
+    FIRST_STEPS,
+    UNPATCHED,
+    Arm,
+    Budget,
+    budget_label,
+    tokens_left,
+)
 from tokenprune.evals.digits_pipelines import GUIDANCE, DigitsPipeline, pipeline_of
 from tokenprune.evals.drawing_orders import Orders
 from tokenprune.evals.flops import count_multiply_adds
@@ -21,12 +30,14 @@ from tokenprune.evals.shared_copy import shared_copy
 class GenerationArm(Arm):
     """An arm that draws: `model` is the denoiser of `pipe`, which takes `steps` steps at `guidance`.
 
-    flops: multiply-adds of one image over the whole run, both branches of the guidance.
+    flops: multiply-adds of one image over the whole run, both branches of the guidance. sigmas: noise levels of the
+    steps where they are not even.
     """
 
     pipe: DigitsPipeline | None = None
     steps: int = 0
     guidance: float = GUIDANCE
+    sigmas: tuple[float, ...] | None = None
 
     def draw(self, orders: Orders) -> Tensor:
         """Pictures [N, 3, 36, 36] in [0, 1]."""
@@ -35,6 +46,7 @@ class GenerationArm(Arm):
             orders.labels,
             centres=orders.centres,
             num_inference_steps=self.steps,
+            sigmas=self.sigmas,
             guidance_scale=self.guidance,
             latents=orders.noise,
         )
@@ -96,6 +108,13 @@ def fewer_steps(base: GenerationArm, steps: int, budget: str) -> GenerationArm:
         note=f"{steps} of {base.steps} steps",
         steps=steps,
     )
+
+
+def first_steps(base: GenerationArm, steps: int) -> GenerationArm:
+    """The first `steps` of the unpatched `base`, the last of which goes all the way: fewer steps, where they matter."""
+    sigmas = tuple(1 - step / base.steps for step in range(steps))
+    arm = fewer_steps(base, steps, "")
+    return replace(arm, method=FIRST_STEPS, note=f"the first {steps} of {base.steps} steps", sigmas=sigmas)
 
 
 def method_arm(base: GenerationArm, orders: Orders, name: str, budget: Budget, *, required: bool) -> GenerationArm:

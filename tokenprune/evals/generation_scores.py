@@ -13,7 +13,7 @@ from tokenprune.evals.arms import budget_label
 from tokenprune.evals.digits_pipelines import GUIDANCE
 from tokenprune.evals.frechet import interval
 from tokenprune.evals.generation import REAL_IMAGES
-from tokenprune.evals.generation_rows import VARIANTS, Kind, name_of
+from tokenprune.evals.generation_rows import VARIANTS, First, Kind, name_of
 from tokenprune.evals.table import Row, Table, environment, interval_cells
 
 FLOPS_TOLERANCE = 0.005
@@ -67,18 +67,19 @@ def curve_table(
     """Quality (columns of `evaluate_generation`) of the rows that were drawn, with the times that there are.
 
     steps: of the unpatched run. Besides, paired: `over_random`, how far the Fréchet distance is above that of `random`
-    at the same budget, `over_fewer_steps`, above that of the most steps that take no more FLOPs, and `over_equal_time`,
-    no more time.
+    at the same budget, `over_fewer_steps`, above that of the most even steps that take no more FLOPs,
+    `over_first_steps`, of the most first ones, and `over_equal_time`, of the most even steps that take no more time.
     """
     names = {name: kind for kind in kinds if (name := name_of(kind, steps)) in scores}
     runs = {kind: name for name, kind in names.items() if isinstance(kind, int)}
-    flops = {kind: kind / steps for kind in runs}
+    first = [scores[name] for name, kind in names.items() if isinstance(kind, First)]
+    flops = {count: count / steps for count in range(steps + 1)}
     seconds = {kind: 1 / float(str(times[name]["speedup"])) for kind, name in runs.items() if name in times}
     rows: list[Row] = []
     for name, kind in names.items():
         scored, timing = scores[name], times.get(name, {})
         row = dict(scored["cells"])
-        if not isinstance(kind, int):
+        if not isinstance(kind, int | First):
             method, budget = kind
             for words, options in VARIANTS.items():
                 if options.items() <= budget.items():
@@ -86,10 +87,12 @@ def curve_table(
                     row |= {"method": f"{method}, {words}", "budget": budget_label(plain)}
             plain_random = name_of(("random", {"flops": budget.get("flops")}), steps)
             row |= above(scored, scores.get(plain_random), "over_random")
+        if not isinstance(kind, int):
             fitting = [scores[run] for run in runs.values()]
             if scored["draws"]:
                 limit = float(str(row["flops_ratio"])) + FLOPS_TOLERANCE
                 row |= above(scored, longest(fitting, limit, flops), "over_fewer_steps")
+                row |= above(scored, longest(first, limit, flops), "over_first_steps")
             if timing:
                 limit = 1 / float(str(timing["speedup"]))
                 row |= above(scored, longest(fitting, limit, seconds), "over_equal_time")

@@ -61,6 +61,13 @@ WAYS: Mapping[str, tuple[str, Sequence[Way]]] = {
             *(_whole(7, 20), _whole(8, 20), _whole(9, 20)),
         ),
     ),
+    "part-50": (
+        "part",
+        (
+            *(_whole(50, 50), _region(0, 2, 5, 8, 12, 17, steps=50), _region(0, 2, 4, 6, 8, 10, steps=50)),
+            *(_region(0, steps=50), _whole(15, 50)),
+        ),
+    ),
 }
 """Masks and ways, the first one full. Dense steps: early ones came closest to the full computation's pictures of
 another series. Fewer steps: as many as `region` takes FLOPs."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.denoisers.steps import PRUNE_LESS
 from tokenprune.errors import UnsupportedMethod
-from tokenprune.method import Method
+from tokenprune.method import Method, Recover
 from tokenprune.registry import register_method
 from tokenprune.schedule import Stages
 from tokenprune.scores.cross_pagerank import cross_pagerank
@@ -39,6 +39,7 @@ def at_edm(
     rate: float = 0.37,
     iterations: int = 1,
     attention: Literal["self", "cross"] = "self",
+    recover: Recover | None = None,
     similar_by: Literal["attention", "hidden"] = "attention",
 ) -> Method:
     """Compute only the tokens that matter in a stack's attention graph; the others skip its remaining blocks whole.
@@ -51,15 +52,19 @@ def at_edm(
     rate: share of the tokens computed in a stack (the paper removes 63%). iterations: of the PageRank; the paper runs
     it until it settles and gives no number. attention: which graph it runs on, image tokens among themselves, or image
     and text tokens, these weighted by how focused the attention is that they receive (the paper found the first
-    better). similar_by: what is similar, by the mean over heads of the first block's attention map, as in the paper, or
-    by hidden states.
+    better). recover: what a token left out is behind the stack, a copy of the most similar one computed ("similar"),
+    its own value and what that one gained in the stack's blocks ("gain", not in the paper), or its own value
+    ("residual"); None for the first where convolutions follow, else the last. similar_by: what is similar, by the mean
+    over heads of the first block's attention map, as in the paper, or by hidden states.
     """
     if attention not in ("self", "cross"):
         raise UnsupportedMethod(f"attention={attention!r}: use 'self' or 'cross'")
+    if recover not in (None, "similar", "gain", "residual"):
+        raise UnsupportedMethod(f"recover={recover!r}: use 'similar', 'gain' or 'residual'")
     if similar_by not in ("attention", "hidden"):
         raise UnsupportedMethod(f"similar_by={similar_by!r}: use 'attention' or 'hidden'")
     needs = {"stacks", "cross"} if attention == "cross" else {"stacks", "queries", "keys"}
-    if similar_by == "attention":
+    if similar_by == "attention" and recover != "residual":
         needs |= {"queries", "keys"}
     return Method(
         name="at_edm",
@@ -70,5 +75,6 @@ def at_edm(
         needs=frozenset(needs),
         stack_share=rate,
         steps=PRUNE_LESS,
+        recover=recover,
         similar_by=similar_by,
     )
