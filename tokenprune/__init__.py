@@ -4,6 +4,7 @@
 import tokenprune.methods  # noqa: F401  # isort: skip
 from tokenprune.api import methods, patch, patched, record, report, unpatch
 from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
+from tokenprune.evals.search import search
 from tokenprune.pyramid.answer import coarse_to_fine
 from tokenprune.registry import register_adapter, register_method
 
@@ -22,5 +23,6 @@ __all__ = [
     "register_adapter",
     "register_method",
     "report",
+    "search",
     "unpatch",
 ]

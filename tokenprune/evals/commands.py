@@ -62,13 +62,13 @@ def methods(options: argparse.Namespace) -> int:
 def run_bench(options: argparse.Namespace) -> int:
     """`tokenprune bench`"""
     check_output(options)
-    loaded = _load(options)
+    loaded = load(options)
     sizes = options.batch_size or [8]
     if options.data is None and loaded.data is None:
         inputs, source = noise(loaded, max(sizes), options.seed), "noise"
     else:
-        data = _data(options, loaded, max(sizes))
-        inputs, source = _first(data, max(sizes), options.seed), data.name
+        data = image_data(options, loaded, max(sizes))
+        inputs, source = first_images(data, max(sizes), options.seed), data.name
     table = bench(
         loaded.model,
         inputs.to(options.device, getattr(torch, options.dtype)),
@@ -86,8 +86,8 @@ def run_bench(options: argparse.Namespace) -> int:
 def run_eval(options: argparse.Namespace) -> int:
     """`tokenprune eval`"""
     check_output(options)
-    loaded = _load(options)
-    data = _data(options, loaded, options.samples or OWN_SAMPLES)
+    loaded = load(options)
+    data = image_data(options, loaded, options.samples or OWN_SAMPLES)
     table = evaluate(
         loaded.model,
         data,
@@ -108,13 +108,13 @@ def viz(options: argparse.Namespace) -> int:
     from PIL import Image
 
     checked_path(options.output, Image.registered_extensions())
-    loaded = _load(options)
+    loaded = load(options)
     if options.image:
         inputs = _pictures(options.image, loaded)
     elif loaded.data is None:
         raise TokenPruneError(f"{options.model} has no images of its own; name one with --image FILE")
     else:
-        inputs = _first(loaded.data(VIZ_IMAGES, options.seed), VIZ_IMAGES, options.seed)
+        inputs = first_images(loaded.data(VIZ_IMAGES, options.seed), VIZ_IMAGES, options.seed)
     inputs = inputs.to(options.device, getattr(torch, options.dtype))
     arms = build_arms(loaded.model, inputs[:1], options.method, budgets(options), baselines=False)
     patched = [arm for arm in arms if arm.is_patched]
@@ -169,7 +169,8 @@ def set_machine(options: argparse.Namespace) -> None:
         raise TokenPruneError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
 
 
-def _load(options: argparse.Namespace) -> LoadedModel:
+def load(options: argparse.Namespace) -> LoadedModel:
+    """The model that the options name, where and as they want it."""
     foreign = [name for name in ("steps", "guidance") if getattr(options, name, None) is not None]
     theirs = DIFFUSION if foreign else (*DIFFUSION, LVLM)
     if options.command == "eval" and options.rounds is not None:
@@ -190,7 +191,7 @@ def budgets(options: argparse.Namespace, default: Budget = DEFAULT_BUDGET) -> li
     return named or [default]
 
 
-def _data(options: argparse.Namespace, loaded: LoadedModel, count: int) -> ImageData:
+def image_data(options: argparse.Namespace, loaded: LoadedModel, count: int) -> ImageData:
     """What --data names, or the model's own images: `count` of them where they are drawn."""
     name = options.data
     if name is None:
@@ -206,7 +207,8 @@ def _data(options: argparse.Namespace, loaded: LoadedModel, count: int) -> Image
     return open_data(name, loaded.transform, split=options.split, num_classes=classes)
 
 
-def _first(data: ImageData, count: int, seed: int) -> Tensor:
+def first_images(data: ImageData, count: int, seed: int) -> Tensor:
+    """`count` images drawn by `seed`, or all where there are fewer: [B, C, H, W]."""
     images, _ = next(data.batches(count, samples=min(count, data.size), seed=seed))
     return images
 
