@@ -43,8 +43,8 @@ def search(
     images: [N, C, H, W] on the model's device, without labels; 64 are enough for a small model. One goal:
 
     flops: share in (0, 1) of the multiply-adds, at which the schedule of highest agreement is taken. speedup: at least
-    so many times the unpatched model's speed on this device, of which again the one of highest agreement. min_agreement:
-    share in (0, 1] of the images on which the answer stays, at which the fastest is taken. Agreement is that of the
+    so many times the unpatched model's speed on this device, of which again the one of highest agreement.
+    min_agreement: share in (0, 1] of the images on which the answer stays, at which the fastest is taken. Agreement is that of the
     top-1 class, between equal ones the cosine of the features decides; of a model without classes it is that cosine.
     Time is measured on batches of `batch_size` images, once more and by the full protocol for what is returned.
 
@@ -78,6 +78,7 @@ def _goal(**goals: float | None) -> Goal:
     [(name, value)] = given.items()
     if not (value > 1.0 if name == "speedup" else 0.0 < value < 1.0 or (name == "min_agreement" and value == 1.0)):
         raise BudgetError(
-            f"{name}={value!r} cannot be a goal: flops is a share in (0, 1), min_agreement in (0, 1], speedup more than 1"
+            f"{name}={value!r} cannot be a goal: flops is a share in (0, 1), min_agreement one in (0, 1], speedup more"
+            " than 1"
         )
     return Goal(name, float(value))

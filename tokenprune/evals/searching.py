@@ -109,6 +109,7 @@ class Search:
         self.patch = self._probed()
         assert self.patch.costs is not None
         self.costs, self.tokens = self.patch.costs, self.patch.tokens
+        self.depth = self.patch.depth - self.patch.prefix_only_last  # behind that block no tokens are read
         with torch.inference_mode():
             self.reference = self._observed(self.base)
 
@@ -199,8 +200,8 @@ class Search:
                 )
             if found.method.adaptive:
                 raise UnsupportedMethod(
-                    f"{self.method} keeps a different number of tokens in each image, so no schedule says what it costs;"
-                    " search for one of a method with a fixed number, such as 'top_k'"
+                    f"{self.method} keeps a different number of tokens in each image, so no schedule says what it"
+                    " costs; search for one of a method with a fixed number, such as 'top_k'"
                 )
             depth = found.depth
         tokenprune.patch(probe, self.method, schedule=dict.fromkeys(range(depth), 0.9), **self.options)
@@ -247,7 +248,8 @@ class Search:
         model = tokenprune.patch(shared_copy(self.base), self.method, flops=aim, **self.options)
         [patch] = active_patches(model).values()
         assert isinstance(patch, Patch)
-        return without_idle(patch.counts(patch.tokens), self.tokens)
+        counts = patch.counts(patch.tokens)
+        return without_idle({block: counts[block] for block in counts if block < self.depth}, self.tokens)
 
     def _solved(self, genes: Genes, aim: float) -> Counts:
         schedule, layout = self.patch.method.schedule, self.patch.layout
@@ -255,7 +257,7 @@ class Search:
 
     def _genes(self) -> Genes:
         if not self.evolves or len(self.candidates) < WARM_UP:
-            return drawn(self.patch.depth, self.generator)
+            return drawn(self.depth, self.generator)
         ranked = sorted(self.candidates, key=lambda one: one.rank(self.goal), reverse=True)
         parents = [one.genes for one in ranked[:PARENTS]]
         first = picked(parents, self.generator)
@@ -266,7 +268,7 @@ class Search:
     def _tried(self, counts: Counts, aim: float) -> Candidate:
         model = self._patched(counts)
         ratio = tokenprune.report(model).to_dict()["flops_ratio"]
-        genes = genes_of(counts, self.tokens, self.patch.depth)
+        genes = genes_of(counts, self.tokens, self.depth)
         if abs(ratio - aim) > NEARLY:  # the cost of a schedule is a model; aim once more by what was counted
             try:
                 counts = self._solved(genes, 2 * aim - ratio)
