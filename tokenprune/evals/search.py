@@ -44,9 +44,11 @@ def search(
 
     flops: share in (0, 1) of the multiply-adds, at which the schedule of highest agreement is taken. speedup: at least
     so many times the unpatched model's speed on this device, of which again the one of highest agreement.
-    min_agreement: share in (0, 1] of the images on which the answer stays, at which the fastest is taken. Agreement is that of the
-    top-1 class, between equal ones the cosine of the features decides; of a model without classes it is that cosine.
-    Time is measured on batches of `batch_size` images, once more and by the full protocol for what is returned.
+    min_agreement: share in (0, 1] of the images on which the answer stays, at which the fastest is taken.
+
+    Agreement is that of the top-1 class, between equal ones the cosine of the features decides; of a model without
+    classes it is that cosine. Time is measured on batches of `batch_size` images, once more and by the full protocol
+    for what is returned.
 
     strategy: "evolution" draws the first 40 candidates at random and then mutates and crosses the best; "monte_carlo"
     draws all. The first candidate is the method's own schedule at that budget, so that what is found is never worse on

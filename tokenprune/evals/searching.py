@@ -38,7 +38,7 @@ from tokenprune.stored_schedule import StoredSchedule
 
 WARM_UP = 40
 PARENTS = 10
-TRIES = 500
+TRIES = 50
 ROUNDS = 5
 VERIFIED = 5
 NEARLY = 0.005
@@ -114,10 +114,11 @@ class Search:
             self.reference = self._observed(self.base)
 
     def advance(self) -> None:
-        """Try one candidate more."""
+        """Try one candidate more, or none where no further one is found."""
         start = time.process_time()
-        candidate = self._tried(*self._next())
-        self.candidates.append(candidate)
+        following = self._next()
+        if following is not None:
+            self.candidates.append(self._tried(*following))
         self.step += 1
         best = self.best()
         shown = {"agreement": best.agreement, "cosine": best.closeness, "flops": best.flops_ratio}
@@ -215,8 +216,12 @@ class Search:
             raise UnsupportedModel(f"search compares tensors; {type(self.base).__name__} gives {type(seen[0].logits)}")
         return Observation(torch.cat([one.features for one in seen]), torch.cat([one.logits for one in seen]))
 
-    def _next(self) -> tuple[Counts, float]:
-        """Counts that were not tried yet, and the share of the multiply-adds at which they aim."""
+    def _next(self) -> tuple[Counts, float] | None:
+        """Counts that were not tried yet, and the share of the multiply-adds at which they aim.
+
+        Raises:
+            BudgetError: the goal is out of reach.
+        """
         known = {tuple(sorted(one.counts.items())) for one in self.candidates}
         for attempt in range(TRIES):
             aim = self._aim()
@@ -226,9 +231,10 @@ class Search:
                 continue
             if tuple(sorted(counts.items())) not in known:
                 return counts, aim
+        if self.candidates:
+            return None
         raise BudgetError(
-            f"no further schedule of {self.method} was found in {TRIES} draws at {self.goal.name}={self.goal.value:g};"
-            f" {len(self.candidates)} were tried. Ask for less, or for fewer candidates"
+            f"no schedule of {self.method} comes near {self.goal.name}={self.goal.value:g} on this model; ask for less"
         )
 
     def _aim(self) -> float:
