@@ -3,7 +3,7 @@
 # The subpackage first: loaded later, it would take the place of the verb of the same name.
 import tokenprune.methods  # noqa: F401  # isort: skip
 from tokenprune.api import methods, patch, patched, record, report, unpatch
-from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
+from tokenprune.errors import BudgetError, SlowdownError, TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.evals.search import search
 from tokenprune.pyramid.answer import coarse_to_fine
 from tokenprune.registry import register_adapter, register_method
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
+    "SlowdownError",
     "TokenPruneError",
     "UnsupportedMethod",
     "UnsupportedModel",

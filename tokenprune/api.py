@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -16,6 +17,7 @@ from tokenprune.budget import parse_budget
 from tokenprune.defaults import default_methods
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import AppliedPatch, Family, Request, active_patches, composes, detach, replaced_by
+from tokenprune.latency import load_table, told_speed
 from tokenprune.recording import Recording
 from tokenprune.registry import MethodInfo
 from tokenprune.report import Report
@@ -38,6 +40,7 @@ def patch(
     prefix_only_last: bool = True,
     steps: Any = None,
     positions: str | None = None,
+    require_speedup: bool = False,
     **options: Any,
 ) -> Target:
     """Make `target` compute fewer tokens, in place, and return it.
@@ -67,6 +70,10 @@ def patch(
     positions: of the visual tokens that a vision-language model keeps: their "original" ones (the default), or
     "reindex" to count through. There `tokens` are those of each image, and `flops` is of a prompt's prefill.
 
+    require_speedup: raise where the latency table of this model on this device (`tokenprune bench --save-profile`)
+    predicts no speed-up at one of its batch sizes and resolutions, or where there is none. Without it that is a
+    warning, and without a table the report says "speed not checked here"; nothing is timed here.
+
     options: of the method, see `methods()`; one of them is a budget of its own (`r` of tome, `rate` of the others), and
     then the only one. An earlier patch of the same model is replaced. At another input size the
     budget is solved anew, at the first forward of that size.
@@ -75,6 +82,7 @@ def patch(
         UnsupportedModel: nothing in `target` is recognised.
         UnsupportedMethod: the method, an option or its value is unknown, or the model lacks what the method needs.
         BudgetError: the budget is malformed or cannot be met; the message names what can be.
+        SlowdownError: a speed-up was required, and is not predicted.
     """
     if schedule is not None and not isinstance(schedule, Mapping):
         method, options, schedule = _found(schedule, method, options)
@@ -95,6 +103,11 @@ def patch(
             for model, family, _ in found
         ]
         for (model, family, _), one in zip(found, prepared, strict=True):
+            table = load_table(model)
+            predicted = {} if table is None else one.predicted(table)
+            one.speed, warning = told_speed(predicted, required=require_speedup)
+            if warning:
+                warnings.warn(warning, stacklevel=2)
             family.attach(model, one)
     except BaseException:
         for model, family, earlier in found:

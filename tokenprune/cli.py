@@ -18,6 +18,7 @@ EXAMPLES = {
         "tokenprune bench --model digits-vit --flops 0.6 --batch-size 1 --batch-size 16",
         "tokenprune bench --model vit_small_patch16_224 --random-weights --method tome --flops 0.6 --json",
         "tokenprune bench --model dinov2-small-wheel --batch-size 16 --method tome --flops 0.6 --profile",
+        "tokenprune bench --model digits-vit --flops 0.6 --batch-size 1 --batch-size 16 --save-profile",
     ],
     "eval": [
         "tokenprune eval --model digits-vit --method tome --method zero_tprune --flops 0.6",
@@ -96,6 +97,11 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=_positive, default=20, help="timed rounds, at least 20 (default: %(default)s)")
     bench.add_argument(
         "--profile", action="store_true", help="also what share of the time scoring, selecting and reducing take"
+    )
+    bench.add_argument(
+        "--save-profile",
+        action="store_true",
+        help="store a latency table for this model, device, dtype and threads, by which patch warns of a slowdown",
     )
     _add_generation(bench)
     _add_data(bench, "what to time on (default: the model's own images, else noise)")

@@ -173,7 +173,7 @@ def test_goals_and_methods_that_cannot_be(model: nn.Module) -> None:
         search(model, x, "top_k", flops=0.5, strategy="greedy")  # type: ignore[arg-type]
     with pytest.raises(tokenprune.UnsupportedMethod, match="different number of tokens"):
         search(model, x, "ats", flops=0.6)
-    with pytest.raises(tokenprune.BudgetError, match="near flops=0.01"):
+    with pytest.raises(tokenprune.BudgetError, match=r"near flops=0\.01"):
         search(model, x, "top_k", flops=0.01, candidates=2)
 
 

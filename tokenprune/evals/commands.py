@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.errors import TokenPruneError
@@ -18,11 +19,13 @@ from tokenprune.evals.bench import bench
 from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 from tokenprune.evals.digits_lvlm import LVLM
+from tokenprune.evals.latency_profile import profile_latency
 from tokenprune.evals.models import DIGITS, LoadedModel, load_model, noise
 from tokenprune.evals.sources import openclipart_data
 from tokenprune.evals.table import SUFFIXES, Row, Table, checked_path
 from tokenprune.evals.transforms import denormalize, input_size
 from tokenprune.evals.viz import Panel, contact_sheet, place_panels
+from tokenprune.latency import table_path
 
 OWN_SAMPLES = 1000
 VIZ_IMAGES = 3
@@ -80,7 +83,22 @@ def run_bench(options: argparse.Namespace) -> int:
         profile=options.profile,
         show_progress=not options.quiet,
     )
+    if options.save_profile:
+        _save_profile(options, loaded.model, inputs.to(options.device, getattr(torch, options.dtype)), table, sizes)
     return finish(table, options, inputs=source)
+
+
+def _save_profile(
+    options: argparse.Namespace, model: nn.Module, inputs: Tensor, table: Table, sizes: Sequence[int]
+) -> None:
+    """Stores the latency table of the methods that `table` has rows of, at the first budget."""
+    names = dict.fromkeys(str(row["method"]) for row in table.rows if row["method"] not in (UNPATCHED, SMALLER_INPUT))
+    profiled = profile_latency(
+        model, inputs, list(names), budgets(options)[0], batch_sizes=sizes, rounds=options.rounds, seed=options.seed
+    )
+    path = table_path(model)
+    profiled.save(path)
+    print(f"latency table: {path}", file=sys.stderr)
 
 
 def run_eval(options: argparse.Namespace) -> int:
