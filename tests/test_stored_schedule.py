@@ -8,6 +8,7 @@ import torch
 from families import build, images
 
 import tokenprune
+from tokenprune.evals.digits_vit import digits_vit
 from tokenprune.stored_schedule import StoredSchedule, load_schedule, shipped_schedules
 
 SHARES = {1: 0.7, 2: 0.5}
@@ -57,3 +58,12 @@ def test_a_name_that_is_not_shipped_is_told_with_those_that_are() -> None:
         tokenprune.patch(build("class_token"), schedule=0.6)  # type: ignore[arg-type]
     for name in shipped_schedules():
         assert load_schedule(name).found["flops_ratio"] < 1.0
+
+
+def test_the_shipped_one_is_for_the_shipped_model() -> None:
+    name = "digits-vit-top_k-0.6"
+    assert name in shipped_schedules()
+    model = tokenprune.patch(digits_vit(), schedule=name)
+    report = tokenprune.report(model).to_dict()
+    assert report["method"] == "top_k"
+    assert report["flops_ratio"] == pytest.approx(load_schedule(name).found["flops_ratio"], abs=1e-6)

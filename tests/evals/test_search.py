@@ -15,6 +15,7 @@ import tokenprune
 from tokenprune import cli
 from tokenprune.evals import searching
 from tokenprune.evals.candidates import Profile, at_cost, crossed, drawn, genes_of, mutated, shares_of
+from tokenprune.evals.models import load_model
 from tokenprune.evals.search import search
 from tokenprune.evals.searching import Goal, Search
 from tokenprune.schedule import Layout
@@ -209,3 +210,18 @@ def test_the_command_writes_what_patch_takes(tmp_path: Path, capsys: pytest.Capt
     assert found.found["images"] == 4
     assert cli.main([*arguments, "--model", "dit-digits"]) == 1
     assert "image towers" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_on_the_shipped_model_the_default_is_reached_in_minutes(tmp_path: Path) -> None:
+    loaded = load_model("digits-vit")
+    assert loaded.unlabelled is not None
+    assert loaded.data is not None
+    x, _ = next(loaded.unlabelled(64, 0).batches(64))
+    started = time.process_time()
+    found = search(loaded.model, x, "top_k", flops=0.6, output=tmp_path)
+    assert time.process_time() - started < 300
+    fresh, _ = next(loaded.data(1000, 11).batches(1000))
+    for canvases in (x, fresh):
+        own = agreement(loaded.model, canvases, method="top_k", flops=0.6)
+        assert agreement(loaded.model, canvases, schedule=found) >= own
