@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 # The subpackage first: loaded later, it would take the place of the verb of the same name.
 import tokenprune.methods  # noqa: F401  # isort: skip
 from tokenprune.api import methods, patch, patched, record, report, unpatch
+from tokenprune.calibration import calibrate
 from tokenprune.errors import BudgetError, SlowdownError, TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.pyramid.answer import coarse_to_fine
 from tokenprune.registry import register_adapter, register_method
@@ -20,6 +21,7 @@ __all__ = [
     "TokenPruneError",
     "UnsupportedMethod",
     "UnsupportedModel",
+    "calibrate",
     "coarse_to_fine",
     "methods",
     "patch",
