@@ -78,13 +78,22 @@ def test_pairs_from_the_threshold_of_a_block_on_are_merged_as_a_loop_says() -> N
         best[a] = max(sum(p * q for p, q in zip(keys[a], keys[b], strict=True)) for b in range(0, 35, 2))
     ordered = sorted(best.values())
     threshold = (ordered[5] + ordered[6]) / 2
-    tokenprune.patch(model, "adaptive_tome", schedule={1: 1.0}, thresholds={1: threshold}, threshold=2.0)
+    tokenprune.patch(model, "adaptive_tome", schedule={1: 1.0}, threshold=threshold)
     with torch.no_grad(), tokenprune.record(model) as recording:
         model(x)
     gone = [a for a, cosine in best.items() if cosine >= threshold]
     assert len(gone) == 11
     left = recording.forwards[0].places[0].kept[0].tolist()
     assert left == [token for token in range(35) if token not in gone]
+
+
+@pytest.mark.parametrize("method", ["saint", "algm"])
+def test_other_methods_with_a_threshold(method: str) -> None:
+    model = build("class_token")
+    x = images(model, 16)
+    found = tokenprune.calibrate(model, x, method, flops=0.85, batch_size=16)
+    assert (found.method, found.found["flops_ratio"]) == (method, pytest.approx(0.85, abs=0.01))
+    assert report_of(tokenprune.patch(model, schedule=found), x)["flops_ratio"] == found.found["flops_ratio"]
 
 
 def test_what_cannot_be_calibrated() -> None:
@@ -96,5 +105,5 @@ def test_what_cannot_be_calibrated() -> None:
         tokenprune.calibrate(model, x, flops=0.001)
     with pytest.raises(tokenprune.BudgetError, match="calibrate"):
         tokenprune.patch(model, "adaptive_tome", flops=0.6)
-    with pytest.raises(tokenprune.UnsupportedMethod, match="thresholds is"):
-        tokenprune.patch(model, "adaptive_tome", keep=0.5, thresholds={"a": "b"})
+    with pytest.raises(tokenprune.UnsupportedMethod, match="threshold is"):
+        tokenprune.patch(model, "adaptive_tome", keep=0.5, threshold=2.0)

@@ -25,7 +25,7 @@ VARIANTS = [
     pytest.param(variant, marks=[] if variant in FAST else pytest.mark.full) for variant in tiny_models.VARIANTS
 ]
 NEAR = {"threshold": 0.4, "neighbours": 3}  # the tokens of random models are not much alike
-ALIKE = {"thresholds": {1: 0.7, 3: 0.7, 5: 0.8}}
+ALIKE = {"threshold": 0.7}
 CASES: dict[str, tuple[Any, dict[str, Any], Mapping[int, int]]] = {
     "saint": (naive_adaptive.saint, NEAR, {1: 35, 3: 35, 5: 35}),
     "saint-gamma": (naive_adaptive.saint, {"threshold": 0.6, "neighbours": 4, "gamma": 0.0}, {0: 35, 1: 35}),

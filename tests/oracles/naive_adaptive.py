@@ -1,7 +1,7 @@
 """saint and algm by loops over the tokens of one image: each image decides for itself how many tokens go."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import tiny_models
 from naive_methods import closest, cosine, highest, mean_keys, merge_by_size
@@ -90,9 +90,9 @@ def merge_from(
     return in_order(place.tokens, {b: [a for a in merged if partner[a][0] == b] for b in side_b})
 
 
-def adaptive_tome(place: Place, *, thresholds: Mapping[int, float]) -> list[Token]:
-    """ToMe (Bolya et al., ICLR 2023) with a threshold for the cosine of keys at each block."""
-    return merge_from(place, mean_keys(place), lambda _: thresholds[place.block])
+def adaptive_tome(place: Place, *, threshold: float) -> list[Token]:
+    """ToMe (Bolya et al., ICLR 2023) with a threshold for the cosine of keys."""
+    return merge_from(place, mean_keys(place), lambda _: threshold)
 
 
 def algm(place: Place, *, threshold: float = 0.88, grid: tuple[int, int] = tiny_models.GRID) -> list[Token]:
