@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any, TypeVar
 
 import torch
@@ -15,9 +17,11 @@ from tokenprune.budget import parse_budget
 from tokenprune.defaults import default_methods
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import AppliedPatch, Family, Request, active_patches, composes, detach, replaced_by
+from tokenprune.latency import load_table, told_speed
 from tokenprune.recording import Recording
 from tokenprune.registry import MethodInfo
 from tokenprune.report import Report
+from tokenprune.stored_schedule import StoredSchedule, load_schedule
 
 Target = TypeVar("Target")
 
@@ -32,10 +36,11 @@ def patch(
     keep: float | None = None,
     flops: float | None = None,
     tokens: int | None = None,
-    schedule: Mapping[int | str, float] | None = None,
+    schedule: Mapping[int | str, float] | StoredSchedule | str | PathLike[str] | None = None,
     prefix_only_last: bool = True,
     steps: Any = None,
     positions: str | None = None,
+    require_speedup: bool = False,
     **options: Any,
 ) -> Target:
     """Make `target` compute fewer tokens, in place, and return it.
@@ -47,7 +52,8 @@ def patch(
 
     keep: share in (0, 1] of the prunable tokens (never class, register or other prefix tokens) that leave the last
     place. flops: share in (0, 1] of the unpatched multiply-adds of a forward, scoring counted, met within 1%.
-    tokens: prunable tokens leaving the last place. schedule: {block: share of the entering tokens that leave}.
+    tokens: prunable tokens leaving the last place. schedule: {block: share of the entering tokens that leave}, or one
+    that was found: what `tokenprune.search` returns, its file, or the name of a shipped one; the method is then its.
 
     prefix_only_last: where nothing but prefix tokens is read behind the last block (a class-token head, no feature map
     asked for), run its queries and MLP on them alone: the same output but for rounding, with fewer multiply-adds, which
@@ -65,6 +71,10 @@ def patch(
     positions: of the visual tokens that a vision-language model keeps: their "original" ones (the default), or
     "reindex" to count through. There `tokens` are those of each image, and `flops` is of a prompt's prefill.
 
+    require_speedup: raise where the latency table of this model on this device (`tokenprune bench --save-profile`)
+    predicts no speed-up at one of its batch sizes and resolutions, or where there is none. Without it that is a
+    warning, and without a table the report says "speed not checked here"; nothing is timed here.
+
     options: of the method, see `methods()`; one of them is a budget of its own (`r` of tome, `rate` of the others), and
     then the only one. An earlier patch of the same model is replaced. At another input size the
     budget is solved anew, at the first forward of that size.
@@ -73,7 +83,10 @@ def patch(
         UnsupportedModel: nothing in `target` is recognised.
         UnsupportedMethod: the method, an option or its value is unknown, or the model lacks what the method needs.
         BudgetError: the budget is malformed or cannot be met; the message names what can be.
+        SlowdownError: a speed-up was required, and is not predicted.
     """
+    if schedule is not None and not isinstance(schedule, Mapping):
+        method, options, schedule = _found(schedule, method, options)
     named = registry.make_method(method, options) if method is not None else None
     if named is None and options:
         raise UnsupportedMethod(f"options {sorted(options)} need a method to belong to; name one")
@@ -91,6 +104,11 @@ def patch(
             for model, family, _ in found
         ]
         for (model, family, _), one in zip(found, prepared, strict=True):
+            table = load_table(model)
+            predicted = {} if table is None else one.predicted(table)
+            one.speed, warning = told_speed(predicted, required=require_speedup)
+            if warning:
+                warnings.warn(warning, stacklevel=2)
             family.attach(model, one)
     except BaseException:
         for model, family, earlier in found:
@@ -194,6 +212,24 @@ def methods(target: object | None = None) -> list[MethodInfo]:
     finally:
         _reattach(model, family, earlier)
     return usable
+
+
+def _found(
+    source: StoredSchedule | str | PathLike[str], method: str | None, options: dict[str, Any]
+) -> tuple[str, dict[str, Any], Mapping[int | str, float]]:
+    """Method, options and shares of a schedule that a search has found."""
+    if not isinstance(source, (StoredSchedule, str, PathLike)):
+        raise BudgetError(
+            f"schedule must map blocks to shares or be one that was found, got {source!r}; for example"
+            " {3: 0.7, 6: 0.7}"
+        )
+    stored = source if isinstance(source, StoredSchedule) else load_schedule(source)
+    if method not in (None, stored.method):
+        raise UnsupportedMethod(
+            f"the schedule was found for {stored.method}, not for {method}; leave the method out, or hand over"
+            f" schedule={dict(stored.schedule)} to use it with another"
+        )
+    return stored.method, {**stored.options, **options}, stored.schedule
 
 
 def _modules(target: object) -> list[nn.Module]:

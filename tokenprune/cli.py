@@ -1,4 +1,5 @@
-"""The command line: `tokenprune demo | demo-diffusion | methods | bench | eval | viz | score | train`.
+"""The command line: `tokenprune demo | demo-diffusion | methods | bench | eval | viz | search | score |
+train`.
 
 Nothing but argparse is imported until a command runs, so that `--help` is quick and needs no extra.
 """
@@ -17,6 +18,7 @@ EXAMPLES = {
         "tokenprune bench --model digits-vit --flops 0.6 --batch-size 1 --batch-size 16",
         "tokenprune bench --model vit_small_patch16_224 --random-weights --method tome --flops 0.6 --json",
         "tokenprune bench --model dinov2-small-wheel --batch-size 16 --method tome --flops 0.6 --profile",
+        "tokenprune bench --model digits-vit --flops 0.6 --batch-size 1 --batch-size 16 --save-profile",
     ],
     "eval": [
         "tokenprune eval --model digits-vit --method tome --method zero_tprune --flops 0.6",
@@ -26,6 +28,12 @@ EXAMPLES = {
         "tokenprune eval --model lvlm-digits --keep 0.25 --keep 0.5 --rounds 20",
     ],
     "viz": ["tokenprune viz --model digits-vit --method tome --flops 0.6 --output kept.png"],
+    "search": [
+        "tokenprune search --model digits-vit --method top_k --flops 0.6 --output found",
+        "tokenprune search --model dinov2-small-wheel --method tome --speedup 1.5 --threads 2 --output found",
+        "tokenprune search --model deit_small_patch16_224 --data pictures --method tome --min-agreement 0.99"
+        " --output found",
+    ],
     "score": ["tokenprune score --pictures patched --real coco-val --prompts captions.txt"],
     "train": [
         "tokenprune train digits-vit --output digits-run",
@@ -90,6 +98,11 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--profile", action="store_true", help="also what share of the time scoring, selecting and reducing take"
     )
+    bench.add_argument(
+        "--save-profile",
+        action="store_true",
+        help="store a latency table for this model, device, dtype and threads, by which patch warns of a slowdown",
+    )
     _add_generation(bench)
     _add_data(bench, "what to time on (default: the model's own images, else noise)")
     _add_machine(bench)
@@ -124,6 +137,26 @@ def parser() -> argparse.ArgumentParser:
     viz.add_argument("--output", default="kept.png", metavar="FILE", help="(default: %(default)s)")
     _add_machine(viz)
 
+    search = _command(commands, "search", "the schedule of a method that suits a model best, from unlabelled images")
+    _add_model(search)
+    search.add_argument("--method", required=True, metavar="NAME", help="whose schedule, see tokenprune methods")
+    goal = search.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--flops", type=float, metavar="SHARE", help="of the multiply-adds: the best schedule there")
+    goal.add_argument("--speedup", type=float, metavar="TIMES", help="measured here: the best schedule so fast")
+    goal.add_argument("--min-agreement", type=float, metavar="SHARE", help="with the unpatched model: the fastest then")
+    _add_data(search, "what to search on (default: images of the model's own that eval does not take)")
+    search.add_argument("--samples", type=_positive, default=64, help="images (default: %(default)s)")
+    search.add_argument("--batch-size", type=_positive, default=8, help="of what is timed (default: %(default)s)")
+    search.add_argument("--candidates", type=_positive, default=200, help="schedules to try (default: %(default)s)")
+    search.add_argument("--strategy", choices=["evolution", "monte_carlo"], default="evolution")
+    search.add_argument(
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        help="for schedule.json and the state, from which a killed search goes on",
+    )
+    _add_machine(search)
+
     score = _command(commands, "score", "Inception FID and CLIP score of pictures from a full-size diffusion model")
     score.add_argument("--pictures", required=True, metavar="FOLDER", help="generated, by name in the prompts' order")
     score.add_argument("--real", metavar="FOLDER", help="real pictures: FID, by torch-fidelity")
@@ -141,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tokenprune.evals import commands, demo
+    from tokenprune.evals import commands, demo, search_command
     from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
     from tokenprune.evals.digits_lvlm import LVLM
 
@@ -167,6 +200,7 @@ def _run(options: argparse.Namespace) -> int:
         "bench": commands.run_bench,
         "eval": commands.run_eval,
         "viz": commands.viz,
+        "search": search_command.run_search,
         "train": commands.train,
     }
     return run[options.command](options)

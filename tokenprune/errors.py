@@ -17,6 +17,10 @@ class BudgetError(TokenPruneError):
     """The budget is malformed, or this method cannot meet it on this target."""
 
 
+class SlowdownError(TokenPruneError):
+    """A speed-up was required, and the latency table of this device predicts none or does not exist."""
+
+
 def unknown_module(module: object) -> UnsupportedModel:
     """The refusal of a part that no adapter knows."""
     return UnsupportedModel(

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.budget import Budget
+from tokenprune.latency import NOT_CHECKED, LatencyTable
 from tokenprune.method import Method
 from tokenprune.recording import Recording
 
@@ -41,17 +42,27 @@ class AppliedPatch(Protocol):
 
     adapter: str
     recordings: list[Recording]
+    speed: str
+
+    def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
+        """Time at each (batch, prunable tokens) of `table`, as a share of the unpatched one, where that is known."""
 
     def summary(self) -> dict[str, Any]:
         """The data of `Report.to_dict`."""
 
 
 class Portable:
-    """What a patch is when it is copied or pickled with its model.
+    """What a patch is when it is copied or pickled with its model. speed: what is known of it, for the report.
 
     Hooks are pickled with their numbers, and another process counts its own from 0: one of the user's would take the
     place of one of the patch's. So counting goes on above them where a patch is loaded.
     """
+
+    speed = NOT_CHECKED
+
+    def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
+        """As in `AppliedPatch`; nothing is known of most kinds."""
+        return {}
 
     def left_behind(self) -> dict[str, Any]:
         """The attributes that a copy does not share, and what it begins with."""

@@ -15,6 +15,7 @@ from tokenprune.costs import CostModel, Probe
 from tokenprune.errors import BudgetError, UnsupportedModel
 from tokenprune.family import Portable
 from tokenprune.host import Host
+from tokenprune.latency import LatencyTable
 from tokenprune.method import Method
 from tokenprune.recording import Forward, Recording
 from tokenprune.schedule import Layout
@@ -144,6 +145,19 @@ class Patch(Portable):
         for recording in self.recordings:
             recording.forwards.append(forward)
         return forward
+
+    def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
+        """Time at each (batch, prunable tokens) of `table`, as a share of the unpatched one; of an adaptive method
+        nothing is known before it has run."""
+        found: dict[tuple[int, int], float] = {}
+        for row in table.rows if self.active and not self.method.adaptive else ():
+            assert self.costs is not None
+            counts = self.counts(row.tokens)
+            ratio = self.costs.total(row.tokens, counts) / self.costs.total(row.tokens)
+            share = row.predicted(self.method.name, ratio, len(counts))
+            if share is not None:
+                found[row.batch, row.tokens] = share
+        return found
 
     def mark(self, site: Site, point: str) -> None:
         """A point of a counted forward."""

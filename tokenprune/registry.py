@@ -21,8 +21,8 @@ AdapterType = TypeVar("AdapterType", bound=type)
 _METHODS: dict[str, Callable[..., Method]] = {}
 _FAMILIES: dict[str, Family] = {}
 _BUILTIN_METHODS = (
-    "baselines", "top_k", "evit", "tome", "zero_tprune", "ats", "k_medoids", "dpc_knn",
-    "pitome", "tofu", "diffrate", "saint", "algm", "pomt", "sparsevit",
+    "baselines", "top_k", "evit", "tome", "adaptive_tome", "zero_tprune", "ats", "k_medoids",
+    "dpc_knn", "pitome", "tofu", "diffrate", "saint", "algm", "pomt", "sparsevit",
     "at_edm", "tomesd", "todo", "toma", "region", "ras", "toca", "fopru", "visionzip", "prumerge", "divprune",
     "cdpruner", "pool", "feather", "fastv", "pyramid_drop",
 )  # fmt: skip

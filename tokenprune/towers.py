@@ -90,7 +90,8 @@ def _check_adaptive(host: Host, method: Method, budget: Budget) -> None:
     if budget.kind == "flops":
         raise BudgetError(
             f"{method.name} keeps a different number of tokens in each image, and what that costs on average is not"
-            f" known without calibration, which is not there yet: {budget} cannot be met. keep=, tokens= and schedule="
+            f" known without calibration: {budget} cannot be met; tokenprune.calibrate finds the thresholds of"
+            " tome that meet it. keep=, tokens= and schedule="
             f" work, as the most that is kept of an image, and so do the method's own options"
         )
     if not host.ragged_head or not all(block.ragged_swaps for block in host.blocks):

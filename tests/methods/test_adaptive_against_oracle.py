@@ -25,11 +25,14 @@ VARIANTS = [
     pytest.param(variant, marks=[] if variant in FAST else pytest.mark.full) for variant in tiny_models.VARIANTS
 ]
 NEAR = {"threshold": 0.4, "neighbours": 3}  # the tokens of random models are not much alike
+ALIKE = {"threshold": 0.7}
 CASES: dict[str, tuple[Any, dict[str, Any], Mapping[int, int]]] = {
     "saint": (naive_adaptive.saint, NEAR, {1: 35, 3: 35, 5: 35}),
     "saint-gamma": (naive_adaptive.saint, {"threshold": 0.6, "neighbours": 4, "gamma": 0.0}, {0: 35, 1: 35}),
     "saint-bounded": (naive_adaptive.saint, NEAR, {1: 30, 3: 17}),
     "algm": (naive_adaptive.algm, {"threshold": 0.3}, {0: 35, 4: 35, 8: 35}),
+    "adaptive_tome": (naive_adaptive.adaptive_tome, ALIKE, {1: 35, 3: 35, 5: 35}),
+    "adaptive_tome-bounded": (naive_adaptive.adaptive_tome, ALIKE, {1: 30, 3: 17}),
     "algm-bounded": (naive_adaptive.algm, {"threshold": 0.3}, {0: 27, 4: 14}),
 }
 
@@ -37,7 +40,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], Mapping[int, int]]] = {
 def oracle_of(model: nn.Module, name: str) -> tuple[torch.Tensor, naive_vit.Outcome]:
     reduce, options, most = CASES[name]
     schedule = {block: (lambda _, count=count: count) for block, count in most.items()}
-    run = {"adaptive": True, "weighted_pool": name.startswith("algm")}
+    merges, proportional = not name.startswith("saint"), name.startswith("adaptive_tome")
+    run = {"adaptive": True, "weighted_pool": merges, "proportional": proportional}
     return clear_oracle(model, functools.partial(reduce, **options), schedule, seeds=30, **run)
 
 

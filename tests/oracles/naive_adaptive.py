@@ -1,7 +1,7 @@
 """saint and algm by loops over the tokens of one image: each image decides for itself how many tokens go."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tiny_models
 from naive_methods import closest, cosine, highest, mean_keys, merge_by_size
@@ -64,19 +64,35 @@ def pool_windows(place: Place, threshold: float, grid: tuple[int, int]) -> list[
 def merge_alike(place: Place) -> list[Token]:
     """Of every second token those go to the most similar of the others that are as similar as the image's pairs are in
     the mean, and a standard deviation over the number of the layer more."""
-    hidden = [token.hidden.tolist() for token in place.tokens]
-    side_a = [j for j in range(len(hidden)) if (j + place.prefix) % 2 == 0]
-    side_b = [j for j in range(len(hidden)) if (j + place.prefix) % 2 == 1]
-    partner = {a: closest(hidden, a, side_b) for a in side_a}
+
+    def threshold(best: list[float]) -> float:
+        mean = sum(best) / len(best)
+        deviation = math.sqrt(sum((b - mean) ** 2 for b in best) / (len(best) - 1)) if len(best) > 1 else math.inf
+        return mean + deviation / (place.block + 1)
+
+    return merge_from(place, [token.hidden.tolist() for token in place.tokens], threshold)
+
+
+def merge_from(
+    place: Place, compared: Sequence[Sequence[float]], threshold_of: Callable[[list[float]], float]
+) -> list[Token]:
+    """Of every second token those whose most similar one of the others is at least as similar as the threshold go to
+    it, and the next ones as far as the bound asks for."""
+    side_a = [j for j in range(len(compared)) if (j + place.prefix) % 2 == 0]
+    side_b = [j for j in range(len(compared)) if (j + place.prefix) % 2 == 1]
+    partner = {a: closest(compared, a, side_b) for a in side_a}
     best = [partner[a][1] for a in side_a]
-    mean = sum(best) / len(best)
-    deviation = math.sqrt(sum((b - mean) ** 2 for b in best) / (len(best) - 1)) if len(best) > 1 else math.inf
-    threshold = mean + deviation / (place.block + 1)
+    threshold = threshold_of(best)
     place.margins.extend(abs(b - threshold) for b in best)
-    removed = max(sum(b >= threshold for b in best), len(hidden) - place.keep)
+    removed = max(sum(b >= threshold for b in best), len(compared) - place.keep)
     merged = [side_a[i] for i in highest(best, removed, place.margins)]
     place.margins.extend(partner[a][2] for a in merged)
     return in_order(place.tokens, {b: [a for a in merged if partner[a][0] == b] for b in side_b})
+
+
+def adaptive_tome(place: Place, *, threshold: float) -> list[Token]:
+    """ToMe (Bolya et al., ICLR 2023) with a threshold for the cosine of keys."""
+    return merge_from(place, mean_keys(place), lambda _: threshold)
 
 
 def algm(place: Place, *, threshold: float = 0.88, grid: tuple[int, int] = tiny_models.GRID) -> list[Token]:

@@ -29,7 +29,8 @@ UNKNOWN_STEPS = 50
 class Chosen:
     """What a stack computes, made ready for all of its blocks.
 
-    near: [B, N] which of the computed tokens each token is most like, None where dropped ones keep their value. tokens: N that enter the stack.
+    near: [B, N] which of the computed tokens each token is most like, None where dropped ones keep their value. tokens:
+    N that enter the stack.
     """
 
     def __init__(self, reduction: Reduction, near: Tensor | None, tokens: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.errors import TokenPruneError
@@ -18,11 +19,13 @@ from tokenprune.evals.bench import bench
 from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 from tokenprune.evals.digits_lvlm import LVLM
+from tokenprune.evals.latency_profile import profile_latency
 from tokenprune.evals.models import DIGITS, LoadedModel, load_model, noise
 from tokenprune.evals.sources import openclipart_data
 from tokenprune.evals.table import SUFFIXES, Row, Table, checked_path
 from tokenprune.evals.transforms import denormalize, input_size
 from tokenprune.evals.viz import Panel, contact_sheet, place_panels
+from tokenprune.latency import table_path
 
 OWN_SAMPLES = 1000
 VIZ_IMAGES = 3
@@ -62,13 +65,13 @@ def methods(options: argparse.Namespace) -> int:
 def run_bench(options: argparse.Namespace) -> int:
     """`tokenprune bench`"""
     check_output(options)
-    loaded = _load(options)
+    loaded = load(options)
     sizes = options.batch_size or [8]
     if options.data is None and loaded.data is None:
         inputs, source = noise(loaded, max(sizes), options.seed), "noise"
     else:
-        data = _data(options, loaded, max(sizes))
-        inputs, source = _first(data, max(sizes), options.seed), data.name
+        data = image_data(options, loaded, max(sizes))
+        inputs, source = first_images(data, max(sizes), options.seed), data.name
     table = bench(
         loaded.model,
         inputs.to(options.device, getattr(torch, options.dtype)),
@@ -80,14 +83,29 @@ def run_bench(options: argparse.Namespace) -> int:
         profile=options.profile,
         show_progress=not options.quiet,
     )
+    if options.save_profile:
+        _save_profile(options, loaded.model, inputs.to(options.device, getattr(torch, options.dtype)), table, sizes)
     return finish(table, options, inputs=source)
+
+
+def _save_profile(
+    options: argparse.Namespace, model: nn.Module, inputs: Tensor, table: Table, sizes: Sequence[int]
+) -> None:
+    """Stores the latency table of the methods that `table` has rows of, at the first budget."""
+    names = dict.fromkeys(str(row["method"]) for row in table.rows if row["method"] not in (UNPATCHED, SMALLER_INPUT))
+    profiled = profile_latency(
+        model, inputs, list(names), budgets(options)[0], batch_sizes=sizes, rounds=options.rounds, seed=options.seed
+    )
+    path = table_path(model)
+    profiled.save(path)
+    print(f"latency table: {path}", file=sys.stderr)
 
 
 def run_eval(options: argparse.Namespace) -> int:
     """`tokenprune eval`"""
     check_output(options)
-    loaded = _load(options)
-    data = _data(options, loaded, options.samples or OWN_SAMPLES)
+    loaded = load(options)
+    data = image_data(options, loaded, options.samples or OWN_SAMPLES)
     table = evaluate(
         loaded.model,
         data,
@@ -108,13 +126,13 @@ def viz(options: argparse.Namespace) -> int:
     from PIL import Image
 
     checked_path(options.output, Image.registered_extensions())
-    loaded = _load(options)
+    loaded = load(options)
     if options.image:
         inputs = _pictures(options.image, loaded)
     elif loaded.data is None:
         raise TokenPruneError(f"{options.model} has no images of its own; name one with --image FILE")
     else:
-        inputs = _first(loaded.data(VIZ_IMAGES, options.seed), VIZ_IMAGES, options.seed)
+        inputs = first_images(loaded.data(VIZ_IMAGES, options.seed), VIZ_IMAGES, options.seed)
     inputs = inputs.to(options.device, getattr(torch, options.dtype))
     arms = build_arms(loaded.model, inputs[:1], options.method, budgets(options), baselines=False)
     patched = [arm for arm in arms if arm.is_patched]
@@ -169,7 +187,8 @@ def set_machine(options: argparse.Namespace) -> None:
         raise TokenPruneError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
 
 
-def _load(options: argparse.Namespace) -> LoadedModel:
+def load(options: argparse.Namespace) -> LoadedModel:
+    """The model that the options name, where and as they want it."""
     foreign = [name for name in ("steps", "guidance") if getattr(options, name, None) is not None]
     theirs = DIFFUSION if foreign else (*DIFFUSION, LVLM)
     if options.command == "eval" and options.rounds is not None:
@@ -190,7 +209,7 @@ def budgets(options: argparse.Namespace, default: Budget = DEFAULT_BUDGET) -> li
     return named or [default]
 
 
-def _data(options: argparse.Namespace, loaded: LoadedModel, count: int) -> ImageData:
+def image_data(options: argparse.Namespace, loaded: LoadedModel, count: int) -> ImageData:
     """What --data names, or the model's own images: `count` of them where they are drawn."""
     name = options.data
     if name is None:
@@ -206,7 +225,8 @@ def _data(options: argparse.Namespace, loaded: LoadedModel, count: int) -> Image
     return open_data(name, loaded.transform, split=options.split, num_classes=classes)
 
 
-def _first(data: ImageData, count: int, seed: int) -> Tensor:
+def first_images(data: ImageData, count: int, seed: int) -> Tensor:
+    """`count` images drawn by `seed`, or all where there are fewer: [B, C, H, W]."""
     images, _ = next(data.batches(count, samples=min(count, data.size), seed=seed))
     return images
 

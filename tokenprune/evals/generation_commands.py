@@ -41,8 +41,8 @@ def run_bench(options: argparse.Namespace) -> int:
     """`tokenprune bench --model dit-digits`"""
     if options.batch_size is not None:
         raise TokenPruneError("--batch-size is for models that take images; whole runs are timed at one batch size")
-    if options.profile:
-        raise TokenPruneError("--profile is for models that take images")
+    if options.profile or options.save_profile:
+        raise TokenPruneError("--profile and --save-profile are for models that take images")
     check_output(options)
     table = bench_generation(
         _load(options),

@@ -4,7 +4,7 @@ al., "Pruning One More Token is Enough", WACV 2025, section 4.2)."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,16 +70,29 @@ def latency_grid(
     base = tokenprune.unpatch(shared_copy(model)).eval()
     whole = tokenprune.report(tokenprune.patch(shared_copy(model), "random", keep=1.0)).to_dict()["tokens"]
     counts = range(whole, 1, -(stride or max(1, whole // 16)))
-    models = [base]
-    for count in counts[1:]:
-        models.append(tokenprune.patch(shared_copy(base), "random", tokens=count, places=(0,), seed=seed))
+    models = fewer_tokens(base, counts, seed)
     with torch.inference_mode():
-        timed = [partial(one, images[:batch_size]) for one in (*models, base)]
-        found = measure_together(timed, rounds, seed=seed, device=images.device, clock=clock)
+        latency, control = relative_latency(models, images[:batch_size], rounds, seed=seed, clock=clock)
         reference = _answers(base, images, batch_size)
         judged = [_judged(_answers(one, images, batch_size), reference, labels) for one in models]
-    latency = [1.0, *(1 / relative.speedup.estimate for relative in found[1:-1])]
-    return LatencyGrid(tuple(counts), tuple(latency), tuple(judged), alpha, found[-1].control)
+    return LatencyGrid(tuple(counts), latency, tuple(judged), alpha, control)
+
+
+def fewer_tokens(base: nn.Module, counts: Sequence[int], seed: int) -> list[nn.Module]:
+    """The unpatched `base`, whose tokens are the first of `counts`, and copies that keep as many as the others say,
+    drawn at random in the first block."""
+    fewer = (tokenprune.patch(shared_copy(base), "random", tokens=n, places=(0,), seed=seed) for n in counts[1:])
+    return [base, *fewer]
+
+
+def relative_latency(
+    models: Sequence[nn.Module], images: Tensor, rounds: int, *, seed: int, clock: Callable[[], float]
+) -> tuple[tuple[float, ...], float]:
+    """Time of each of `models` on images [B, C, H, W] as a share of the first one's, and the first one's over its own;
+    all timed in turn."""
+    timed = [partial(one, images) for one in (*models, models[0])]
+    found = measure_together(timed, rounds, seed=seed, device=images.device, clock=clock)
+    return (1.0, *(1 / relative.speedup.estimate for relative in found[1:-1])), found[-1].control
 
 
 def _answers(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +29,8 @@ class LoadedModel:
     """A model in eval mode with what belongs to it.
 
     transform: from an RGB PIL image to the model's input [C, H, W]. mean, std: of the normalisation in it. data: the
-    images (count, seed) to evaluate on where none are named, None for models that have none of their own. saliency:
-    as in `tokenprune.evals.evaluate`.
+    images (count, seed) to evaluate on where none are named, None for models that have none of their own. unlabelled:
+    others, to search or calibrate on. saliency: as in `tokenprune.evals.evaluate`.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LoadedModel:
     std: Sequence[float]
     data: Callable[[int, int], ImageData] | None = None
     saliency: Dense | None = None
+    unlabelled: Callable[[int, int], ImageData] | None = None
 
 
 def load_model(name: str, *, checkpoint: str | Path | None = None, random_weights: bool = False) -> LoadedModel:
@@ -83,7 +85,8 @@ def _digits() -> LoadedModel:
     from tokenprune.evals.digits_vit import digits_vit
 
     mean, std = (PIXEL_MEAN,) * 3, (PIXEL_STD,) * 3
-    return LoadedModel(DIGITS, digits_vit(), square_transform(IMAGE_SIZE, mean, std), mean, std, digits_data)
+    transform, held_out = square_transform(IMAGE_SIZE, mean, std), partial(digits_data, split="val")
+    return LoadedModel(DIGITS, digits_vit(), transform, mean, std, digits_data, unlabelled=held_out)
 
 
 def _dinov2() -> LoadedModel:
@@ -99,7 +102,9 @@ def _dinov2() -> LoadedModel:
     def saliency(model: nn.Module, images: Tensor) -> Tensor:
         return saliency_map(model, decoder.to(images.device, images.dtype), images).float()
 
-    return LoadedModel(DINOV2, dinov2.dinov2_small(), square_transform(size, mean, std), mean, std, data, saliency)
+    return LoadedModel(
+        DINOV2, dinov2.dinov2_small(), square_transform(size, mean, std), mean, std, data, saliency, data
+    )
 
 
 def _from_timm(name: str, checkpoint: str | Path | None, *, pretrained: bool) -> nn.Module:

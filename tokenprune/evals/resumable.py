@@ -1,4 +1,4 @@
-"""A training that may be killed at any step and goes on exactly as it would have without."""
+"""What may be killed at any step and goes on exactly as it would have without: a training, a search."""
 
 from __future__ import annotations
 
@@ -8,12 +8,36 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import TokenPruneError
+
+
+class Steps(Protocol):
+    """Work in steps. step: how many are done. log: what is shown of them. seconds: of CPU time."""
+
+    step: int
+    log: list[dict[str, float]]
+    seconds: float
+
+    def advance(self) -> None:
+        """One step, and now and then a line of the log."""
+
+    def save(self, path: Path) -> None:
+        """Writes the state in one piece."""
+
+    def resume(self, path: Path) -> None:
+        """The inverse of `save`."""
+
+
+def write_state(state: Mapping[str, Any], path: Path) -> None:
+    """Writes `state` in one piece: a kill while writing leaves the one before."""
+    partial = path.with_suffix(".partial")
+    torch.save(dict(state), partial)
+    os.replace(partial, path)
 
 
 class Resumable:
@@ -58,7 +82,7 @@ class Resumable:
         return mean
 
     def save(self, path: Path) -> None:
-        """Writes the state in one piece: a kill while writing leaves the one before."""
+        """Writes the state in one piece."""
         state = {
             "model": self.model.state_dict(),
             **{name: module.state_dict() for name, module in self.others.items()},
@@ -69,9 +93,7 @@ class Resumable:
             "recent": self.recent,
             "seconds": self.seconds,
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        write_state(state, path)
 
     def resume(self, path: Path) -> None:
         """The inverse of `save`.
@@ -111,8 +133,9 @@ class Rates:
         return peak * warm * min(1.0, self.last_share + (1 - self.last_share) * left)
 
 
-def run(training: Resumable, output: Path, steps: int, *, show_every: int, save_every: int) -> None:
-    """All steps of a training, or those that are left of one that stopped in the folder `output`."""
+def run(training: Steps, output: Path, steps: int, *, show_every: int | None, save_every: int) -> None:
+    """All steps of `training`, or those that are left of one that stopped in the folder `output`. show_every: steps,
+    None to print nothing."""
     state = output / "state.pt"
     output.mkdir(parents=True, exist_ok=True)
     if state.exists():
@@ -120,7 +143,7 @@ def run(training: Resumable, output: Path, steps: int, *, show_every: int, save_
     while training.step < steps:
         training.advance()
         done = training.step == steps
-        if done or training.step % show_every == 0:
+        if show_every is not None and (done or training.step % show_every == 0):
             shown = (f"{name} {value:.4g}" for name, value in training.log[-1].items() if name != "step")
             print(f"step {training.step}/{steps}", *shown, f"{training.seconds:.0f} s", sep="  ", flush=True)
         if done or training.step % save_every == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,13 +13,16 @@ from torch.utils.data import Dataset
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.data import UNLABELLED, ImageData, open_data
 
+if TYPE_CHECKING:
+    from tokenprune.evals.digits import Split
 
-def digits_data(count: int, seed: int) -> ImageData:
-    """`count` test pictures of the shipped digits task, drawn anew for each `seed`, as `digits-vit` takes them."""
+
+def digits_data(count: int, seed: int, split: Split = "test") -> ImageData:
+    """`count` pictures of the shipped digits task, drawn anew for each `seed`, as `digits-vit` takes them."""
     from tokenprune.evals.digits import NUM_CLASSES, cluttered_digits
 
-    data = open_data(cluttered_digits("test", count, seed))
-    return ImageData("cluttered digits (test)", data.items, data.size, NUM_CLASSES)
+    data = open_data(cluttered_digits(split, count, seed))
+    return ImageData(f"cluttered digits ({split})", data.items, data.size, NUM_CLASSES)
 
 
 def photographs_data(size: int, mean: Sequence[float], std: Sequence[float]) -> ImageData:

@@ -16,6 +16,7 @@ import torch
 
 import tokenprune
 from tokenprune.errors import TokenPruneError
+from tokenprune.latency import device_name
 
 Cell = str | int | float | bool | None
 Row = dict[str, Cell]
@@ -111,7 +112,7 @@ def environment(device: torch.device | str = "cpu", dtype: torch.dtype = torch.f
     """What a number depends on: device, threads, dtype, versions of Python, torch, timm and tokenprune, the unit."""
     device = torch.device(device)
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "python": platform.python_version(),
@@ -125,17 +126,6 @@ def environment(device: torch.device | str = "cpu", dtype: torch.dtype = torch.f
 def interval_cells(name: str, estimate: float, low: float, high: float) -> Row:
     """The three cells that `Table` shows as one: `name`, `name_low` and `name_high`."""
     return {name: estimate, f"{name}_low": low, f"{name}_high": high}
-
-
-def _processor(device: torch.device) -> str:
-    if device.type != "cpu":
-        return str(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def version(distribution: str) -> str | None:

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build, images
+from torch import Tensor, nn
+
+import tokenprune
+from tokenprune import cli
+from tokenprune.evals import searching
+from tokenprune.evals.candidates import Profile, at_cost, crossed, drawn, genes_of, mutated, shares_of
+from tokenprune.evals.models import load_model
+from tokenprune.evals.search import search
+from tokenprune.evals.searching import Goal, Search
+from tokenprune.schedule import Layout
+from tokenprune.stored_schedule import load_schedule
+
+SPENT = 0.0
+
+
+def spend(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    """Hook: each token that leaves a block has taken a second."""
+    global SPENT
+    SPENT += output.shape[0] * output.shape[1]
+
+
+def clock() -> float:
+    return SPENT
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return build("class_token")
+
+
+def search_of(model: nn.Module, method: str, name: str, value: float, **arguments: Any) -> Search:
+    return Search(model, images(model, 8), method, {}, Goal(name, value), evolves=True, **arguments)
+
+
+def agreement(model: nn.Module, x: Tensor, **patch: Any) -> float:
+    with torch.no_grad():
+        answers = model(x).argmax(1)
+        with tokenprune.patched(model, **patch):
+            return float((model(x).argmax(1) == answers).double().mean())
+
+
+@pytest.mark.parametrize("method", ["top_k", "tome"])
+def test_what_is_found_meets_the_budget_and_is_not_worse_than_the_default(model: nn.Module, method: str) -> None:
+    x = images(model, 16)
+    plain = model(x)
+    found = search(model, x, method, flops=0.6, candidates=12, seed=1)
+    assert torch.equal(model(x), plain)
+    assert agreement(model, x, schedule=found) == found.found["agreement"]
+    assert agreement(model, x, schedule=found) >= agreement(model, x, method=method, flops=0.6)
+    tokenprune.patch(model, schedule=found)
+    report = tokenprune.report(model).to_dict()
+    assert report["flops_ratio"] == found.found["flops_ratio"] == pytest.approx(0.6, abs=0.01)
+    assert [place["tokens_out"] < place["tokens_in"] for place in report["places"]] == [True] * len(found.schedule)
+
+
+def test_the_first_candidate_is_the_methods_own_schedule_but_for_a_last_block_that_nobody_reads(
+    model: nn.Module,
+) -> None:
+    one = search_of(model, "tome", "flops", 0.6)
+    one.advance()
+    tokenprune.patch(model, "tome", flops=0.6)
+    places = tokenprune.report(model).to_dict()["places"]
+    expected = {i: place["tokens_out"] for i, place in enumerate(places[:3])}
+    assert {block: one.candidates[0].counts.get(block, 35) for block in range(3)} == pytest.approx(expected, abs=1)
+    assert one.depth == 3
+
+
+def test_candidates_are_distinct_and_all_at_the_budget(model: nn.Module) -> None:
+    one = search_of(model, "top_k", "flops", 0.7)
+    for _ in range(12):
+        one.advance()
+    assert len({tuple(sorted(c.counts.items())) for c in one.candidates}) == 12
+    assert all(abs(c.flops_ratio - 0.7) <= 0.01 for c in one.candidates), [c.flops_ratio for c in one.candidates]
+    assert one.best() == max(one.candidates, key=lambda c: (c.agreement, c.closeness))
+
+
+def test_evolution_goes_on_from_the_best_and_monte_carlo_does_not(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "WARM_UP", 5)
+    both = [search_of(model, "top_k", "flops", 0.7, seed=3) for _ in range(2)]
+    both[1].evolves = False
+    for one in both:
+        for _ in range(9):
+            one.advance()
+    evolved, by_chance = ([c.counts for c in one.candidates] for one in both)
+    assert evolved[:5] == by_chance[:5]
+    assert evolved[5:] != by_chance[5:]
+
+
+def test_a_killed_search_goes_on_as_if_it_had_not_been(model: nn.Module, tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from families import build, images\n"
+        "import tokenprune\n"
+        "model = build('class_token')\n"
+        f"tokenprune.search(model, images(model, 8), 'top_k', flops=0.6, candidates=10**6, output={str(tmp_path)!r})\n"
+    )
+    state = tmp_path / "state.pt"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        while not state.exists() or torch.load(state)["step"] < 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    steps = torch.load(state)["step"] + 4
+    resumed = search(model, images(model, 8), "top_k", flops=0.6, candidates=steps, output=tmp_path)
+    assert resumed == search(model, images(model, 8), "top_k", flops=0.6, candidates=steps)
+    assert torch.load(state)["step"] == steps
+
+
+def test_another_search_does_not_go_on_there(model: nn.Module, tmp_path: Path) -> None:
+    x = images(model, 8)
+    search(model, x, "top_k", flops=0.6, candidates=2, output=tmp_path)
+    for changed in ({"seed": 5}, {"flops": 0.7}, {"strategy": "monte_carlo"}):
+        with pytest.raises(tokenprune.TokenPruneError, match="another search"):
+            search(model, x, "top_k", **{"flops": 0.6, "candidates": 4, "output": tmp_path, **changed})
+    with pytest.raises(tokenprune.TokenPruneError, match="another search"):
+        search(model, x + 1, "top_k", flops=0.6, candidates=4, output=tmp_path)
+    with torch.no_grad():
+        model.head.weight[0, 0] += 1
+    with pytest.raises(tokenprune.TokenPruneError, match="another search"):
+        search(model, x, "top_k", flops=0.6, candidates=4, output=tmp_path)
+
+
+def test_a_speedup_is_measured_and_met(model: nn.Module) -> None:
+    for block in model.blocks:
+        block.register_forward_hook(spend)
+    found = search(model, images(model, 8), "top_k", speedup=1.5, candidates=8, batch_size=1, clock=clock)
+    kept, left = 0.0, 35
+    for block in range(4):
+        left = round(left * found.schedule.get(block, 1.0)) if block in found.schedule else left
+        kept += 1 + left
+    assert found.found["speedup"] == pytest.approx(4 * 36 / kept, rel=0.03)
+    assert found.found["speedup"] >= 1.5
+    with pytest.raises(tokenprune.BudgetError, match="near speedup=30"):
+        search(model, images(model, 8), "top_k", speedup=30.0, candidates=3, clock=clock)
+
+
+def test_the_fastest_at_an_agreement_is_taken(model: nn.Module) -> None:
+    for block in model.blocks:
+        block.register_forward_hook(spend)
+    x = images(model, 10)
+    one = search_of(model, "top_k", "min_agreement", 0.7, batch_size=1, clock=clock)
+    for _ in range(8):
+        one.advance()
+    found = one.result()
+    good = [c.speedup for c in one.candidates if c.agreement >= 0.7]
+    assert found.found["agreement"] >= 0.7
+    assert found.found["speedup"] == pytest.approx(max(good))
+    assert agreement(model, x[:8], schedule=found) >= 0.7
+
+
+def test_goals_and_methods_that_cannot_be(model: nn.Module) -> None:
+    x = images(model)
+    for wrong in ({}, {"flops": 0.5, "speedup": 2.0}, {"flops": 1.0}, {"speedup": 0.9}, {"min_agreement": 1.5}):
+        with pytest.raises(tokenprune.BudgetError, match="goal"):
+            search(model, x, "top_k", **wrong)
+    with pytest.raises(tokenprune.BudgetError, match="monte_carlo"):
+        search(model, x, "top_k", flops=0.5, strategy="greedy")  # type: ignore[arg-type]
+    with pytest.raises(tokenprune.UnsupportedMethod, match="different number of tokens"):
+        search(model, x, "ats", flops=0.6)
+    with pytest.raises(tokenprune.BudgetError, match=r"near flops=0\.01"):
+        search(model, x, "top_k", flops=0.01, candidates=2)
+
+
+def test_shares_and_genes_give_their_counts_again() -> None:
+    """The solver's rounding must not lose a token, for any counts."""
+    generator = torch.Generator().manual_seed(0)
+    patch = search_of(build("class_token"), "top_k", "flops", 0.6).patch
+    for _ in range(50):
+        tokens = 35 + int(torch.randint(1000, (1,), generator=generator))
+        genes = crossed(drawn(4, generator), mutated(drawn(4, generator), generator), generator)
+        profile, layout = Profile(genes, patch.method.schedule), Layout(4)
+        counts = dict(zip(profile.places(layout), profile.counts(0.3, tokens, layout), strict=True))
+        left = tokens
+        for block, share in shares_of(counts, tokens).items():
+            left = -(-int(share * left * 1e6) // 10**6) if share < 1 else left
+            assert abs(left - counts[int(block)]) <= 1
+            left = counts[int(block)]
+        again = Profile(genes_of(counts, tokens, 4), patch.method.schedule)
+        assert again.counts(0.5, tokens, layout) == tuple(c for b, c in counts.items() if again.genes[b])
+    assert patch.costs is not None
+    counts = at_cost((0.5, 0.0, 0.2), patch.method.schedule, 0.6, 35, patch.layout, patch.costs)
+    assert set(counts) == {0, 2}
+    assert patch.costs.total(35, counts) / patch.costs.total(35) == pytest.approx(0.6, abs=0.02)
+
+
+def test_the_command_writes_what_patch_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["search", "--model", "digits-vit", "--method", "top_k", "--flops", "0.6", "--output", str(tmp_path)]
+    arguments += ["--samples", "4", "--candidates", "2", "--quiet"]
+    assert cli.main(arguments) == 0
+    assert "schedule=" in capsys.readouterr().out
+    found = load_schedule(tmp_path / "schedule.json")
+    assert found.method == "top_k"
+    assert found.found["images"] == 4
+    assert cli.main([*arguments, "--model", "dit-digits"]) == 1
+    assert "image towers" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_on_the_shipped_model_the_default_is_reached_in_minutes(tmp_path: Path) -> None:
+    loaded = load_model("digits-vit")
+    assert loaded.unlabelled is not None
+    assert loaded.data is not None
+    x, _ = next(loaded.unlabelled(64, 0).batches(64))
+    started = time.process_time()
+    found = search(loaded.model, x, "top_k", flops=0.6, output=tmp_path)
+    assert time.process_time() - started < 300
+    fresh, _ = next(loaded.data(1000, 11).batches(1000))
+    for canvases in (x, fresh):
+        own = agreement(loaded.model, canvases, method="top_k", flops=0.6)
+        assert agreement(loaded.model, canvases, schedule=found) >= own

@@ -1,0 +1,80 @@
+"""Calibration: a threshold from unlabelled images: each image keeps what it needs, the average meets a budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.api import patched, report
+from tokenprune.budget import checked_share
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
+from tokenprune.family import active_patches
+from tokenprune.patch import Patch
+from tokenprune.registry import make_method, method_info, method_names
+from tokenprune.stored_schedule import StoredSchedule
+
+ADAPTIVE = {"tome": "adaptive_tome"}
+"""What a method with a fixed number of tokens is with a threshold in its place."""
+
+LARGEST = 0.9999
+NEAR = 0.002
+MET = 0.01
+ROUNDS = 20
+
+
+def calibrate(
+    model: nn.Module, images: Tensor, method: str = "tome", *, flops: float, batch_size: int = 64, **options: Any
+) -> StoredSchedule:
+    """The threshold of an adaptive method at which the mean over `images` costs a share `flops` of the multiply-adds of
+    `model`, which is left as it is; each image keeps as many tokens as it has that differ.
+
+    images: [N, C, H, W] on the model's device, without labels. method: one with a threshold: "saint", "algm", or "tome"
+    for "adaptive_tome". batch_size: of the forwards. options: of the method. `patch(model, schedule=...)` takes what is
+    returned; the report's FLOPs are then the mean over the images of the last forward, and its places say the fewest
+    and the most tokens that left an image.
+
+    Raises:
+        UnsupportedMethod: the method has no threshold. UnsupportedModel: no image tower.
+        BudgetError: the budget is malformed, or no threshold meets it within 1%.
+    """
+    name, aim = ADAPTIVE.get(method, method), checked_share("flops", flops)
+    if not _has_threshold(name) or "threshold" in options:
+        known = ", ".join(["tome", *(one for one in method_names() if _has_threshold(one))])
+        raise UnsupportedMethod(f"calibrate finds the threshold of a method that has one, not {method!r}: {known}")
+    low, high, tried = -LARGEST, LARGEST, list[tuple[float, float, float, tuple[int, ...]]]()
+    for _ in range(ROUNDS):
+        threshold = (low + high) / 2
+        ratio, places = _mean_flops(model, images, name, batch_size, {**options, "threshold": threshold})
+        tried.append((abs(ratio - aim), ratio, threshold, places))
+        if abs(ratio - aim) <= NEAR:
+            break
+        low, high = (threshold, high) if ratio < aim else (low, threshold)
+    error, ratio, threshold, places = min(tried)
+    if error > MET:
+        raise BudgetError(
+            f"flops={flops:g} is met by no threshold of {name}: the nearest costs {ratio:.2f} in the mean over"
+            f" {len(images)} images; use flops={ratio:.2f}, another method or more images"
+        )
+    found = {"goal": {"flops": flops}, "flops_ratio": ratio, "images": len(images)}
+    return StoredSchedule(name, dict.fromkeys(places, 1.0), {**options, "threshold": threshold}, found)
+
+
+def _has_threshold(name: str) -> bool:
+    return name in method_names() and make_method(name, {}).adaptive and "threshold" in method_info(name, ()).options
+
+
+def _mean_flops(
+    model: nn.Module, images: Tensor, method: str, batch_size: int, options: dict[str, Any]
+) -> tuple[float, tuple[int, ...]]:
+    """What the patched model costs in the mean over the images, and where it reduces."""
+    with patched(model, method, **options), torch.no_grad():
+        found = [one for one in active_patches(model).values() if isinstance(one, Patch)]
+        if len(found) != 1:
+            raise UnsupportedModel(f"calibrate is of one image tower, and {type(model).__name__} is none")
+        total = 0.0
+        for batch in torch.split(images, batch_size):
+            model(batch)
+            total += len(batch) * report(model).to_dict()["flops_ratio"]
+        return total / len(images), found[0].places

@@ -1,0 +1,86 @@
+"""Schedules found for a model: which share of the tokens leaves which block, by search on a few unlabelled images.
+
+At random as in Zero-TPrune (Wang et al., CVPR 2024), or by evolution as in SparseViT (Chen et al., CVPR 2023), without
+gradients or labels: a schedule is as good as the patched model agrees with the unpatched one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from tokenprune.errors import BudgetError
+from tokenprune.evals.resumable import run
+from tokenprune.evals.searching import Goal, Search
+from tokenprune.stored_schedule import StoredSchedule
+
+CANDIDATES = 200
+
+
+def search(
+    model: nn.Module,
+    images: Tensor,
+    method: str,
+    *,
+    flops: float | None = None,
+    speedup: float | None = None,
+    min_agreement: float | None = None,
+    strategy: Literal["evolution", "monte_carlo"] = "evolution",
+    candidates: int = CANDIDATES,
+    batch_size: int = 8,
+    seed: int = 0,
+    output: str | Path | None = None,
+    show_every: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    **options: Any,
+) -> StoredSchedule:
+    """Find at which blocks, and how strongly at each, `method` reduces `model` best; `model` is left as it is.
+
+    images: [N, C, H, W] on the model's device, without labels; 64 are enough for a small model. One goal:
+
+    flops: share in (0, 1) of the multiply-adds, at which the schedule of highest agreement is taken. speedup: at least
+    so many times the unpatched model's speed on this device, of which again the one of highest agreement.
+    min_agreement: share in (0, 1] of the images on which the answer stays, at which the fastest is taken.
+
+    Agreement is that of the top-1 class, between equal ones the cosine of the features decides; of a model without
+    classes it is that cosine. Time is measured on batches of `batch_size` images, once more and by the full protocol
+    for what is returned.
+
+    strategy: "evolution" draws the first 40 candidates at random and then mutates and crosses the best; "monte_carlo"
+    draws all. The first candidate is the method's own schedule at that budget, so that what is found is never worse on
+    these images. seed: of what is drawn. output: a folder for the state after each candidate: a search that was killed
+    goes on from there. show_every: candidates after which a line is printed. options: of the method.
+
+    Raises:
+        UnsupportedMethod, UnsupportedModel: what is known of them does not allow a search; it is of image towers.
+        BudgetError: not exactly one goal, or none of the candidates meets it.
+        TokenPruneError: `output` holds another search.
+    """
+    goal = _goal(flops=flops, speedup=speedup, min_agreement=min_agreement)
+    if strategy not in ("evolution", "monte_carlo") or candidates < 1:
+        raise BudgetError(f"strategy={strategy!r} is 'evolution' or 'monte_carlo', candidates={candidates} one or more")
+    evolves = strategy == "evolution"
+    found = Search(model, images, method, options, goal, evolves=evolves, batch_size=batch_size, seed=seed, clock=clock)
+    if output is None:
+        while found.step < candidates:
+            found.advance()
+    else:
+        run(found, Path(output), candidates, show_every=show_every, save_every=1)
+    return found.result()
+
+
+def _goal(**goals: float | None) -> Goal:
+    given = {name: value for name, value in goals.items() if value is not None}
+    if len(given) != 1:
+        raise BudgetError(f"a search has one goal of {', '.join(goals)}, got {given or 'none'}; for example flops=0.6")
+    [(name, value)] = given.items()
+    if not (value > 1.0 if name == "speedup" else 0.0 < value < 1.0 or (name == "min_agreement" and value == 1.0)):
+        raise BudgetError(
+            f"{name}={value!r} cannot be a goal: flops is a share in (0, 1), min_agreement one in (0, 1], speedup more"
+            " than 1"
+        )
+    return Goal(name, float(value))

@@ -1,0 +1,47 @@
+"""What `tokenprune search` does with its options."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import tokenprune
+from tokenprune.errors import TokenPruneError
+from tokenprune.evals.commands import first_images, image_data, load
+from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
+from tokenprune.evals.digits_lvlm import LVLM
+
+FILE = "schedule.json"
+SHOW_EVERY = 10
+
+
+def run_search(options: argparse.Namespace) -> int:
+    """`tokenprune search`"""
+    if options.model in (*DIFFUSION, LVLM):
+        raise TokenPruneError(f"search is of image towers, and {options.model} is none; name its schedule= yourself")
+    loaded = load(options)
+    data = image_data(options, replace(loaded, data=loaded.unlabelled), options.samples)
+    images = first_images(data, options.samples, options.seed).to(options.device, getattr(torch, options.dtype))
+    folder = Path(options.output)
+    found = tokenprune.search(
+        loaded.model,
+        images,
+        options.method,
+        flops=options.flops,
+        speedup=options.speedup,
+        min_agreement=options.min_agreement,
+        strategy=options.strategy,
+        candidates=options.candidates,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        output=folder,
+        show_every=None if options.quiet else SHOW_EVERY,
+    )
+    found.save(folder / FILE)
+    print(f"{found.method}, schedule={dict(found.schedule)}")
+    print(", ".join(f"{name} {value}" for name, value in found.found.items()))
+    print(f'tokenprune.patch(model, schedule="{folder / FILE}")')
+    return 0

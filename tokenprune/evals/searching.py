@@ -1,0 +1,321 @@
+"""The state of a search for schedules, one candidate a step."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tokenprune
+from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
+from tokenprune.evals.candidates import (
+    Genes,
+    at_cost,
+    crossed,
+    drawn,
+    genes_of,
+    mutated,
+    picked,
+    shares_of,
+    without_idle,
+)
+from tokenprune.evals.fidelity import Observation, agreement, observe
+from tokenprune.evals.resumable import write_state
+from tokenprune.evals.saliency import feature_cosine
+from tokenprune.evals.shared_copy import shared_copy
+from tokenprune.evals.throughput import measure, measure_together
+from tokenprune.family import active_patches
+from tokenprune.patch import Patch
+from tokenprune.solver import Counts
+from tokenprune.stored_schedule import StoredSchedule
+
+WARM_UP = 40
+PARENTS = 10
+TRIES = 50
+ROUNDS = 5
+VERIFIED = 5
+NEARLY = 0.005
+
+
+@dataclass(frozen=True)
+class Goal:
+    """name: "flops", "speedup" or "min_agreement"; what it means in `tokenprune.search`."""
+
+    name: str
+    value: float
+
+    @property
+    def timed(self) -> bool:
+        """Whether candidates are timed."""
+        return self.name != "flops"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule that was tried. closeness: cosine of the features. speedup: NaN where it was not timed."""
+
+    genes: Genes
+    counts: Counts
+    agreement: float
+    closeness: float
+    flops_ratio: float
+    speedup: float
+
+    def rank(self, goal: Goal) -> tuple[float, ...]:
+        """The greater the better; those that meet the goal first."""
+        if goal.name == "flops":
+            return (self.agreement, self.closeness)
+        if goal.name == "speedup":
+            met = self.speedup >= goal.value
+            return (1.0, self.agreement, self.closeness) if met else (0.0, self.speedup)
+        met = self.agreement >= goal.value
+        return (1.0, self.speedup) if met else (0.0, self.agreement, self.closeness)
+
+    def meets(self, goal: Goal) -> bool:
+        """Whether it is what was asked for."""
+        return goal.name == "flops" or self.rank(goal)[0] == 1.0
+
+
+class Search:
+    """A search, as the steps of `tokenprune.evals.resumable.run`. evolves: whether candidates are made of others, once
+    there are enough."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        method: str,
+        options: Mapping[str, Any],
+        goal: Goal,
+        *,
+        evolves: bool,
+        batch_size: int = 8,
+        seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.base = tokenprune.unpatch(shared_copy(model)).eval()
+        self.images, self.method, self.options, self.goal = images, method, dict(options), goal
+        self.evolves, self.batch_size, self.seed, self.clock = evolves, batch_size, seed, clock
+        self.generator = torch.Generator().manual_seed(seed)
+        self.candidates: list[Candidate] = []
+        self.step, self.log, self.seconds = 0, list[dict[str, float]](), 0.0
+        self.patch = self._probed()
+        assert self.patch.costs is not None
+        self.costs, self.tokens = self.patch.costs, self.patch.tokens
+        self.depth = self.patch.depth - self.patch.prefix_only_last  # behind that block no tokens are read
+        with torch.inference_mode():
+            self.reference = self._observed(self.base)
+
+    def advance(self) -> None:
+        """Try one candidate more, or none where no further one is found."""
+        start = time.process_time()
+        following = self._next()
+        if following is not None:
+            self.candidates.append(self._tried(*following))
+        self.step += 1
+        best = self.best()
+        shown = {"agreement": best.agreement, "cosine": best.closeness, "flops": best.flops_ratio}
+        if self.goal.timed:
+            shown["speedup"] = best.speedup
+        self.log = [{"step": self.step, **shown}]
+        self.seconds += time.process_time() - start
+
+    def best(self) -> Candidate:
+        """The best candidate so far."""
+        return max(self.candidates, key=lambda one: one.rank(self.goal))
+
+    def result(self) -> StoredSchedule:
+        """The best candidate of all, timed by the full protocol where time is the goal.
+
+        Raises:
+            BudgetError: none meets the goal.
+        """
+        ranked = sorted(self.candidates, key=lambda one: one.rank(self.goal), reverse=True)
+        met = [one for one in ranked if one.meets(self.goal)]
+        if self.goal.timed:
+            met = self._verified(met[:VERIFIED])
+        if not met:
+            best = ranked[0]
+            raise BudgetError(
+                f"none of {len(ranked)} schedules of {self.method} reaches {self.goal.name}={self.goal.value:g}; the"
+                f" nearest: agreement {best.agreement:.3f}, speed-up {best.speedup:.2f}, flops {best.flops_ratio:.2f}."
+                " Ask for less, or try more candidates"
+            )
+        best = met[0]
+        found = {
+            "goal": {self.goal.name: self.goal.value},
+            "agreement": best.agreement,
+            "cosine": best.closeness,
+            "flops_ratio": best.flops_ratio,
+            "images": len(self.images),
+            "candidates": len(self.candidates),
+            "seed": self.seed,
+        }
+        if self.goal.timed:
+            found |= {"speedup": best.speedup, "batch_size": self.batch_size}
+        return StoredSchedule(self.method, shares_of(best.counts, self.tokens), self.options, found)
+
+    def save(self, path: Path) -> None:
+        """Writes the state in one piece."""
+        state = {
+            "of": self._fingerprint(),
+            "generator": self.generator.get_state(),
+            "candidates": [asdict(one) for one in self.candidates],
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        write_state(state, path)
+
+    def resume(self, path: Path) -> None:
+        """The inverse of `save`.
+
+        Raises:
+            TokenPruneError: the state of another search.
+        """
+        state = torch.load(path, weights_only=True)
+        if state.get("of") != self._fingerprint():
+            raise TokenPruneError(
+                f"{path} is of another search (model, images, method, goal or seed); name an --output of its own"
+            )
+        self.generator.set_state(state["generator"])
+        self.candidates = [Candidate(**one) for one in state["candidates"]]
+        self.step, self.seconds = state["step"], state["seconds"]
+        if self.candidates:
+            self.log = [{"step": self.step, "agreement": self.best().agreement}]
+
+    def _probed(self) -> Patch:
+        """A patch that reduces in every block, for what each costs."""
+        depth = 1
+        probe = tokenprune.patch(shared_copy(self.base), self.method, keep=1.0, **self.options)
+        for found in active_patches(probe).values():
+            if not isinstance(found, Patch):
+                raise UnsupportedModel(
+                    f"search is of image towers, and {type(self.base).__name__} is none; name schedule= yourself"
+                )
+            if found.method.adaptive:
+                raise UnsupportedMethod(
+                    f"{self.method} keeps a different number of tokens in each image, so no schedule says what it"
+                    " costs; search for one of a method with a fixed number, such as 'top_k'"
+                )
+            depth = found.depth
+        tokenprune.patch(probe, self.method, schedule=dict.fromkeys(range(depth), 0.9), **self.options)
+        [patch] = active_patches(probe).values()
+        assert isinstance(patch, Patch)
+        return patch
+
+    def _observed(self, model: nn.Module) -> Observation:
+        seen = [observe(model, part) for part in torch.split(self.images, 64)]
+        if not isinstance(seen[0].logits, Tensor):
+            raise UnsupportedModel(f"search compares tensors; {type(self.base).__name__} gives {type(seen[0].logits)}")
+        return Observation(torch.cat([one.features for one in seen]), torch.cat([one.logits for one in seen]))
+
+    def _next(self) -> tuple[Counts, float] | None:
+        """Counts that were not tried yet, and the share of the multiply-adds at which they aim.
+
+        Raises:
+            BudgetError: the goal is out of reach.
+        """
+        known = {tuple(sorted(one.counts.items())) for one in self.candidates}
+        for attempt in range(TRIES):
+            aim = self._aim()
+            try:
+                counts = self._own(aim) if not self.candidates and not attempt else self._solved(self._genes(), aim)
+            except BudgetError:
+                continue
+            if tuple(sorted(counts.items())) not in known:
+                return counts, aim
+        if self.candidates:
+            return None
+        raise BudgetError(
+            f"no schedule of {self.method} comes near {self.goal.name}={self.goal.value:g} on this model; ask for less"
+        )
+
+    def _aim(self) -> float:
+        """The share of the multiply-adds at which the next candidate aims."""
+        if self.goal.name == "flops":
+            return self.goal.value
+        if self.goal.name == "speedup":
+            dearer = sorted(1.0 / (one.speedup * one.flops_ratio) for one in self.candidates)
+            return min(0.99, 1.0 / (self.goal.value * (dearer[len(dearer) // 2] if dearer else 1.0)))
+        met = [one.flops_ratio for one in self.candidates if one.meets(self.goal)]
+        high = min(met, default=0.98)
+        low = 0.8 * high if met or not self.candidates else min(0.9, max(one.flops_ratio for one in self.candidates))
+        return low + (high - low) * float(torch.rand(1, generator=self.generator))
+
+    def _own(self, aim: float) -> Counts:
+        """The method's own schedule."""
+        model = tokenprune.patch(shared_copy(self.base), self.method, flops=aim, **self.options)
+        [patch] = active_patches(model).values()
+        assert isinstance(patch, Patch)
+        counts = patch.counts(patch.tokens)
+        return without_idle({block: counts[block] for block in counts if block < self.depth}, self.tokens)
+
+    def _solved(self, genes: Genes, aim: float) -> Counts:
+        schedule, layout = self.patch.method.schedule, self.patch.layout
+        return without_idle(at_cost(genes, schedule, aim, self.tokens, layout, self.costs), self.tokens)
+
+    def _genes(self) -> Genes:
+        if not self.evolves or len(self.candidates) < WARM_UP:
+            return drawn(self.depth, self.generator)
+        ranked = sorted(self.candidates, key=lambda one: one.rank(self.goal), reverse=True)
+        parents = [one.genes for one in ranked[:PARENTS]]
+        first = picked(parents, self.generator)
+        if float(torch.rand(1, generator=self.generator)) < 0.5:
+            return mutated(first, self.generator)
+        return crossed(first, picked(parents, self.generator), self.generator)
+
+    def _tried(self, counts: Counts, aim: float) -> Candidate:
+        model = self._patched(counts)
+        ratio = tokenprune.report(model).to_dict()["flops_ratio"]
+        genes = genes_of(counts, self.tokens, self.depth)
+        if abs(ratio - aim) > NEARLY:  # the cost of a schedule is a model; aim once more by what was counted
+            try:
+                counts = self._solved(genes, 2 * aim - ratio)
+            except BudgetError:
+                pass
+            else:
+                model = self._patched(counts)
+                ratio = tokenprune.report(model).to_dict()["flops_ratio"]
+        with torch.inference_mode():
+            seen = self._observed(model)
+            closeness = float(feature_cosine(seen.features, self.reference.features).mean())
+            same = closeness
+            if getattr(self.base, "num_classes", None) != 0:
+                same = float(agreement(seen.logits, self.reference.logits).double().mean())
+            speedup = self._speedup(model) if self.goal.timed else float("nan")
+        return Candidate(genes, counts, same, closeness, ratio, speedup)
+
+    def _patched(self, counts: Counts) -> nn.Module:
+        schedule = shares_of(counts, self.tokens)
+        return tokenprune.patch(shared_copy(self.base), self.method, schedule=schedule, **self.options)
+
+    def _speedup(self, model: nn.Module) -> float:
+        arms = [partial(one, self.images[: self.batch_size]) for one in (self.base, model, self.base)]
+        found = measure_together(arms, ROUNDS, device=self.images.device, clock=self.clock)
+        return found[1].speedup.estimate
+
+    def _verified(self, candidates: list[Candidate]) -> list[Candidate]:
+        """`candidates` that meet the goal by the full protocol too: the best first."""
+        timed = []
+        batch = self.images[: self.batch_size]
+        for one in candidates:
+            arms = (partial(model, batch) for model in (self.base, self._patched(one.counts), self.base))
+            with torch.inference_mode():
+                timing = measure(*arms, device=batch.device, clock=self.clock)
+            timed.append(replace(one, speedup=timing.speedup.estimate))
+        timed = [one for one in timed if one.meets(self.goal)]
+        return sorted(timed, key=lambda one: one.rank(self.goal), reverse=True)
+
+    def _fingerprint(self) -> str:
+        told = (self.method, sorted(self.options.items()), self.goal, self.evolves, self.batch_size, self.seed)
+        digest = hashlib.sha256(repr(told).encode())
+        for tensor in (self.images, *self.base.state_dict().values()):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
