@@ -78,9 +78,9 @@ def test_the_first_candidate_is_the_methods_own_schedule_but_for_a_last_block_th
 
 def test_candidates_are_distinct_and_all_at_the_budget(model: nn.Module) -> None:
     one = search_of(model, "top_k", "flops", 0.7)
-    for _ in range(12):
+    for _ in range(8):
         one.advance()
-    assert len({tuple(sorted(c.counts.items())) for c in one.candidates}) == 12
+    assert len({tuple(sorted(c.counts.items())) for c in one.candidates}) == 8
     assert all(abs(c.flops_ratio - 0.7) <= 0.01 for c in one.candidates), [c.flops_ratio for c in one.candidates]
     assert one.best() == max(one.candidates, key=lambda c: (c.agreement, c.closeness))
 
@@ -140,7 +140,7 @@ def test_another_search_does_not_go_on_there(model: nn.Module, tmp_path: Path) -
 def test_a_speedup_is_measured_and_met(model: nn.Module) -> None:
     for block in model.blocks:
         block.register_forward_hook(spend)
-    found = search(model, images(model, 8), "top_k", speedup=1.5, candidates=8, batch_size=1, clock=clock)
+    found = search(model, images(model, 8), "top_k", speedup=1.5, candidates=5, batch_size=1, clock=clock)
     kept, left = 0.0, 35
     for block in range(4):
         left = round(left * found.schedule.get(block, 1.0)) if block in found.schedule else left
@@ -156,7 +156,7 @@ def test_the_fastest_at_an_agreement_is_taken(model: nn.Module) -> None:
         block.register_forward_hook(spend)
     x = images(model, 10)
     one = search_of(model, "top_k", "min_agreement", 0.7, batch_size=1, clock=clock)
-    for _ in range(8):
+    for _ in range(5):
         one.advance()
     found = one.result()
     good = [c.speedup for c in one.candidates if c.agreement >= 0.7]
