@@ -43,7 +43,7 @@ def test_eval_prints_quality_and_cost(model, checkpoints, capsys, tmp_path):
         (["eval", "--model", "dit-digits", "--data", "folder"], "takes no --data"),
         (["eval", "--model", "unet-digits", "--random-weights"], "for bench"),
         (["bench", "--model", "unet-digits", "--random-weights", "--checkpoint", "folder"], "not both"),
-        (["bench", "--model", "unet-digits", "--profile"], "--profile is for"),
+        (["bench", "--model", "unet-digits", "--profile"], "are for models that take images"),
         (["bench", "--model", "unet-digits", "--batch-size", "4"], "one batch size"),
         (["viz", "--model", "dit-digits"], "demo-diffusion"),
         (["eval", "--model", "digits-vit", "--steps", "5"], "only for dit-digits, unet-digits"),

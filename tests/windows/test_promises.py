@@ -11,12 +11,12 @@ import pytest
 import timm
 import torch
 import zoo
+from families import states_in_memory
 from test_unpatch import assert_same, everything
 from torch import Tensor, nn
 from windows_zoo import SIZES, build, images
 
 import tokenprune
-from tokenprune import state
 from tokenprune.evals.viz import place_panels
 from tokenprune.windows.here import here
 
@@ -59,7 +59,7 @@ def test_keeping_all(name: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_unpatch_leaves_nothing(name: str) -> None:
     model, x = build(name), images()
-    plain, before = run(model, x), list(everything(model))
+    plain, before, states = run(model, x), list(everything(model)), states_in_memory()
     keys = {key: value.clone() for key, value in model.state_dict().items()}
     tokenprune.patch(model, "sparsevit", flops=0.7)
     assert not torch.equal(run(model, x), plain)
@@ -71,7 +71,7 @@ def test_unpatch_leaves_nothing(name: str) -> None:
     assert torch.equal(run(model, x), plain)
     assert here().now is None
     assert here().site is None
-    assert not len(state._STATES)
+    assert states_in_memory() == states
 
 
 @pytest.mark.parametrize("name", NAMES)
