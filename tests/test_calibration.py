@@ -64,6 +64,24 @@ def test_the_model_is_left_alone_and_the_file_gives_the_same(found: StoredSchedu
         assert torch.equal(tokenprune.patch(model, schedule=tmp_path / "calibrated.json")(x), calibrated(found)(x))
 
 
+def test_dropout_is_off_and_on_again(found: StoredSchedule) -> None:
+    model = build("class_token").train()
+    model.blocks[0].eval()
+    for block in model.blocks:
+        block.mlp.drop1.p = 0.5
+    modes = [module.training for module in model.modules()]
+    assert tokenprune.calibrate(model, images(model, 24), flops=FLOPS, batch_size=10).options == found.options
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_no_images_or_batches_of_none_are_refused() -> None:
+    model = build("class_token")
+    with pytest.raises(tokenprune.BudgetError, match="images must be a whole number of at least 1"):
+        tokenprune.calibrate(model, images(model, 2)[:0], flops=FLOPS)
+    with pytest.raises(tokenprune.BudgetError, match="batch_size must be"):
+        tokenprune.calibrate(model, images(model, 2), flops=FLOPS, batch_size=0)
+
+
 def test_pairs_from_the_threshold_of_a_block_on_are_merged_as_a_loop_says() -> None:
     model = build("class_token")
     x = images(model, 1)

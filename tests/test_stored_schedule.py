@@ -43,11 +43,19 @@ def test_a_schedule_of_another_method_is_refused(tmp_path: Path) -> None:
         (json.dumps({"version": 9, "method": "tome", "options": {}, "schedule": {"1": 0.5}, "found": {}}), "version 9"),
         (json.dumps({"version": 1, "method": "tome", "options": {}, "schedule": {"1": 5}, "found": {}}), "share in"),
         (json.dumps({"version": 1, "method": "tome", "options": {}, "schedule": [1], "found": {}}), "must map"),
+        (json.dumps({"version": 1, "method": None, "options": {}, "schedule": {"1": 0.5}, "found": {}}), "no method"),
+        (json.dumps({"version": 1, "method": "tome", "options": 3, "schedule": {"1": 0.5}, "found": {}}), "no method"),
     ],
 )
 def test_what_is_no_schedule_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "wrong.json").write_text(text)
     with pytest.raises(tokenprune.BudgetError, match=message):
+        tokenprune.patch(build("class_token"), schedule=tmp_path / "wrong.json")
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "wrong.json").write_bytes(b"\x80\xff")
+    with pytest.raises(tokenprune.BudgetError, match="no schedule"):
         tokenprune.patch(build("class_token"), schedule=tmp_path / "wrong.json")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.api import patched, report
-from tokenprune.budget import checked_share
+from tokenprune.budget import checked_count, checked_share
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import active_patches
 from tokenprune.patch import Patch
@@ -43,6 +45,8 @@ def calibrate(
     if not _has_threshold(name) or "threshold" in options:
         known = ", ".join(["tome", *(one for one in method_names() if _has_threshold(one))])
         raise UnsupportedMethod(f"calibrate finds the threshold of a method that has one, not {method!r}: {known}")
+    checked_count("images", len(images), smallest=1, example=64)
+    checked_count("batch_size", batch_size, smallest=1, example=64)
     low, high, tried = -LARGEST, LARGEST, list[tuple[float, float, float, tuple[int, ...]]]()
     for _ in range(ROUNDS):
         threshold = (low + high) / 2
@@ -65,11 +69,23 @@ def _has_threshold(name: str) -> bool:
     return name in method_names() and make_method(name, {}).adaptive and "threshold" in method_info(name, ()).options
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode: dropout would blur what a threshold leaves, and statistics of batches would be moved."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _mean_flops(
     model: nn.Module, images: Tensor, method: str, batch_size: int, options: dict[str, Any]
 ) -> tuple[float, tuple[int, ...]]:
     """What the patched model costs in the mean over the images, and where it reduces."""
-    with patched(model, method, **options), torch.no_grad():
+    with patched(model, method, **options), _evaluating(model), torch.no_grad():
         found = [one for one in active_patches(model).values() if isinstance(one, Patch)]
         if len(found) != 1:
             raise UnsupportedModel(f"calibrate is of one image tower, and {type(model).__name__} is none")

@@ -49,9 +49,9 @@ def load_schedule(source: str | PathLike[str]) -> StoredSchedule:
     """
     path = Path(source)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     elif str(source) in shipped_schedules():
-        text = _folder().joinpath(f"{source}{SUFFIX}").read_text(encoding="utf-8")
+        text = _folder().joinpath(f"{source}{SUFFIX}").read_bytes()
     else:
         raise BudgetError(
             f"schedule={str(source)!r} is neither a file nor shipped; shipped are {', '.join(shipped_schedules())}, and"
@@ -62,8 +62,10 @@ def load_schedule(source: str | PathLike[str]) -> StoredSchedule:
         if data["version"] != VERSION:
             raise BudgetError(f"{source} has version {data['version']!r}; this release reads version {VERSION}")
         stored = StoredSchedule(data["method"], data["schedule"], data["options"], data["found"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise BudgetError(f"{source} is no schedule that tokenprune search has written: {error!r}") from error
+    if not isinstance(stored.method, str) or not isinstance(stored.options, Mapping):
+        raise BudgetError(f"{source} is no schedule that tokenprune search has written: no method with its options")
     parse_budget(schedule=stored.schedule)
     return stored
 

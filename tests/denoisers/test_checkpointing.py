@@ -85,3 +85,17 @@ def test_methods_over_steps_refuse_checkpointing(method):
     x = inputs(1, 16, 12)
     with pytest.raises(tokenprune.UnsupportedMethod, match=r"model.disable_gradient_checkpointing\(\)"):
         gradients(model, [x])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_the_whole_model_is_refused(reentrant):
+    model, inputs = build("dit")
+    tokenprune.patch(model, "random", keep=0.5)
+    call = inputs(1, 16, 16)
+    call["hidden_states"].requires_grad_()
+    arguments = list(call.values())
+    out = checkpoint(
+        lambda *values: model(**dict(zip(call, values, strict=True)))[0], *arguments, use_reentrant=reentrant
+    )
+    with pytest.raises(tokenprune.UnsupportedModel, match="enable_gradient_checkpointing"):
+        out.sum().backward()

@@ -172,6 +172,11 @@ def test_goals_and_methods_that_cannot_be(model: nn.Module) -> None:
             search(model, x, "top_k", **wrong)
     with pytest.raises(tokenprune.BudgetError, match="monte_carlo"):
         search(model, x, "top_k", flops=0.5, strategy="greedy")  # type: ignore[arg-type]
+    for wrong in ({"candidates": 0}, {"candidates": 2.5}, {"batch_size": 0}):
+        with pytest.raises(tokenprune.BudgetError, match="must be a whole number of at least 1"):
+            search(model, x, "top_k", flops=0.6, **wrong)
+    with pytest.raises(tokenprune.BudgetError, match="images must be"):
+        search(model, x[:0], "top_k", flops=0.6)
     with pytest.raises(tokenprune.UnsupportedMethod, match="different number of tokens"):
         search(model, x, "ats", flops=0.6)
     with pytest.raises(tokenprune.BudgetError, match=r"near flops=0\.01"):

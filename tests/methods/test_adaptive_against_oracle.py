@@ -116,6 +116,16 @@ def recorded_plain(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def test_algms_windows_are_at_the_first_place_however_it_is_counted() -> None:
+    model, x = tiny_models.build("class_token"), torch.randn(2, 3, 40, 56)
+    found = []
+    for places in ((1, 5), (1, -7), (-11, -7)):
+        tokenprune.patch(model, "algm", threshold=0.3, places=places)
+        found.append(recorded(model, x))
+    for logits, _ in found[1:]:
+        assert torch.equal(logits, found[0][0])
+
+
 def test_what_is_refused() -> None:
     model = tiny_models.build("class_token")
     for options in ({"threshold": 1.5}, {"gamma": -1.0}, {"neighbours": 0}):

@@ -14,6 +14,7 @@ import zoo
 from families import states_in_memory
 from test_unpatch import assert_same, everything
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from windows_zoo import SIZES, build, images
 
 import tokenprune
@@ -193,6 +194,40 @@ def test_checkpointing(name: str, reentrant: bool) -> None:
     assert seen == [108, 126, 126, 108]
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_more_than_a_block(reentrant: bool) -> None:
+    model, x = build().double(), images().double().requires_grad_()
+    tokenprune.patch(model, "sparsevit", keep=0.5)
+    expected = gradients(model, x)
+    with tokenprune.record(model) as recording:
+        model.zero_grad()
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    assert len(recording.forwards) == 1
+    for one, p in zip(expected, model.parameters(), strict=True):
+        torch.testing.assert_close(one, p.grad, rtol=1e-9, atol=1e-9)
+    hidden = model.patch_embed(x)
+    for stage in model.layers:
+        hidden = checkpoint(stage, hidden, use_reentrant=reentrant)
+    with pytest.raises(tokenprune.UnsupportedModel, match="checkpoint each block by itself"):
+        model.forward_head(model.norm(hidden)).sum().backward()
+
+
+def test_another_model_in_a_hook_leaves_the_forward_as_it_is() -> None:
+    model, other, x = build(), build("v2"), images()
+    tokenprune.patch(model, "sparsevit", keep=0.5)
+    tokenprune.patch(other, "sparsevit", keep=0.3)
+    expected = run(model, x)
+
+    def look(seen: nn.Module) -> None:
+        run(seen, x)
+
+    for module in (model.layers[0], model.layers[0].blocks[0].mlp):
+        hook = module.register_forward_hook(lambda *_: look(other))
+        assert torch.equal(run(model, x), expected)
+        hook.remove()
+    assert here().now is None
 
 
 def test_stochastic_depth_drops_images_as_the_host_does() -> None:

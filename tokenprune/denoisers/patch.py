@@ -30,6 +30,7 @@ from tokenprune.ghost import ghost
 from tokenprune.method import Method, Recover
 from tokenprune.recording import Forward, Recording
 from tokenprune.schedule import Layout
+from tokenprune.state import in_backward
 
 Describe = Callable[[nn.Module], DenoiserHost]
 
@@ -88,6 +89,11 @@ class DenoiserPatch(Portable):
             for recording in self.recordings:
                 recording.forwards.append(forward)
         if self.active:
+            if in_backward():
+                raise UnsupportedModel(
+                    "gradient checkpointing runs the whole denoiser once more, out of the order of its run's steps;"
+                    " checkpoint its blocks instead (enable_gradient_checkpointing)"
+                )
             replaced = self._follow(model)
             whole = self.scheduled()
             run, reuse = run_of(self.key, latents, timestep, whole, self.last_timestep)

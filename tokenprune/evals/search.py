@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from tokenprune.budget import checked_count
 from tokenprune.errors import BudgetError
 from tokenprune.evals.resumable import run
 from tokenprune.evals.searching import Goal, Search
@@ -61,8 +62,12 @@ def search(
         TokenPruneError: `output` holds another search.
     """
     goal = _goal(flops=flops, speedup=speedup, min_agreement=min_agreement)
-    if strategy not in ("evolution", "monte_carlo") or candidates < 1:
-        raise BudgetError(f"strategy={strategy!r} is 'evolution' or 'monte_carlo', candidates={candidates} one or more")
+    if strategy not in ("evolution", "monte_carlo"):
+        raise BudgetError(f"strategy={strategy!r} is 'evolution' or 'monte_carlo'")
+    for name, count, example in (
+        ("candidates", candidates, CANDIDATES), ("batch_size", batch_size, 8), ("images", len(images), 64)
+    ):  # fmt: skip
+        checked_count(name, count, smallest=1, example=example)
     evolves = strategy == "evolution"
     found = Search(model, images, method, options, goal, evolves=evolves, batch_size=batch_size, seed=seed, clock=clock)
     if output is None:

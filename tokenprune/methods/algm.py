@@ -37,14 +37,14 @@ class LocalThenGlobal(Stages):
 
 @dataclass(frozen=True)
 class MergeAlike:
-    """Windows at block `local`, pairs elsewhere."""
+    """Windows at the first of the blocks `at` (None: at block 0), pairs elsewhere."""
 
-    local: int
+    at: tuple[int, ...] | None
     threshold: float
 
     def __call__(self, scores: Tensor | None, record: AttentionRecord, keep: int) -> RaggedReduction:
         least = max(0, record.tokens - keep)
-        if record.place == self.local:
+        if record.place == min((block % record.depth for block in self.at or ()), default=0):
             return pool_similar_windows(record, self.threshold, least)
         first, hidden = record.num_prefix_tokens % 2, record.hidden[:, record.num_prefix_tokens :]
         a, b = alternating(record, first)
@@ -74,7 +74,7 @@ def algm(*, rate: float = 1.0, threshold: float = 0.88, places: tuple[int, ...] 
         name="algm",
         paper="Norouzi et al., ALGM, CVPR 2024",
         schedule=schedule,
-        select=MergeAlike(min(places) if places else 0, threshold),
+        select=MergeAlike(places, threshold),
         merges=True,
         adaptive=True,
     )

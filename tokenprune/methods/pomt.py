@@ -3,6 +3,7 @@ Leveraging Latency-Workload Non-Linearities for Vision Transformers on the Edge"
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -30,7 +31,7 @@ class OnePlace:
 
     def __post_init__(self) -> None:
         checked_count(self.option, self.r, smallest=0, example=56)
-        if self.at is not None and len(self.at) != 1:
+        if self.at is not None and (not isinstance(self.at, Sequence) or len(self.at) != 1):
             raise BudgetError(f"pomt prunes at one place, got places={self.at!r}; for example places=(3,)")
 
     def places(self, layout: Layout) -> tuple[int, ...]:

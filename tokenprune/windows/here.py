@@ -29,13 +29,14 @@ class Running(Protocol):
 class Pass:
     """One forward. grid: the first one. keep: {block: windows computed}, those left whole are not in it. scores:
     {stage: [B, n] what each token counts, None where the method does not look}. forward: the recording of it, where one
-    is wanted."""
+    is wanted. outer: the forward of another model, in a hook of which this one runs."""
 
     patch: WindowsPatch
     grid: Grid
     keep: dict[int, int]
     forward: Forward | None = None
     scores: dict[int, Tensor | None] = field(default_factory=dict)
+    outer: Pass | None = None
 
 
 class _Here:
@@ -57,6 +58,13 @@ _THREAD = _OfThread()
 def here() -> _Here:
     """What this thread runs."""
     return _THREAD.here
+
+
+def finish(patch: WindowsPatch) -> None:
+    """The forward of `patch` has ended, if it has not before."""
+    now = here().now
+    if now is not None and now.patch is patch:
+        here().now = now.outer
 
 
 def windows_here(x: Tensor, tiling: Tiling) -> Chosen | None:

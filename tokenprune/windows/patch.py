@@ -12,9 +12,9 @@ from tokenprune.errors import BudgetError
 from tokenprune.family import Portable, Request
 from tokenprune.method import Method
 from tokenprune.recording import Forward, Recording
-from tokenprune.state import constant_in_graphs
+from tokenprune.state import constant_in_graphs, in_backward
 from tokenprune.windows.costs import Probe, WindowCosts
-from tokenprune.windows.here import Pass, here
+from tokenprune.windows.here import Pass, finish, here
 from tokenprune.windows.host import WindowsHost
 from tokenprune.windows.plan import Plan, by_cost, by_ratios, by_share, by_shares, refuse_empty, shares_of
 from tokenprune.windows.site import BlockSite
@@ -59,20 +59,21 @@ class WindowsPatch(Portable):
     def begin(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Hook: the first grid is there, by whichever entry point."""
         grid = (output.shape[1], output.shape[2]) if output.ndim == 4 else self.usual
-        forward = None
-        if self.recordings:
+        finish(self)  # one that was left by an exception
+        forward, outer = None, here().now
+        if self.recordings and not in_backward():
             forward = Forward(self.image or grid)
             for recording in self.recordings:
                 recording.forwards.append(forward)
         if self.probe is not None:
-            here().now = Pass(self, grid, dict.fromkeys(range(len(self.layouts)), 1))
+            here().now = Pass(self, grid, dict.fromkeys(range(len(self.layouts)), 1), outer=outer)
         else:
             keep = self.keep(*grid) if self.active else {}
-            here().now = Pass(self, grid, keep, forward)
+            here().now = Pass(self, grid, keep, forward, outer=outer)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: the forward has ended, by a result or an exception."""
-        here().now = None
+        finish(self)
 
     def mark(self, index: int, point: str) -> None:
         """A point of a counted forward."""

@@ -14,7 +14,7 @@ from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.recording import PlaceRecord
 from tokenprune.reduction import Reduction
 from tokenprune.state import in_backward, recall, remember
-from tokenprune.windows.here import Pass, here
+from tokenprune.windows.here import Pass, finish, here
 from tokenprune.windows.host import Block, Layout
 from tokenprune.windows.tiling import Chosen, Grid, Tiling, choose
 
@@ -46,7 +46,7 @@ class BlockSite:
         here().site = None
         self.patch.mark(self.index, "leave")
         if self.index == len(self.patch.layouts) - 1 and not in_backward():
-            here().now = None  # nothing is left of an entry point that has no end
+            finish(self.patch)  # nothing is left of an entry point that has no end
 
     def attended(self) -> None:
         """The point between attention and MLP."""
@@ -54,12 +54,23 @@ class BlockSite:
 
     def choose(self, x: Tensor, tiling: Tiling) -> Chosen | None:
         """The windows of x [B, H, W, C] that the block computes, None for all."""
-        if in_backward():
-            known: Chosen | None = recall(x)  # gradient checkpointing runs the block once more
-            return known
+        if in_backward() and (known := recall(x)) is not None:  # gradient checkpointing runs the block once more
+            chosen: Chosen | None = known[0]
+            return chosen
         now = here().now
-        keep = now.keep.get(self.index) if now is not None and now.patch is self.patch else None
-        if now is None or keep is None:
+        if in_backward() and now is None and any(self.index in plan.keep for plan in self.patch.plans.values()):
+            raise UnsupportedModel(
+                f"gradient checkpointing runs {self.layout.name} once more without knowing which windows it computed;"
+                " checkpoint each block by itself (set_grad_checkpointing) or the whole model, not a stage"
+            )
+        chosen = self._chosen_in(now, x, tiling) if now is not None and now.patch is self.patch else None
+        if torch.is_grad_enabled() or x.requires_grad:
+            remember(x, (chosen,))
+        return chosen
+
+    def _chosen_in(self, now: Pass, x: Tensor, tiling: Tiling) -> Chosen | None:
+        keep = now.keep.get(self.index)
+        if keep is None:
             return None
         rows, columns = self.layout.grid(now.grid)
         if (x.shape[1], x.shape[2]) != (rows, columns):
@@ -72,10 +83,7 @@ class BlockSite:
                 f"the windows of {self.layout.name} have changed since it was patched (set_input_size?); patch the"
                 " model again"
             )
-        chosen = self._chosen(now, x.detach(), keep)
-        if torch.is_grad_enabled() or x.requires_grad:
-            remember(x, chosen)
-        return chosen
+        return self._chosen(now, x.detach(), keep)
 
     def _chosen(self, now: Pass, x: Tensor, keep: int) -> Chosen:
         tiling, grid = self.layout.tiling, (x.shape[1], x.shape[2])
