@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 MOST = 512
-"""Tables that are held at most; the oldest goes first."""
+"""Tables that are held at most; the oldest goes first, but for those that a CUDA graph has captured, which reads their
+memory whenever it is replayed."""
 
 _CPU = torch.device("cpu")
 _HELD: dict[tuple[Hashable, ...], Tensor] = {}
+_CAPTURED: dict[tuple[Hashable, ...], Tensor] = {}
 _LOCK = Lock()
 
 
@@ -36,6 +38,8 @@ def table(make: Callable[..., Tensor], *key: Hashable, like: Tensor) -> Tensor:
                 while len(_HELD) >= MOST:
                     del _HELD[next(iter(_HELD))]
                 _HELD[place] = found
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _CAPTURED[place] = found
     return found
 
 

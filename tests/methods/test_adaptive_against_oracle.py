@@ -117,7 +117,7 @@ def recorded_plain(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_algms_windows_are_at_the_first_place_however_it_is_counted() -> None:
-    model, x = tiny_models.build("class_token"), torch.randn(2, 3, 40, 56)
+    model, x = tiny_models.build("class_token"), tiny_models.images()
     found = []
     for places in ((1, 5), (1, -7), (-11, -7)):
         tokenprune.patch(model, "algm", threshold=0.3, places=places)
