@@ -59,6 +59,14 @@ def test_a_predicted_speedup_is_in_the_report(model: nn.Module) -> None:
     assert report["speed"] == f"predicted speed-up {1 / share:.2f} at batch 8, 35 tokens"
 
 
+def test_a_table_of_a_machine_that_was_not_quiet_promises_nothing(model: nn.Module) -> None:
+    LatencyTable((HALF,), {"rounds": 20, "trusted": False}).save(table_path(model))
+    with pytest.raises(tokenprune.SlowdownError, match="not quiet"):
+        tokenprune.patch(model, "top_k", flops=0.6, require_speedup=True)
+    tokenprune.patch(model, "top_k", flops=0.6)
+    assert tokenprune.report(model).to_dict()["speed"].endswith("(measured while the machine was not quiet)")
+
+
 def test_a_predicted_slowdown_warns_and_raises_where_a_speedup_is_required(model: nn.Module) -> None:
     dear = LatencyRow(1, 35, (1.0, 0.5), (1.0, 0.6), {"top_k": 0.2})
     stored(model, HALF, dear)

@@ -106,7 +106,8 @@ def patch(
         for (model, family, _), one in zip(found, prepared, strict=True):
             table = load_table(model)
             predicted = {} if table is None else one.predicted(table)
-            one.speed, warning = told_speed(predicted, required=require_speedup)
+            steady = table is None or bool(table.environment.get("trusted", True))
+            one.speed, warning = told_speed(predicted, required=require_speedup, steady=steady)
             if warning:
                 warnings.warn(warning, stacklevel=2)
             family.attach(model, one)

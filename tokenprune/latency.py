@@ -97,17 +97,18 @@ def load_table(model: nn.Module) -> LatencyTable | None:
             for row in data["rows"]
         )
         return LatencyTable(tuple(rows), data["environment"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise TokenPruneError(f"{path} is no latency table: {error!r}; measure anew or delete it") from error
 
 
-def told_speed(predicted: Mapping[tuple[int, int], float], *, required: bool) -> tuple[str, str]:
+def told_speed(predicted: Mapping[tuple[int, int], float], *, required: bool, steady: bool = True) -> tuple[str, str]:
     """What the report says of a patch, and a warning, empty where nothing is slower.
 
-    predicted: {(batch, tokens): share of the unpatched time}.
+    predicted: {(batch, tokens): share of the unpatched time}. steady: whether the unpatched model took as long as
+    itself when the table was measured.
 
     Raises:
-        SlowdownError: something is slower, or nothing is known, and a speed-up was `required`.
+        SlowdownError: something is slower, or nothing or nothing steady is known, and a speed-up was `required`.
     """
     if not predicted:
         if required:
@@ -116,6 +117,11 @@ def told_speed(predicted: Mapping[tuple[int, int], float], *, required: bool) ->
                 " Measure one with tokenprune bench --save-profile, or leave require_speedup out"
             )
         return f"{NOT_CHECKED} (tokenprune bench --save-profile measures it)", ""
+    if required and not steady:
+        raise SlowdownError(
+            "the latency table of this model was measured while the machine was not quiet; measure it anew with"
+            " tokenprune bench --save-profile, or leave require_speedup out"
+        )
     told = [
         f"{1 / share:.2f} at batch {batch}, {tokens} tokens" for (batch, tokens), share in sorted(predicted.items())
     ]
@@ -128,7 +134,8 @@ def told_speed(predicted: Mapping[tuple[int, int], float], *, required: bool) ->
         )
         if required:
             raise SlowdownError(warning)
-    return f"predicted speed-up {'; '.join(told)}", warning
+    doubt = "" if steady else " (measured while the machine was not quiet)"
+    return f"predicted speed-up {'; '.join(told)}{doubt}", warning
 
 
 def device_name(device: torch.device) -> str:
