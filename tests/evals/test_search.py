@@ -165,6 +165,13 @@ def test_the_fastest_at_an_agreement_is_taken(model: nn.Module) -> None:
     assert agreement(model, x[:8], schedule=found) >= 0.7
 
 
+def test_images_on_which_the_model_gives_nan_are_refused(model: nn.Module) -> None:
+    x = images(model, 4)
+    x[1] = float("nan")
+    with pytest.raises(tokenprune.TokenPruneError, match="NaN"):
+        search(model, x, "top_k", flops=0.6, candidates=2)
+
+
 def test_goals_and_methods_that_cannot_be(model: nn.Module) -> None:
     x = images(model)
     for wrong in ({}, {"flops": 0.5, "speedup": 2.0}, {"flops": 1.0}, {"speedup": 0.9}, {"min_agreement": 1.5}):

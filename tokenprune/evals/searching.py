@@ -112,6 +112,8 @@ class Search:
         self.depth = self.patch.depth - self.patch.prefix_only_last  # behind that block no tokens are read
         with torch.inference_mode():
             self.reference = self._observed(self.base)
+        if not self.reference.features.isfinite().all():
+            raise TokenPruneError("the unpatched model gives NaN or infinity on these images; nothing agrees with that")
 
     def advance(self) -> None:
         """Try one candidate more, or none where no further one is found."""
