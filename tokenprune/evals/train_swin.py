@@ -1,0 +1,133 @@
+"""``tokenprune train digits-swin --output FOLDER`` trains the shipped small Swin transformer anew.
+
+Data, recipe and stopping rule are the constants below. First the model learns to read, on canvases of half the side (a
+quarter of the tokens; windows know no place in the image), then to find: whole canvases. Training stops after a fixed
+number of steps, and the moving average of the weights is kept. Nothing is chosen on test scans or on how the model
+behaves when windows are left out, and none are in training.
+
+What is drawn at a step depends on the step alone, and everything else is in the state that is saved on the way: a
+training that was interrupted goes on exactly as it would have without.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.evals.digits import PIXEL_MEAN, PIXEL_STD, cluttered_digits
+from tokenprune.evals.digits_swin import CHECKPOINT, IMAGE_SIZE, WINDOW_SIZE, digits_swin
+from tokenprune.evals.resumable import Rates, Resumable, run, ship
+from tokenprune.evals.train_digits import DATA, accuracy
+
+SEED = 0
+BATCH = 64
+READING_SIZE = 48
+BETAS = (0.9, 0.98)
+WEIGHT_DECAY = 0.05
+CLIP_NORM = 1.0
+PEAK_LR = 1e-3
+RATES = Rates(warmup=200, cooldown_share=0.3, last_share=0.02)
+EMA_DECAY = 0.995
+LOG_EVERY = 250
+SAVE_EVERY = 50
+VALIDATION_IMAGES = 500
+TEST_IMAGES = 2000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """reading_steps on canvases of READING_SIZE pixels, then whole_steps on whole ones."""
+
+    reading_steps: int = 4000
+    whole_steps: int = 1000
+
+    @property
+    def steps(self) -> int:
+        return self.reading_steps + self.whole_steps
+
+
+RECIPE = Recipe()
+
+
+def trainable() -> Any:
+    """The untrained model; its attention unfused, which is faster for windows of so few tokens."""
+    model: Any = digits_swin(pretrained=False)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return model.train()
+
+
+class Training(Resumable):
+    """The training of the model."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        torch.manual_seed(SEED)
+        self.recipe = recipe
+        model = trainable()
+        optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+        super().__init__(model, optimizer, clip_norm=CLIP_NORM, ema_decay=EMA_DECAY)
+
+    def advance(self) -> None:
+        """One step, and at every LOG_EVERY-th a line of the log."""
+        start = time.process_time()
+        for group in self.optimizer.param_groups:
+            group["lr"] = RATES(self.step, self.recipe.steps, PEAK_LR)
+        size = READING_SIZE if self.step < self.recipe.reading_steps else IMAGE_SIZE
+        self.model.set_input_size(img_size=(size, size), window_size=WINDOW_SIZE)
+        images, labels = cluttered_digits("train", BATCH, SEED, start=self.step * BATCH, size=size)
+        self.descend(nn.functional.cross_entropy(self.model(images), labels))
+        if self.step % LOG_EVERY == 0 or self.step == self.recipe.steps:
+            right = averaged_accuracy(self.average, "val", VALIDATION_IMAGES, size)
+            line = {"step": self.step, "canvas": size, "loss": self.recent_loss(), "validation": right}
+            self.log.append(line)
+        self.seconds += time.process_time() - start
+
+
+def averaged_accuracy(weights: dict[str, Tensor], split: Any, count: int, size: int = IMAGE_SIZE) -> float:
+    """Share of `count` canvases of `size` pixels that a model with these weights reads."""
+    with torch.random.fork_rng(devices=[]):
+        model = trainable()
+    model.load_state_dict(weights)
+    model.set_input_size(img_size=(size, size), window_size=WINDOW_SIZE)
+    return accuracy(model, *cluttered_digits(split, count, SEED, size=size))
+
+
+def train(output: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
+    """Trains, or goes on where a training in `output` stopped; writes the averaged weights (fp16) and their record to
+    `output` and returns the record."""
+    training = Training(recipe)
+    run(training, output, recipe.steps, show_every=LOG_EVERY, save_every=SAVE_EVERY)
+    stored = {name: value.half() for name, value in training.average.items()}
+    record = {
+        "architecture": "timm SwinTransformer, see tokenprune.evals.digits_swin",
+        "recipe": recipe_record(recipe),
+        "normalisation": {"mean": PIXEL_MEAN, "std": PIXEL_STD},
+        "test_images": TEST_IMAGES,
+        "test_accuracy": averaged_accuracy(stored, "test", TEST_IMAGES),
+        "data": DATA,
+    }
+    return ship(training, output / CHECKPOINT, record)
+
+
+def recipe_record(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as it is kept beside a checkpoint."""
+    return {
+        "seed": SEED,
+        "batch": BATCH,
+        "reading": {"canvas": READING_SIZE, "steps": recipe.reading_steps},
+        "whole_canvas": {"size": IMAGE_SIZE, "steps": recipe.whole_steps},
+        "optimizer": {"name": "AdamW", "betas": list(BETAS), "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM},
+        "learning_rate": {
+            "peak": PEAK_LR,
+            "warmup_steps": RATES.warmup,
+            "cooldown_share": RATES.cooldown_share,
+            "last_share": RATES.last_share,
+        },
+        "average": EMA_DECAY,
+        "loss": "cross-entropy, fp32",
+        "stop": "after all steps",
+    }
