@@ -31,12 +31,14 @@ EXAMPLES = {
     "search": [
         "tokenprune search --model digits-vit --method top_k --flops 0.6 --output found",
         "tokenprune search --model dinov2-small-wheel --method tome --speedup 1.5 --threads 2 --output found",
+        "tokenprune search --model digits-swin --method sparsevit --speedup 1.5 --batch-size 16 --output found",
         "tokenprune search --model deit_small_patch16_224 --data pictures --method tome --min-agreement 0.99"
         " --output found",
     ],
     "score": ["tokenprune score --pictures patched --real coco-val --prompts captions.txt"],
     "train": [
         "tokenprune train digits-vit --output digits-run",
+        "tokenprune train digits-swin --output swin-run",
         "tokenprune train dit-digits --output dit-run",
         "tokenprune train lvlm-digits --output lvlm-run",
     ],
@@ -166,7 +168,9 @@ def parser() -> argparse.ArgumentParser:
     _add_format(score)
 
     train = _command(commands, "train", "train a model of the package by its recipe")
-    train.add_argument("model", choices=["digits-vit", "dit-digits", "unet-digits", "lvlm-digits", "digit-reader"])
+    train.add_argument(
+        "model", choices=["digits-vit", "digits-swin", "dit-digits", "unet-digits", "lvlm-digits", "digit-reader"]
+    )
     train.add_argument("--output", required=True, metavar="FOLDER", help="for the checkpoint and its record")
     train.add_argument("--steps", type=_positive, help="other than the recipe's only to try the command out")
     train.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: %(default)s)")
@@ -222,8 +226,8 @@ def _add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument(
         "--model",
         required=required,
-        help="digits-vit, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name, owner/name on the"
-        " Hugging Face hub or module:function",
+        help="digits-vit, digits-swin, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name, owner/name"
+        " on the Hugging Face hub or module:function",
     )
     command.add_argument(
         "--checkpoint",

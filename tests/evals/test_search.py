@@ -18,6 +18,7 @@ from tokenprune.evals.candidates import Profile, at_cost, crossed, drawn, genes_
 from tokenprune.evals.models import load_model
 from tokenprune.evals.search import search
 from tokenprune.evals.searching import Goal, Search
+from tokenprune.evals.spaces import Tokens
 from tokenprune.schedule import Layout
 from tokenprune.stored_schedule import load_schedule
 
@@ -73,7 +74,7 @@ def test_the_first_candidate_is_the_methods_own_schedule_but_for_a_last_block_th
     places = tokenprune.report(model).to_dict()["places"]
     expected = {i: place["tokens_out"] for i, place in enumerate(places[:3])}
     assert {block: one.candidates[0].counts.get(block, 35) for block in range(3)} == pytest.approx(expected, abs=1)
-    assert one.depth == 3
+    assert one.space.depth == 3
 
 
 def test_candidates_are_distinct_and_all_at_the_budget(model: nn.Module) -> None:
@@ -193,23 +194,23 @@ def test_goals_and_methods_that_cannot_be(model: nn.Module) -> None:
 def test_shares_and_genes_give_their_counts_again() -> None:
     """The solver's rounding must not lose a token, for any counts."""
     generator = torch.Generator().manual_seed(0)
-    patch = search_of(build("class_token"), "top_k", "flops", 0.6).patch
+    space = search_of(build("class_token"), "top_k", "flops", 0.6).space
+    assert isinstance(space, Tokens)
     for _ in range(50):
         tokens = 35 + int(torch.randint(1000, (1,), generator=generator))
         genes = crossed(drawn(4, generator), mutated(drawn(4, generator), generator), generator)
-        profile, layout = Profile(genes, patch.method.schedule), Layout(4)
+        profile, layout = Profile(genes, space.method), Layout(4)
         counts = dict(zip(profile.places(layout), profile.counts(0.3, tokens, layout), strict=True))
         left = tokens
         for block, share in shares_of(counts, tokens).items():
             left = -(-int(share * left * 1e6) // 10**6) if share < 1 else left
             assert abs(left - counts[int(block)]) <= 1
             left = counts[int(block)]
-        again = Profile(genes_of(counts, tokens, 4), patch.method.schedule)
+        again = Profile(genes_of(counts, tokens, 4), space.method)
         assert again.counts(0.5, tokens, layout) == tuple(c for b, c in counts.items() if again.genes[b])
-    assert patch.costs is not None
-    counts = at_cost((0.5, 0.0, 0.2), patch.method.schedule, 0.6, 35, patch.layout, patch.costs)
+    counts = at_cost((0.5, 0.0, 0.2), space.method, 0.6, 35, space.layout, space.costs)
     assert set(counts) == {0, 2}
-    assert patch.costs.total(35, counts) / patch.costs.total(35) == pytest.approx(0.6, abs=0.02)
+    assert space.costs.total(35, counts) / space.costs.total(35) == pytest.approx(0.6, abs=0.02)
 
 
 def test_the_command_writes_what_patch_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,14 +1,15 @@
 """``tokenprune train digits-swin --output FOLDER`` trains the shipped small Swin transformer anew.
 
-Data, recipe and stopping rule are the constants below. First the model learns to read, on canvases of half the side (a
-quarter of the tokens; windows know no place in the image), then to find: whole canvases. Training stops after a fixed
-number of steps, and the moving average of the weights is kept. Nothing is chosen on test scans or on how the model
-behaves when windows are left out, and none are in training.
+Data, recipe and stopping rule are the constants below. First the model learns to read, on canvases that are hardly
+larger than a digit and then on some of half the side (windows know no place in the image), then to find: whole
+canvases. Training stops after a fixed number of steps, and the moving average of the weights is kept. Nothing is chosen
+on test scans or on how the model behaves when windows are left out, and none are in training.
 
 What is drawn at a step depends on the step alone, and everything else is in the state that is saved on the way: a
 training that was interrupted goes on exactly as it would have without.
 """
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,10 @@ from tokenprune.evals.train_digits import DATA, accuracy
 
 SEED = 0
 BATCH = 64
-READING_SIZE = 48
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 1.0
-PEAK_LR = 1e-3
+PEAK_LR = 2e-3
 RATES = Rates(warmup=200, cooldown_share=0.3, last_share=0.02)
 EMA_DECAY = 0.995
 LOG_EVERY = 250
@@ -39,17 +39,26 @@ TEST_IMAGES = 2000
 
 @dataclass(frozen=True)
 class Recipe:
-    """reading_steps on canvases of READING_SIZE pixels, then whole_steps on whole ones."""
+    """phases: (side of the canvases in pixels, steps), one after another."""
 
-    reading_steps: int = 4000
-    whole_steps: int = 1000
+    phases: tuple[tuple[int, int], ...] = ((30, 500), (48, 1500), (IMAGE_SIZE, 700))
 
     @property
     def steps(self) -> int:
-        return self.reading_steps + self.whole_steps
+        return sum(steps for _, steps in self.phases)
+
+    def size(self, step: int) -> int:
+        """Side of the canvases of a step."""
+        ends = itertools.accumulate(steps for _, steps in self.phases)
+        return next(size for (size, _), end in zip(self.phases, ends, strict=True) if step < end)
 
 
 RECIPE = Recipe()
+
+
+def take(model: Any, size: int) -> None:
+    """Make `model` one of images of `size` pixels, in the same windows: small grids are padded to them."""
+    model.set_input_size(img_size=(size, size), window_size=WINDOW_SIZE, always_partition=True)
 
 
 def trainable() -> Any:
@@ -76,8 +85,8 @@ class Training(Resumable):
         start = time.process_time()
         for group in self.optimizer.param_groups:
             group["lr"] = RATES(self.step, self.recipe.steps, PEAK_LR)
-        size = READING_SIZE if self.step < self.recipe.reading_steps else IMAGE_SIZE
-        self.model.set_input_size(img_size=(size, size), window_size=WINDOW_SIZE)
+        size = self.recipe.size(self.step)
+        take(self.model, size)
         images, labels = cluttered_digits("train", BATCH, SEED, start=self.step * BATCH, size=size)
         self.descend(nn.functional.cross_entropy(self.model(images), labels))
         if self.step % LOG_EVERY == 0 or self.step == self.recipe.steps:
@@ -92,7 +101,7 @@ def averaged_accuracy(weights: dict[str, Tensor], split: Any, count: int, size: 
     with torch.random.fork_rng(devices=[]):
         model = trainable()
     model.load_state_dict(weights)
-    model.set_input_size(img_size=(size, size), window_size=WINDOW_SIZE)
+    take(model, size)
     return accuracy(model, *cluttered_digits(split, count, SEED, size=size))
 
 
@@ -118,8 +127,7 @@ def recipe_record(recipe: Recipe) -> dict[str, Any]:
     return {
         "seed": SEED,
         "batch": BATCH,
-        "reading": {"canvas": READING_SIZE, "steps": recipe.reading_steps},
-        "whole_canvas": {"size": IMAGE_SIZE, "steps": recipe.whole_steps},
+        "phases": [{"canvas": size, "steps": steps} for size, steps in recipe.phases],
         "optimizer": {"name": "AdamW", "betas": list(BETAS), "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM},
         "learning_rate": {
             "peak": PEAK_LR,
