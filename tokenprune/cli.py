@@ -226,8 +226,8 @@ def _add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument(
         "--model",
         required=required,
-        help="digits-vit, digits-swin, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name, owner/name"
-        " on the Hugging Face hub or module:function",
+        help="digits-vit, digits-swin, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name,"
+        " owner/name on the Hugging Face hub or module:function",
     )
     command.add_argument(
         "--checkpoint",

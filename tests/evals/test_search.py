@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from families import build, images
 from torch import Tensor, nn
+from windows_zoo import build as build_windows
+from windows_zoo import images as windows_images
 
 import tokenprune
 from tokenprune import cli
@@ -18,7 +21,7 @@ from tokenprune.evals.candidates import Profile, at_cost, crossed, drawn, genes_
 from tokenprune.evals.models import load_model
 from tokenprune.evals.search import search
 from tokenprune.evals.searching import Goal, Search
-from tokenprune.evals.spaces import Tokens
+from tokenprune.evals.spaces import Tokens, Windows, space_of
 from tokenprune.schedule import Layout
 from tokenprune.stored_schedule import load_schedule
 
@@ -164,6 +167,54 @@ def test_the_fastest_at_an_agreement_is_taken(model: nn.Module) -> None:
     assert found.found["agreement"] >= 0.7
     assert found.found["speedup"] == pytest.approx(max(good))
     assert agreement(model, x[:8], schedule=found) >= 0.7
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_windows_are_searched_too(name: str) -> None:
+    model = build_windows(name)
+    x = windows_images(batch=12)
+    found = search(model, x, "sparsevit", flops=0.6, candidates=8, seed=1)
+    assert agreement(model, x, schedule=found) == found.found["agreement"]
+    assert agreement(model, x, schedule=found) >= agreement(model, x, method="sparsevit", flops=0.6)
+    tokenprune.patch(model, schedule=found)
+    report = tokenprune.report(model).to_dict()
+    assert report["flops_ratio"] == found.found["flops_ratio"] == pytest.approx(0.6, abs=0.01)
+    places = report["places"]
+    assert [place["windows_out"] < place["windows_in"] for place in places] == [True] * len(found.schedule)
+
+
+def test_the_first_candidate_of_windows_is_the_same_share_in_every_block_and_the_others_are_not() -> None:
+    one = Search(build_windows(), windows_images(batch=4), "sparsevit", {}, Goal("flops", 0.6), evolves=True)
+    for _ in range(8):
+        one.advance()
+    model = tokenprune.patch(build_windows(), "sparsevit", flops=0.6)
+    places = tokenprune.report(model).to_dict()["places"]
+    assert one.candidates[0].counts == {i: place["windows_out"] for i, place in enumerate(places)}
+    assert len({tuple(sorted(c.counts.items())) for c in one.candidates}) == 8
+    assert all(abs(c.flops_ratio - 0.6) <= 0.01 for c in one.candidates), [c.flops_ratio for c in one.candidates]
+    assert any(len(c.counts) < 6 for c in one.candidates)
+
+
+def test_genes_and_shares_of_windows_give_their_counts_again() -> None:
+    """The rounding must not lose a window, and blocks of the grid between those of windows have numbers too."""
+    sam = timm.create_model("samvit_base_patch16", img_size=96, embed_dim=16, depth=4, num_heads=2, window_size=2)
+    generator = torch.Generator().manual_seed(0)
+    for model, numbers in ((build_windows(), (0, 1, 2, 3, 4, 5)), (sam.eval(), (0, 1, 3))):
+        space = space_of(model, "sparsevit", {})
+        assert isinstance(space, Windows)
+        layouts, grid = space.layouts, space.grid
+        for _ in range(10):
+            most = [layout.windows(grid) for layout in layouts]
+            counts = {i: 1 + int(torch.randint(n - 1, (1,), generator=generator)) for i, n in enumerate(most) if n > 1}
+            del counts[int(torch.randint(len(counts), (1,), generator=generator))]
+            genes = space.genes(counts)
+            assert {
+                i: round((1 - gene) * n) for i, (gene, n) in enumerate(zip(genes, most, strict=True)) if gene
+            } == counts
+            schedule = space.schedule(counts)
+            assert set(schedule) == {numbers[i] for i in counts}
+            patched = tokenprune.patch(model, "sparsevit", schedule=schedule)
+            assert space.own(patched) == counts
 
 
 def test_images_on_which_the_model_gives_nan_are_refused(model: nn.Module) -> None:

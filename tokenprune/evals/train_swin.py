@@ -41,7 +41,7 @@ TEST_IMAGES = 2000
 class Recipe:
     """phases: (side of the canvases in pixels, steps), one after another."""
 
-    phases: tuple[tuple[int, int], ...] = ((30, 500), (48, 1500), (IMAGE_SIZE, 700))
+    phases: tuple[tuple[int, int], ...] = ((30, 500), (48, 1300), (IMAGE_SIZE, 400))
 
     @property
     def steps(self) -> int:
