@@ -2,8 +2,9 @@
 
 Data, recipe and stopping rule are the constants below. First the model learns to read, on canvases that are hardly
 larger than a digit and then on some of half the side (windows know no place in the image), then to find: whole
-canvases. Training stops after a fixed number of steps, and the moving average of the weights is kept. Nothing is chosen
-on test scans or on how the model behaves when windows are left out, and none are in training.
+canvases, the learning rate descending. Training stops after a fixed number of steps, and the moving average of the
+weights over the last phase is kept. Nothing is chosen on test scans or on how the model behaves when windows are left
+out, and none are in training.
 
 What is drawn at a step depends on the step alone, and everything else is in the state that is saved on the way: a
 training that was interrupted goes on exactly as it would have without.
@@ -29,8 +30,9 @@ BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 1.0
 PEAK_LR = 2e-3
-RATES = Rates(warmup=200, cooldown_share=0.3, last_share=0.02)
+RATES = Rates(warmup=200, cooldown_share=0.11, last_share=0.02)
 EMA_DECAY = 0.995
+LAST_EMA_DECAY = 0.98
 LOG_EVERY = 250
 SAVE_EVERY = 50
 VALIDATION_IMAGES = 500
@@ -41,11 +43,16 @@ TEST_IMAGES = 2000
 class Recipe:
     """phases: (side of the canvases in pixels, steps), one after another."""
 
-    phases: tuple[tuple[int, int], ...] = ((30, 500), (48, 1300), (IMAGE_SIZE, 400))
+    phases: tuple[tuple[int, int], ...] = ((30, 500), (48, 650), (IMAGE_SIZE, 150))
 
     @property
     def steps(self) -> int:
         return sum(steps for _, steps in self.phases)
+
+    @property
+    def last_phase(self) -> int:
+        """The step with which it begins."""
+        return self.steps - self.phases[-1][1]
 
     def size(self, step: int) -> int:
         """Side of the canvases of a step."""
@@ -85,6 +92,9 @@ class Training(Resumable):
         start = time.process_time()
         for group in self.optimizer.param_groups:
             group["lr"] = RATES(self.step, self.recipe.steps, PEAK_LR)
+        if self.step == self.recipe.last_phase:
+            self.average = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.ema_decay = EMA_DECAY if self.step < self.recipe.last_phase else LAST_EMA_DECAY
         size = self.recipe.size(self.step)
         take(self.model, size)
         images, labels = cluttered_digits("train", BATCH, SEED, start=self.step * BATCH, size=size)
@@ -135,7 +145,7 @@ def recipe_record(recipe: Recipe) -> dict[str, Any]:
             "cooldown_share": RATES.cooldown_share,
             "last_share": RATES.last_share,
         },
-        "average": EMA_DECAY,
+        "average": {"decay": EMA_DECAY, "of_last_phase": LAST_EMA_DECAY},
         "loss": "cross-entropy, fp32",
         "stop": "after all steps",
     }
