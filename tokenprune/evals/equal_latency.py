@@ -48,8 +48,8 @@ def against_own(
     rounds: int = 24,
     batch_size: int = 50,
 ) -> Table:
-    """A row for the unpatched model, for the method's own schedule at budgets around those of `schedules`, which are of
-    one method, and for each of these.
+    """A row for the unpatched model, one for each of `schedules`, which are of one method, and one for each budget of
+    the method's own schedule that one of them is compared with.
 
     timed: [B, C, H, W] the batch that is timed. Columns: `flops`; `speedup` over the unpatched model; `top1` and
     `agreement` with it over `data`; and of a searched schedule `beside`, the own one that it is compared with, `faster`
@@ -67,6 +67,10 @@ def against_own(
     arms |= own
     runs = [partial(_run, arm, timed) for arm in (*arms.values(), shared_copy(model))]
     timings = dict(zip(arms, measure_together(runs, rounds, device=timed.device), strict=False))
+    speedups = {name: timings[name].speedup for name in own}
+    beside = {name: _as_fast(timings[name].speedup, speedups, name) for name in schedules}
+    arms = {name: arm for name, arm in arms.items() if name not in own or name in beside.values()}
+    compared = {name: _compared(arms[name], arms[other], timed, rounds) for name, other in beside.items()}
     answers = _answers(arms, data, timed, batch_size)
     rows = []
     for name, arm in arms.items():
@@ -74,9 +78,7 @@ def against_own(
         row |= _cells("top1", bootstrap_mean(answers[name].right, support=(0.0, 1.0)))
         row |= _cells("agreement", bootstrap_mean(answers[name].same, support=(0.0, 1.0)))
         if name in schedules:
-            beside = _as_fast(timings[name].speedup, {other: timings[other].speedup for other in own}, name)
-            row |= _compared(arm, arms[beside], timed, rounds)
-            row |= {"beside": beside, **_gains(answers[name], answers[beside])}
+            row |= {"beside": beside[name], **compared[name], **_gains(answers[name], answers[beside[name]])}
         rows.append(row)
     return Table(rows, {"data": data.name, "images": data.size, "batch": len(timed), **environment(timed.device)})
 
@@ -150,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("schedules", nargs="+", metavar="SCHEDULE", help="files, or names of shipped ones")
     parser.add_argument("--images", type=int, default=2000, help="to classify (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of these (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="of the batch that is timed (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="of the batch that is timed (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
