@@ -31,7 +31,7 @@ EXAMPLES = {
     "search": [
         "tokenprune search --model digits-vit --method top_k --flops 0.6 --output found",
         "tokenprune search --model dinov2-small-wheel --method tome --speedup 1.5 --threads 2 --output found",
-        "tokenprune search --model digits-swin --method sparsevit --speedup 1.2 --output found",
+        "tokenprune search --model digits-swin --method sparsevit --speedup 1.3 --output found",
         "tokenprune search --model deit_small_patch16_224 --data pictures --method tome --min-agreement 0.99"
         " --output found",
     ],

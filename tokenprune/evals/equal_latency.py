@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tokenprune.evals.equal_latency",
         description="Set searched schedules beside the method's own at equal measured time.",
-        epilog="example: python -m tokenprune.evals.equal_latency digits-swin digits-swin-sparsevit-0.6",
+        epilog="example: python -m tokenprune.evals.equal_latency digits-swin digits-swin-sparsevit-0.65",
     )
     parser.add_argument("model", help="one that comes with labelled images: digits-swin, digits-vit")
     parser.add_argument("schedules", nargs="+", metavar="SCHEDULE", help="files, or names of shipped ones")
