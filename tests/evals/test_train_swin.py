@@ -71,12 +71,12 @@ def test_the_shipped_model_reads_fresh_test_images_but_not_all():
     model = digits_swin.digits_swin()
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    images, labels = digits.cluttered_digits("test", 500, seed=train_swin.SEED + 1, size=digits_swin.IMAGE_SIZE)
+    images, labels = digits.cluttered_digits("test", 300, seed=train_swin.SEED + 1, size=digits_swin.IMAGE_SIZE)
     right = accuracy(model, images, labels)
     record = json.loads((SHIPPED / CHECKPOINT).with_suffix(".json").read_text())
     assert 0.70 <= right <= 0.97
-    # Four standard errors of 500 images.
-    assert abs(right - record["test_accuracy"]) < 0.05
+    # Four standard errors of 300 images.
+    assert abs(right - record["test_accuracy"]) < 0.07
 
 
 def test_the_checkpoint_is_small_and_its_record_is_that_of_the_committed_recipe():
