@@ -43,7 +43,7 @@ def test_a_conversation_goes_on_in_its_cache(name: str) -> None:
     with tokenprune.patched(model, "uniform", keep=0.25):
         cache = transformers.DynamicCache(config=model.config.get_text_config())
         new, _ = cached(model, example.inputs, cache)
-        copied = copy.deepcopy(cache)
+        copied = copy.deepcopy(pickle.loads(pickle.dumps(cache)))
         ids = torch.cat([example.inputs["input_ids"], new, torch.tensor([[31, 32, 33, 34]])], 1)
         more = {**example.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         kind = KINDS[name].types
@@ -375,8 +375,10 @@ def test_an_error_in_the_middle_leaves_the_model_usable() -> None:
 
     hook = model.model.language_model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="in the middle"):
-        model(**example.inputs)
+        model(**example.inputs, labels=example.inputs["input_ids"])
     hook.remove()
+    longer = prompt("llava", text=9).inputs
+    assert model.model(**longer).last_hidden_state.shape[1] == longer["input_ids"].shape[1]
     text = {"input_ids": torch.tensor([[1, 5, 6]])}
     tokenprune.unpatch(model)
     plain = model(**text).logits
@@ -410,6 +412,23 @@ def test_a_patch_of_the_tower_stays_under_one_of_the_whole() -> None:
     tokenprune.unpatch(model)
     assert torch.equal(model(**example.inputs).logits, whole)
     assert not torch.equal(inside, both)
+
+
+def test_two_models_on_one_tower() -> None:
+    """What is known of its images is kept for the patch of each."""
+    first, second, example = build("llava"), build("llava"), prompt("llava")
+    second.model.language_model = copy.deepcopy(first.model.language_model)
+    methods: list[tuple[Any, str]] = [(first, "top_k"), (second, "fopru")]
+    expected = []
+    for model, method in methods:
+        with tokenprune.patched(model, method, tokens=5):
+            expected.append(generate(model, example.inputs))
+    assert not torch.equal(expected[0][1], expected[1][1])
+    second.model.vision_tower = first.model.vision_tower
+    for model, method in methods:
+        tokenprune.patch(model, method, tokens=5)
+    for (model, _), one in zip(methods, expected, strict=True):
+        close(generate(model, example.inputs), one)
 
 
 def test_what_there_is() -> None:

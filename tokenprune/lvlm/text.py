@@ -165,7 +165,6 @@ class TextSite:
         inside, self.patch.local.inside = self.patch.local.inside, None
         if inside is not None and call is not None and call.visual is not None and output is not None:
             return self._behind_layers(inside, call, output)
-        self.patch.local.labels = None
         if call is None or call.prompt is None or call.map is None or output is None:
             return None
         cache = getattr(output, "past_key_values", None)
@@ -187,7 +186,6 @@ class TextSite:
             remember_stages(cache, inside.stages)
         keep = torch.zeros_like(inside.visual).scatter(1, inside.index, inside.valid)
         self._ignore_labels(call.visual, keep)
-        self.patch.local.labels = None
         images = len(self.patch.seen)
         left = int((keep & inside.visual).sum())
         self.patch.seen = ((sum(size for size, _ in self.patch.seen) / images, left / images),)
