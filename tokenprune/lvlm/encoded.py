@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedModel
 from tokenprune.lvlm.costs import Given, given
 from tokenprune.lvlm.host import LvlmHost, Scored, TowerCall, patch_ones
-from tokenprune.lvlm.looks import hook_layers, scores_of
+from tokenprune.lvlm.looks import Tap, hook_layers, scores_of
 from tokenprune.lvlm.record import record_of
 
 if TYPE_CHECKING:
@@ -66,15 +66,18 @@ class TowerSite:
         self.records = scored.records if scored is not None else None
         self.index = scored.index if scored is not None else 0
         self.lift, self.tiles, self.grid = host.lift, host.tiles, host.grid
+        self.taps: list[Tap] = []
 
     def attach(self, host: LvlmHost, scored: Sequence[Scored]) -> None:
         """Put the hooks on the tower, the one behind it innermost."""
         host.tower.register_forward_pre_hook(self.enter, with_kwargs=True)
         host.tower.register_forward_hook(self.leave, with_kwargs=True, prepend=True)
-        hook_layers(self.patch, scored)
+        self.taps = hook_layers(self.patch, host.tower, scored)
 
     def enter(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: the tower starts."""
+        for tap in self.taps:
+            tap.follow(tower)
         local = self.patch.local
         local.bound = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         local.caught, local.scores = {}, []
