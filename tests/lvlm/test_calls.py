@@ -7,12 +7,16 @@ import pickle
 import threading
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from lvlm_zoo import (
+    CLIP,
+    IMAGE,
     KINDS,
+    LLAMA,
     VIDEO,
     build,
     by_hand,
@@ -119,6 +123,29 @@ def test_a_static_cache_is_refused_where_masks_are_made_before() -> None:
         pytest.raises(tokenprune.UnsupportedModel, match="static"),
     ):
         generate(model, prompt("gemma3").inputs, cache_implementation="static", disable_compile=True)
+
+
+def test_beyond_a_sliding_window_is_refused() -> None:
+    """It counts the entries of a cache, fewer than the tokens: of a prompt, and where an answer gets there."""
+    model, example = build("gemma3"), prompt("gemma3", text=45)
+    length = example.inputs["input_ids"].shape[1]
+    assert length < 64
+    with tokenprune.patched(model, "uniform", keep=0.25):
+        generate(model, example.inputs, 65 - length)
+        with pytest.raises(tokenprune.UnsupportedModel, match="65 tokens"):
+            generate(model, example.inputs, 66 - length)
+        with pytest.raises(tokenprune.UnsupportedModel, match="sliding window of 64"):
+            model(**prompt("gemma3", text=60).inputs)
+    text = {**LLAMA, "model_type": "mistral", "sliding_window": 16}  # which names no kinds of layers
+    config = transformers.LlavaConfig(vision_config=CLIP, text_config=text, image_token_index=IMAGE)
+    windowed = transformers.LlavaForConditionalGeneration(config).eval()
+    with (
+        tokenprune.patched(windowed, "uniform", keep=0.25),
+        pytest.raises(tokenprune.UnsupportedModel, match="sliding window of 16"),
+    ):
+        windowed(**prompt("llava").inputs)
+    with pytest.raises(tokenprune.UnsupportedMethod, match="caches differ"):
+        tokenprune.patch(windowed, "feather", keep=0.25)
 
 
 def test_prompt_lookup() -> None:
@@ -409,9 +436,33 @@ def test_a_patch_of_the_tower_stays_under_one_of_the_whole() -> None:
     ):
         model(**example.inputs)
     assert torch.equal(model(**example.inputs).logits, both)
+    with pytest.raises(tokenprune.UnsupportedMethod):
+        tokenprune.patch(model, "tome", keep=0.5)
+    assert torch.equal(model(**example.inputs).logits, both)  # what is refused changes neither
     tokenprune.unpatch(model)
     assert torch.equal(model(**example.inputs).logits, whole)
     assert not torch.equal(inside, both)
+
+
+@pytest.mark.parametrize("name", most_in_full("llava", names=("llava", "qwen2_vl")))
+def test_adapters_on_the_tower_are_scored(name: str) -> None:
+    """Those that were added after the patch, and once they are merged the projection itself."""
+    model, example = build(name), prompt(name)
+    tokenprune.patch(model, "top_k", keep=0.5)
+    config = peft.LoraConfig(r=4, target_modules=r".*(q_proj|k_proj|attn\.qkv)", init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped: Any = peft.get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    added = generate(wrapped, example.inputs)
+    tokenprune.unpatch(model)
+    with tokenprune.patched(model, "top_k", keep=0.5):
+        close(added, generate(model, example.inputs))
+        merged = wrapped.merge_and_unload()
+        behind = generate(merged, example.inputs)
+    with tokenprune.patched(merged, "top_k", keep=0.5):
+        close(behind, generate(merged, example.inputs))
 
 
 def test_two_models_on_one_tower() -> None:

@@ -333,7 +333,7 @@ def test_what_is_refused() -> None:
         model(**example.inputs)
     with (
         tokenprune.patched(model, "fastv", rate=0.99),
-        pytest.raises(tokenprune.BudgetError, match="rate=0.99 of 16 tokens drops none"),
+        pytest.raises(tokenprune.BudgetError, match=r"rate=0\.99 of 16 tokens drops none"),
     ):
         model(**example.inputs)
     for name, method, match in (

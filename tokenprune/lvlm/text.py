@@ -46,12 +46,21 @@ class TextSite:
         if past is None:
             return None
         changed: dict[str, Any] = {}
+        batch, more = shape_of(bound)
+        self._check_window(call.entries + past.removed + more)
         if not self.patch.masks_first:
-            batch, more = shape_of(bound)
             changed["attention_mask"] = mask_of_entries(bound.get("attention_mask"), past, call.entries + more, batch)
         if past.shift is not None:
             changed["position_ids"] = self._counted(call, bound) - past.shift
         return (), {**bound, **changed}
+
+    def _check_window(self, tokens: int) -> None:
+        window = self.patch.window
+        if window is not None and tokens > window:
+            raise UnsupportedModel(
+                f"{tokens} tokens, those left out among them, are more than the sliding window of {window}, which would"
+                " count kept tokens only; shorten the prompt or the answer, or unpatch the model"
+            )
 
     def _between_layers(self, text: nn.Module, call: Call, bound: Mapping[str, Any]) -> Inside | None:
         """What the hooks in front of the layers need in this forward, None where nothing leaves."""
@@ -74,11 +83,7 @@ class TextSite:
         embeds: Tensor = bound["inputs_embeds"]
         batch, length = embeds.shape[:2]
         logical = call.entries + (call.past.removed if call.past is not None else 0)
-        if self.patch.window is not None and logical + length > self.patch.window:
-            raise UnsupportedModel(
-                f"a prompt of {logical + length} tokens is longer than the sliding window of"
-                f" {self.patch.window}, which would count kept tokens only; shorten the prompt, or unpatch the model"
-            )
+        self._check_window(logical + length)
         images = find_images(call.visual, self.patch.local.encoded)
         real = embeds.new_ones(batch, length, dtype=torch.bool) if call.padding is None else call.padding[:, -length:]
         self.patch.prompts = self.patch.local.prompts = prefills(
