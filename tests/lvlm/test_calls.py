@@ -212,6 +212,36 @@ def test_a_prompt_is_not_cropped_into_where_tokens_are_missing() -> None:
             model(input_ids=example.inputs["input_ids"][:, -3:], past_key_values=cache)
 
 
+def test_a_cache_that_goes_on_without_its_patch() -> None:
+    """Refused where that would be wrong: with padding in it, or with positions counted anew."""
+    model = build("llava")
+    one, more = prompt("llava"), prompt("llava", 1, images=2, text=9)
+    for batch, options, right in (
+        (left_padded([one.inputs]), {}, True),
+        (left_padded([one.inputs]), {"positions": "reindex"}, False),
+        (left_padded([one.inputs, more.inputs]), {}, False),
+    ):
+        rows, length = batch["input_ids"].shape
+        turn = {"input_ids": torch.tensor([[31, 32, 33]] * rows)}
+        turn["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(rows, 3, dtype=torch.long)], 1)
+        with torch.no_grad(), tokenprune.patched(model, "uniform", keep=0.25, **options):
+            cache = model(**batch, past_key_values=transformers.DynamicCache()).past_key_values
+            other, third = copy.deepcopy(cache), copy.deepcopy(cache)
+            expected = model(**turn, past_key_values=cache).logits
+        with torch.no_grad(), tokenprune.patched(model, "feather", keep=0.25):
+            if right:
+                assert torch.allclose(model(**turn, past_key_values=other).logits, expected, rtol=1e-5)
+            else:
+                with pytest.raises(tokenprune.UnsupportedModel, match="goes on without it"):
+                    model(**turn, past_key_values=other)
+        with torch.no_grad():
+            if right:
+                assert torch.allclose(model(**turn, past_key_values=third).logits, expected, rtol=1e-5)
+            else:
+                with pytest.raises(tokenprune.UnsupportedModel, match="goes on without it"):
+                    model(**turn, past_key_values=third)
+
+
 def test_hooks_that_move_outputs_between_devices() -> None:
     model, example = build("llava"), prompt("llava")
     with tokenprune.patched(model, "top_k", keep=0.5):

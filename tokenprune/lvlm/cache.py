@@ -71,6 +71,16 @@ class _PrunedCache:
 
     _tokenprune_map: CacheMap
     _tokenprune_original: type
+    _tokenprune_followed = False
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        known = self._tokenprune_map
+        if not self._tokenprune_followed and (known.padded or known.shift is not None):
+            raise UnsupportedModel(
+                "this cache was made under a patch behind the image tower, and goes on without it: masks and positions"
+                " would be those of the whole prompt; patch the model again, or run the prompt anew"
+            )
+        return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced = super().__reduce_ex__(protocol)
@@ -127,6 +137,12 @@ def remember_map(cache: Any, known: CacheMap) -> None:
     if not isinstance(cache, _PrunedCache):
         cache.__class__ = _pruned(type(cache))
     cache._tokenprune_map = known
+
+
+def follow(cache: Any, now: bool) -> None:
+    """Say of a cache whether its map is followed from here on."""
+    if isinstance(cache, _PrunedCache):
+        cache._tokenprune_followed = now
 
 
 def map_of(cache: Any) -> CacheMap | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModel
-from tokenprune.lvlm.cache import CacheMap, identity_map, remember_map
+from tokenprune.lvlm.cache import CacheMap, follow, identity_map, remember_map
 from tokenprune.lvlm.funnel import causal_mask, narrow_mask, narrow_positions, pack_left, renumber, spread
 from tokenprune.lvlm.inside import Inside, remember_stages, stages_of
 from tokenprune.lvlm.local import Call, bind, mask_of_entries, shape_of
@@ -36,9 +36,9 @@ class TextSite:
         if self.patch.inside is not None:
             self.patch.local.inside = self._between_layers(text, call, bound)
             return None
-        if call.visual is None:
-            return self._continue(call, bound)
-        return (), self._prune(call, bound)
+        changed = self._continue(call, bound) if call.visual is None else ((), self._prune(call, bound))
+        follow(bound.get("past_key_values"), True)
+        return changed
 
     def _continue(self, call: Call, bound: dict[str, Any]) -> Any:
         """More text behind a pruned prompt: a mask for the entries of the cache, positions as they were counted."""
@@ -168,6 +168,7 @@ class TextSite:
         """Hook: it has ended. Its last hidden state gets the prompt's length back."""
         call, self.patch.local.call = self.patch.local.call, None
         inside, self.patch.local.inside = self.patch.local.inside, None
+        follow(getattr(output, "past_key_values", None), False)
         if inside is not None and call is not None and call.visual is not None and output is not None:
             return self._behind_layers(inside, call, output)
         if call is None or call.prompt is None or call.map is None or output is None:
