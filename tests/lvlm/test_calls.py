@@ -221,7 +221,7 @@ def test_a_cache_that_goes_on_without_its_patch() -> None:
         (left_padded([one.inputs]), {"positions": "reindex"}, False),
         (left_padded([one.inputs, more.inputs]), {}, False),
     ):
-        rows, length = batch["input_ids"].shape
+        rows = len(batch["input_ids"])
         turn = {"input_ids": torch.tensor([[31, 32, 33]] * rows)}
         turn["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(rows, 3, dtype=torch.long)], 1)
         with torch.no_grad(), tokenprune.patched(model, "uniform", keep=0.25, **options):

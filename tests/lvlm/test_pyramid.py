@@ -394,6 +394,8 @@ def test_refusals() -> None:
         ask(model.model, image)
     with pytest.raises(tokenprune.BudgetError, match="max_tiles=16"):
         ask(model, Drawn(224, 224), max_tiles=8)
+    with pytest.raises(tokenprune.BudgetError, match=r"shrink must be a whole number of at least 1, got 1\.5"):
+        ask(model, image, shrink=1.5)
     with pytest.raises(tokenprune.TokenPruneError, match=r"returned \[1, 576\]"):
         ask(model, image, focus=lambda seen: torch.zeros(1, len(seen.tokens)), shrink=1, max_tiles=40)
     with pytest.raises(tokenprune.TokenPruneError, match="NaN for 1 of"):
