@@ -113,7 +113,7 @@ class _PrunedCache:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.__class__ = self._tokenprune_original  # type: ignore[assignment]
+        self.__class__ = self._tokenprune_original
         del self._tokenprune_map
 
 
@@ -128,7 +128,7 @@ def _pruned(cls: type) -> type:
 
 
 def _blank(original: type) -> Any:
-    cls = _pruned(original)
+    cls: Any = _pruned(original)
     return cls.__new__(cls)
 
 
