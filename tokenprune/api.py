@@ -113,7 +113,7 @@ def patch(
             family.attach(model, one)
     except BaseException:
         for model, family, earlier in found:
-            detach(model, active_patches(model))
+            detach(model, replaced_by(family, model))
             _reattach(model, family, earlier)
         raise
     for (_, _, earlier), one in zip(found, prepared, strict=True):
