@@ -38,7 +38,7 @@ def test_rotation_shift_and_isotropic_scale_change_nothing(measure, pair):
     assert measure(first, draw(9, 60, 5)) < 0.5
 
 
-@pytest.mark.parametrize("measure", (linear_cka, procrustes))
+@pytest.mark.parametrize("measure", [linear_cka, procrustes])
 def test_rotation_of_the_first_changes_nothing_and_order_neither(measure, pair):
     first, second = pair
     assert measure(first @ rotation(5), second) == pytest.approx(measure(first, second))

@@ -48,8 +48,8 @@ def pwcca(first: Tensor, second: Tensor, weights: Tensor | None = None) -> float
     least = max(first.shape[1], second.shape[1]) + 1
     if len(first) < least:
         raise TokenPruneError(
-            f"pwcca of {first.shape[1]} and {second.shape[1]} channels needs more images than channels, and {len(first)}"
-            f" are too few; take {least} or, better, several times as many"
+            f"pwcca of {first.shape[1]} and {second.shape[1]} channels needs more images than channels, and"
+            f" {len(first)} are too few; take {least} or, better, several times as many"
         )
     first, second = _centred(first, weights), _centred(second, weights)
     if not (bool(first.isfinite().all()) and bool(second.isfinite().all())):
@@ -68,11 +68,13 @@ def _centred(features: Tensor, weights: Tensor | None) -> Tensor:
     else:
         weights = weights.double()[:, None]
         features = (features - (weights * features).sum(0) / weights.sum()) * weights.sqrt()
-    return features / torch.linalg.matrix_norm(features)
+    centred: Tensor = features / torch.linalg.matrix_norm(features)
+    return centred
 
 
 def _whitened(features: Tensor) -> Tensor:
     """An orthonormal basis [I, R] of what the columns of `features` [I, D] span."""
     variances, directions = torch.linalg.eigh(features.T @ features)
     real = variances > NOISE * variances[-1]
-    return features @ (directions[:, real] * variances[real].rsqrt())
+    basis: Tensor = features @ (directions[:, real] * variances[real].rsqrt())
+    return basis
