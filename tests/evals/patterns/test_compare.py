@@ -128,7 +128,7 @@ def test_correlations_equal_scipys_over_the_pairs(several):
         for one, other in zip(first.depth > block, second.depth > block, strict=True):
             union = int((one | other).sum())
             values.append(int((one & other).sum()) / union if union else 1.0)
-        return sum(values) / IMAGES
+        return round(sum(values) / IMAGES, 12)
 
     for block in (1, 2, 3):
         pooled = list(itertools.combinations(patterns[1:], 2))

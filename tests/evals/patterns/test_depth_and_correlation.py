@@ -88,5 +88,8 @@ def test_coefficients_worked_by_hand():
     assert float(spearman(order, other)) == pytest.approx(0.8)  # 1 - 6 * (1 + 1) / (4 * 15)
     assert kendall(order, other) == pytest.approx(4 / 6)  # one pair of six is the wrong way round
     assert float(pearson(order, 3 - 2 * order)) == pytest.approx(-1)
+    noisy = torch.tensor([0.1 + 0.2, 0.3, 5, 6], dtype=torch.double)  # 0.30000000000000004 first: a tie
+    assert float(spearman(order, noisy)) == pytest.approx(scipy.stats.spearmanr([1, 2, 3, 4], [1, 1, 2, 3]).statistic)
+    assert kendall(order, noisy) == pytest.approx(scipy.stats.kendalltau([1, 2, 3, 4], [1, 1, 2, 3]).statistic)
     constant = torch.full((4,), 0.1, dtype=torch.double)
     assert all(math.isnan(float(of(order, constant))) for of in (pearson, spearman, kendall))

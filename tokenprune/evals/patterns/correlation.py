@@ -17,7 +17,10 @@ def pearson(first: Tensor, second: Tensor) -> Tensor:
 
 
 def spearman(first: Tensor, second: Tensor) -> Tensor:
-    """Pearson's coefficient of the ranks of `first` and `second` [..., n], the mean rank for equal values: [...]."""
+    """Pearson's coefficient of the ranks of `first` and `second` [..., n], the mean rank for equal values: [...].
+
+    Values that agree to 12 decimals are equal, here and for `kendall`.
+    """
     return pearson(_ranks(first), _ranks(second))
 
 
@@ -25,10 +28,15 @@ def kendall(first: Tensor, second: Tensor) -> float:
     """Kendall's tau b of `first` and `second` [n]; NaN as for `pearson`."""
     from scipy.stats import kendalltau
 
-    return float(kendalltau(first.cpu().numpy(), second.cpu().numpy()).statistic)
+    return float(kendalltau(_rounded(first).numpy(), _rounded(second).numpy()).statistic)
 
 
 def _ranks(values: Tensor) -> Tensor:
     from scipy.stats import rankdata
 
-    return torch.from_numpy(rankdata(values.double().cpu().numpy(), axis=-1))
+    return torch.from_numpy(rankdata(_rounded(values).numpy(), axis=-1))
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Values that only the order of a sum tells apart are equal."""
+    return values.double().cpu().round(decimals=12)

@@ -32,7 +32,7 @@ def summary_rows(patterns: Sequence[Pattern], arms: Sequence[Arm], weights: Tens
         row["kept"] = float(pattern.kept(-1).double().mean())
         row["groups"] = pattern.merges
         if pattern.right is not None:
-            row |= _cells(score, _right(pattern, weights) / weights.sum(1))
+            row |= _cells(score, accuracy(pattern, weights))
             base = next(other for other in patterns if other.model == pattern.model)
             if pattern is not base:
                 row |= _cells("loss", loss(base, pattern, weights))
@@ -82,16 +82,14 @@ def correlation_rows(pairs: Sequence[Pair], anchors: Sequence[str], weights: Ten
 
 
 def loss(first: Pattern, second: Pattern, weights: Tensor) -> Tensor:
-    """Accuracy of `first` minus that of `second` in each sample of images: [samples].
-
-    From the difference of counts, so that equal losses are equal to the last bit and count as ties.
-    """
-    return (_right(first, weights) - _right(second, weights)) / weights.sum(1)
+    """Accuracy of `first` minus that of `second` in each sample of images: [samples]."""
+    return accuracy(first, weights) - accuracy(second, weights)
 
 
-def _right(pattern: Pattern, weights: Tensor) -> Tensor:
+def accuracy(pattern: Pattern, weights: Tensor) -> Tensor:
+    """Share of right answers in each sample of images: [samples]."""
     assert pattern.right is not None
-    return weights @ pattern.right.double()
+    return weights @ pattern.right.double() / weights.sum(1)
 
 
 def _sets(pairs: Sequence[Pair], anchors: Sequence[str]) -> Iterator[tuple[str, str, list[Pair]]]:
