@@ -11,7 +11,7 @@ from families import build, images
 from tokenprune import cli
 from tokenprune.errors import TokenPruneError, UnsupportedModel
 from tokenprune.evals.patterns import compare
-from tokenprune.evals.patterns.compare import Subject
+from tokenprune.evals.patterns.comparison import Subject
 from tokenprune.evals.patterns.pairs import measure_pairs, pair_up
 from tokenprune.evals.patterns.pattern import Pattern
 from tokenprune.evals.patterns.tables import correlation_rows, pair_rows
@@ -19,6 +19,7 @@ from tokenprune.evals.stats import bootstrap_mean, percentile_ends, resample_wei
 from tokenprune.evals.table import Table
 
 IMAGES = 24
+METHODS = ["top_k", "tome", "evit", "random"]
 
 
 def made(method, budget="a", model="", seed=0, right=0.5):
@@ -207,6 +208,10 @@ def test_other_grids_and_unknown_measures_are_refused():
         compare(model, batch, ["random"], [{"keep": 0.4}], others=[Subject("other", wide, batch[..., :24])], name="one")
     with pytest.raises(TokenPruneError, match="2 images"):
         compare(model, batch, ["random"], [{"keep": 0.4}], others=[Subject("other", model, batch[:1])])
+    with pytest.raises(TokenPruneError, match="names of their own"):
+        compare(model, batch, others=[Subject("", model, batch)])
+    with pytest.raises(TokenPruneError, match="none of the methods that ran: unpatched, random"):
+        compare(model, batch, ["random"], [{"keep": 0.4}], anchors=["top_k"])
     with pytest.raises(TokenPruneError, match="kept, clusters, depth, features"):
         compare(model, batch, measures=["colour"])
 
@@ -228,17 +233,17 @@ def test_the_command_writes_tables_and_plots(tmp_path, monkeypatch, capsys):
             tmp_path / "pictures" / name / f"{number}.png"
         )
     arguments = ["patterns", "--model", "patterned_vit:build", "--data", "pictures", "--quiet", "--output", "found"]
-    methods = [part for name in ("top_k", "tome", "evit") for part in ("--method", name)]
-    assert cli.main([*arguments, *methods, "--keep", "0.5", "--keep", "0.3", "--resamples", "20"]) == 0
+    methods = [part for name in METHODS for part in ("--method", name)]
+    assert cli.main([*arguments, *methods, "--keep", "0.3", "--resamples", "20"]) == 0
     shown = capsys.readouterr().out
     for name in ("methods", "kept", "clusters", "depth", "features", "correlation"):
         for suffix in (".md", ".csv", ".json"):
             assert (tmp_path / "found" / f"{name}{suffix}").stat().st_size > 100
         assert name in shown
     rows = Table.from_json((tmp_path / "found" / "methods.json").read_text()).rows
-    assert [row["method"] for row in rows] == ["unpatched", *["top_k", "tome", "evit"] * 2]
-    assert [row["kept"] for row in rows] == pytest.approx([1.0, *[0.5] * 3, *[5 / 16] * 3])
-    for name in ("kept-keep-0.5", "clusters-keep-0.3", "depth", "survival", "features", "correlation"):
+    assert [row["method"] for row in rows] == ["unpatched", *METHODS]
+    assert [row["kept"] for row in rows] == pytest.approx([1.0, *[5 / 16] * 4])
+    for name in ("kept-keep-0.3", "clusters-keep-0.3", "depth", "survival", "features", "correlation"):
         with Image.open(tmp_path / "found" / f"{name}.png") as plot:
             assert len(plot.getcolors(maxcolors=2**20)) > 20
     assert cli.main([*arguments[:2], "dit-digits", "--output", "found"]) == 1

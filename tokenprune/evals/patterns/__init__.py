@@ -3,6 +3,6 @@
 After Haurum et al., "Which Tokens to Use? Investigating Token Reduction in Vision Transformers", ICCV workshops 2023.
 """
 
-from tokenprune.evals.patterns.compare import Comparison, compare
+from tokenprune.evals.patterns.comparison import Comparison, compare
 
 __all__ = ["Comparison", "compare"]

@@ -10,7 +10,7 @@ from tokenprune.errors import TokenPruneError
 from tokenprune.evals.commands import budgets, image_data, load
 from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 from tokenprune.evals.digits_lvlm import LVLM
-from tokenprune.evals.patterns.compare import Subject, compare
+from tokenprune.evals.patterns.comparison import Subject, compare
 from tokenprune.evals.patterns.plots import plot_all
 
 
@@ -35,7 +35,7 @@ def run_patterns(options: argparse.Namespace) -> int:
         budgets(options),
         others=others,
         measures=options.measure,
-        **({"anchors": options.anchor} if options.anchor else {}),
+        anchors=options.anchor,
         transform=first.transform,
         name=first.name,
         batch_size=options.batch_size,

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.accuracy import placement
 from tokenprune.evals.arms import Arm, Budget, build_arms
-from tokenprune.evals.data import Transform, open_data
+from tokenprune.evals.data import ImageData, Transform, open_data
 from tokenprune.evals.patterns.collect import collect_patterns
 from tokenprune.evals.patterns.pairs import Pair, enough_for_pwcca, measure_pairs, pair_up
 from tokenprune.evals.patterns.pattern import Pattern, require_class_tokens, require_same_images
@@ -61,7 +60,7 @@ def compare(
     *,
     others: Sequence[Subject] = (),
     measures: Sequence[str] | None = None,
-    anchors: Sequence[str] = ANCHORS,
+    anchors: Sequence[str] | None = None,
     transform: Transform | None = None,
     name: str = "",
     split: str | None = None,
@@ -75,34 +74,33 @@ def compare(
 
     data, transform, split, samples, methods, budgets: as in `tokenprune.evals.evaluate`; all methods that fit where
     none is named. others: further models, whose patterns are compared under the same method and budget. measures: those
-    of `MEASURES`; all that the models have where none is named. anchors: methods that all others at their budget are
-    compared with, beside the unpatched model. name: of `model` in the tables.
+    of `MEASURES`; all that the models have where none is named. anchors: methods, beside the unpatched
+    model, with the similarity to which the loss of accuracy is correlated; `ANCHORS` where none is named. name: of
+    `model` in the tables, another one than those of `others`.
 
     Means over images with 95% bootstrap intervals over images, the same resamples for all; of class features, only
     where they are compared with the unpatched model's.
 
     Raises:
         UnsupportedModel: tokens do not leave one by one, or `measures` names "features" and a model has no class token.
-        TokenPruneError: as `evaluate`; the models' grids differ; a measure is unknown.
+        TokenPruneError: as `evaluate`; the models' grids differ; two have one name; a measure is unknown; an anchor was
+            not run.
     """
     unknown = sorted(set(measures or ()) - set(MEASURES))
     if unknown:
         raise TokenPruneError(f"measures={unknown[0]!r} is none of {', '.join(MEASURES)}")
+    subjects = (Subject(name, model, data, transform), *others)
+    if len({subject.name for subject in subjects}) < len(subjects):
+        raise TokenPruneError(
+            f"models need names of their own, got {[subject.name for subject in subjects]}; name= and Subject"
+        )
     patterns: list[Pattern] = []
     arms: list[Arm] = []
-    conditions: Row = {}
-    weights = torch.empty(0)
-    score = "agreement"
-    for subject in (Subject(name, model, data, transform), *others):
-        images = open_data(
-            subject.data,
-            subject.transform or model_transform(subject.model),
-            split=split,
-            num_classes=getattr(subject.model, "num_classes", None),
-        )
-        device, dtype = placement(subject.model)
+    sources: list[ImageData] = []
+    for subject in subjects:
+        images = _images(subject, split)
         example, _ = next(images.batches(1, samples=samples, seed=seed))
-        own = build_arms(subject.model, example.to(device, dtype), methods, budgets, baselines=False)
+        own = build_arms(subject.model, example.to(*placement(subject.model)), methods, budgets, baselines=False)
         found = collect_patterns(
             own,
             images,
@@ -112,22 +110,24 @@ def compare(
             seed=seed,
             show_progress=show_progress,
         )
-        if patterns:
-            require_same_images(patterns[0], found[0])
-        else:
-            chosen = images.chosen(samples, seed)
-            groups = None if images.groups is None else images.groups[chosen]
-            weights = resample_weights(len(chosen), groups=groups, seed=seed, resamples=resamples)
-            conditions = {"data": images.name, "images": len(chosen), **environment(device, dtype)}
-            score = "agreement" if images.classes is None else "top1"
+        require_same_images((patterns or found)[0], found[0])
         patterns += found
         arms += own
-    if measures is not None and "features" in measures:
-        for pattern in patterns:
-            require_class_tokens(pattern)
+        sources.append(images)
+    for pattern in patterns if measures is not None and "features" in measures else ():
+        require_class_tokens(pattern)
+    for anchor in anchors or ():
+        if anchor not in (pattern.method for pattern in patterns):
+            raise TokenPruneError(f"anchor {anchor!r} is none of the methods that ran: {_methods(patterns)}")
+    anchors = ANCHORS if anchors is None else anchors
     wanted = MEASURES if measures is None else tuple(measures)
+    chosen = sources[0].chosen(samples, seed)
+    groups = None if sources[0].groups is None else sources[0].groups[chosen]
+    weights = resample_weights(len(chosen), groups=groups, seed=seed, resamples=resamples)
     pairs = pair_up(patterns, anchors)
     measure_pairs(pairs, weights, wanted, show_progress=show_progress)
+    conditions: Row = {"data": sources[0].name, "images": len(chosen), **environment(*placement(model))}
+    score = "agreement" if sources[0].classes is None else "top1"
     tables = {"methods": Table(summary_rows(patterns, arms, weights, score), conditions | left_out(patterns))}
     for kind in wanted:
         if rows := pair_rows(pairs, kind):
@@ -135,6 +135,19 @@ def compare(
     if rows := correlation_rows(pairs, anchors, weights):
         tables["correlation"] = Table(rows, {"loss of": score, **conditions})
     return Comparison(patterns, pairs, tables)
+
+
+def _images(subject: Subject, split: str | None) -> ImageData:
+    return open_data(
+        subject.data,
+        subject.transform or model_transform(subject.model),
+        split=split,
+        num_classes=getattr(subject.model, "num_classes", None),
+    )
+
+
+def _methods(patterns: Sequence[Pattern]) -> str:
+    return ", ".join(dict.fromkeys(pattern.method for pattern in patterns))
 
 
 def left_out(patterns: Sequence[Pattern]) -> Row:
