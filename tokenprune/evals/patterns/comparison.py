@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -16,7 +17,7 @@ from tokenprune.evals.patterns.collect import collect_patterns
 from tokenprune.evals.patterns.pairs import Pair, enough_for_pwcca, measure_pairs, pair_up
 from tokenprune.evals.patterns.pattern import Pattern, require_class_tokens, require_same_images
 from tokenprune.evals.patterns.tables import correlation_rows, pair_rows, summary_rows
-from tokenprune.evals.stats import resample_weights
+from tokenprune.evals.stats import bootstrap_mean, resample_weights
 from tokenprune.evals.table import Row, Table, environment
 from tokenprune.evals.transforms import model_transform
 
@@ -124,11 +125,12 @@ def compare(
     chosen = sources[0].chosen(samples, seed)
     groups = None if sources[0].groups is None else sources[0].groups[chosen]
     weights = resample_weights(len(chosen), groups=groups, seed=seed, resamples=resamples)
+    mean = partial(bootstrap_mean, groups=groups, seed=seed, resamples=resamples)
     pairs = pair_up(patterns, anchors)
     measure_pairs(pairs, weights, wanted, show_progress=show_progress)
     conditions: Row = {"data": sources[0].name, "images": len(chosen), **environment(*placement(model))}
     score = "agreement" if sources[0].classes is None else "top1"
-    tables = {"methods": Table(summary_rows(patterns, arms, weights, score), conditions | left_out(patterns))}
+    tables = {"methods": Table(summary_rows(patterns, arms, score, mean), conditions | left_out(patterns))}
     for kind in wanted:
         if rows := pair_rows(pairs, kind):
             tables[kind] = Table(rows, conditions)

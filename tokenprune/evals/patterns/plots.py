@@ -80,17 +80,19 @@ def plot_depth(patterns: Sequence[Pattern], path: str | Path) -> None:
 
 
 def plot_survival(patterns: Sequence[Pattern], path: str | Path) -> None:
-    """For each pattern a row of maps, one a stage: the share of images in which the token of each place leaves it."""
+    """For each pattern a strip of maps, one a stage: the share of images in which the token of each place leaves it."""
     stages = patterns[0].stages
-    figure, axes = _panels(len(patterns) * len(stages), len(stages), 1.5, 1.35)
-    for number, pattern in enumerate(patterns):
+    figure, axes = _panels(len(patterns), 3, 1.1 * len(stages), 1.3)
+    for pattern, ax in zip(patterns, axes, strict=True):
         shares = survival(pattern.depth, pattern.blocks)
-        for stage, block in enumerate(stages):
-            ax = axes[number * len(stages) + stage]
-            image = ax.imshow(shares[block].reshape(pattern.grid).numpy(), vmin=0, vmax=1)
-            ax.set_title(f"{pattern.label}: {block}" if stage == 0 else f"block {block}", size=6)
-            ax.set_axis_off()
-    figure.colorbar(image, ax=axes, shrink=0.3, label="share of the images")
+        maps = [shares[block].reshape(pattern.grid).numpy() for block in stages]
+        gap = numpy.full((pattern.grid[0], 1), numpy.nan)
+        strip = [part for shown in maps for part in (shown, gap)][:-1]
+        image = ax.imshow(numpy.concatenate(strip, 1), vmin=0, vmax=1)
+        ax.set_title(pattern.label, size=7)
+        ax.set_axis_off()
+    figure.colorbar(image, ax=axes, shrink=0.5, label="share of the images")
+    figure.suptitle(f"behind blocks {', '.join(map(str, stages))}", size=9)
     figure.savefig(path, dpi=DPI)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from tokenprune.evals.arms import UNPATCHED, Arm
 from tokenprune.evals.patterns.correlation import kendall, pearson, spearman
 from tokenprune.evals.patterns.pairs import BUDGETS, METHODS, MODELS, Pair
 from tokenprune.evals.patterns.pattern import Pattern
-from tokenprune.evals.stats import percentile_ends
-from tokenprune.evals.table import Row
+from tokenprune.evals.stats import Interval, percentile_ends
+from tokenprune.evals.table import Row, interval_cells
 
 EVERY_PAIR = "every pair"
 FEWEST = 4
@@ -21,21 +21,25 @@ SYMMETRIC = ("iou", "v_measure", "js", "pcc", "scc", "sim", "emd", "cka", "procr
 """What is correlated with the loss of accuracy."""
 
 
-def summary_rows(patterns: Sequence[Pattern], arms: Sequence[Arm], weights: Tensor, score: str) -> list[Row]:
+def summary_rows(
+    patterns: Sequence[Pattern], arms: Sequence[Arm], score: str, mean: Callable[..., Interval]
+) -> list[Row]:
     """A row a pattern: what it costs, how deep its patches are computed, how often the answer is right; and a row for
-    each of `arms` that could not be run, with its reason. score: name of what is right."""
-    shares = weights / weights.sum(1, keepdim=True)
+    each of `arms` that could not be run, with its reason.
+
+    score: name of what is right. mean: of values [I] and their `support`, as `tokenprune.evals.stats.bootstrap_mean`.
+    """
     rows: list[Row] = []
     for pattern in patterns:
         row = _names(pattern) | {"flops_ratio": pattern.flops_ratio}
-        row |= _cells("depth", shares @ pattern.depth.double().mean(1))
+        row |= _interval("depth", mean(pattern.depth.double().mean(1)))
         row["kept"] = float(pattern.kept(-1).double().mean())
         row["groups"] = pattern.merges
         if pattern.right is not None:
-            row |= _cells(score, accuracy(pattern, weights))
+            row |= _interval(score, mean(pattern.right, support=(0.0, 1.0)))
             base = next(other for other in patterns if other.model == pattern.model)
-            if pattern is not base:
-                row |= _cells("loss", loss(base, pattern, weights))
+            if pattern is not base and base.right is not None:
+                row |= _interval("loss", mean(base.right.double() - pattern.right.double(), support=(-1.0, 1.0)))
         rows.append(row)
     return rows + [{"method": arm.method, "budget": arm.budget, "note": arm.note} for arm in arms if arm.model is None]
 
@@ -81,11 +85,6 @@ def correlation_rows(pairs: Sequence[Pair], anchors: Sequence[str], weights: Ten
     return rows
 
 
-def loss(first: Pattern, second: Pattern, weights: Tensor) -> Tensor:
-    """Accuracy of `first` minus that of `second` in each sample of images: [samples]."""
-    return accuracy(first, weights) - accuracy(second, weights)
-
-
 def accuracy(pattern: Pattern, weights: Tensor) -> Tensor:
     """Share of right answers in each sample of images: [samples]."""
     assert pattern.right is not None
@@ -112,7 +111,7 @@ def _sets(pairs: Sequence[Pair], anchors: Sequence[str]) -> Iterator[tuple[str, 
 
 def loss_of(pair: Pair, against: str, weights: Tensor) -> Tensor:
     """The loss of accuracy that goes with `pair` in the set of that name, in each sample of images: [samples]."""
-    lost = loss(pair.first, pair.second, weights)
+    lost = accuracy(pair.first, weights) - accuracy(pair.second, weights)
     if against in (EVERY_PAIR, f"other {MODELS}"):
         return lost.abs()
     return -lost if against == pair.second.method != pair.first.method else lost
@@ -142,6 +141,10 @@ def _pair_names(pair: Pair) -> Row:
 
 def _blocks(pair: Pair, stage: int) -> str:
     return " / ".join(dict.fromkeys(str(pattern.stages[stage]) for pattern in (pair.first, pair.second)))
+
+
+def _interval(name: str, found: Interval) -> Row:
+    return interval_cells(name, found.estimate, found.low, found.high)
 
 
 def _cells(name: str, draws: Tensor, *, centred: bool = False) -> Row:
