@@ -57,6 +57,36 @@ def bootstrap_median(
     return _bootstrap(len(data), lambda draw: data[draw].quantile(0.5, dim=1), seed, resamples, level)
 
 
+def resample_weights(count: int, *, groups: Tensor | None = None, seed: int = 0, resamples: int = 1000) -> Tensor:
+    """How often each of `count` values is in each bootstrap sample: [1 + resamples, count], float64.
+
+    The first row is the sample as it is. For statistics that take weights, and where several are to be computed on the
+    same samples. groups: as in `bootstrap_mean`.
+    """
+    labels = torch.arange(count) if groups is None else groups.cpu()
+    _, member = torch.unique(labels, return_inverse=True)
+    size = int(member.max()) + 1
+    times = [torch.ones(1, size, dtype=torch.float64)]
+    for index in _resample(size, resamples, torch.Generator().manual_seed(seed)):
+        rows = torch.zeros(len(index), size, dtype=torch.float64)
+        times.append(rows.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64)))
+    return torch.cat(times)[:, member]
+
+
+def percentile_ends(draws: Tensor, *, centred: bool = False, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Lower and upper end of the percentile interval of a statistic: draws [1 + resamples, ...], in the order of
+    `resample_weights`, to two of [...]. Where a resample gives no number (NaN) the ends are NaN.
+
+    centred: both ends moved so that the median resample is at the estimate, for statistics that any noise pushes to one
+    side, such as a divergence: resampling adds noise, and the plain interval would lie beside the estimate.
+    """
+    tail = (1.0 - level) / 2.0
+    places = torch.tensor([tail, 0.5, 1.0 - tail], dtype=torch.float64)
+    low, median, high = draws[1:].double().quantile(places, dim=0)
+    shift = draws[0] - median if centred else torch.zeros_like(median)
+    return low + shift, high + shift
+
+
 def _bootstrap(count: int, statistic: Callable[[Tensor], Tensor], seed: int, resamples: int, level: float) -> Interval:
     """The statistic of rows of indices [rows, count] into the sample, once as it is and over the resamples."""
     if count == 0:
