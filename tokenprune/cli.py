@@ -39,6 +39,7 @@ EXAMPLES = {
         "tokenprune train digits-vit --output digits-run",
         "tokenprune train dit-digits --output dit-run",
         "tokenprune train lvlm-digits --output lvlm-run",
+        "tokenprune train digit-masks --output masks-run",
     ],
 }
 
