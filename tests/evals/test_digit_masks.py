@@ -53,11 +53,11 @@ def test_overlaps_and_mean_iou_of_loops():
 def test_the_shipped_head_segments_fresh_test_canvases():
     record = json.loads((CHECKPOINTS / "digit_masks.json").read_text())
     assert record["recipe"] == json.loads(json.dumps(train_masks.RECIPE))
-    images, masks = masked_digits("test", 200, seed=train_masks.SEED + 5)
+    images, masks = masked_digits("test", 100, seed=train_masks.SEED + 5)
     with torch.inference_mode():
         logits = mask_head()(patch_features(digits_vit(), images))
-    assert logits.shape == (200, CLASSES, 20, 20)
-    assert abs(mean_iou(overlaps(logits.argmax(1), masks)).item() - record["test_mean_iou"]) < 0.06
+    assert logits.shape == (100, CLASSES, 20, 20)
+    assert abs(mean_iou(overlaps(logits.argmax(1), masks)).item() - record["test_mean_iou"]) < 0.08
     assert record["test_mean_iou"] > 0.6
     assert len((CHECKPOINTS / CHECKPOINT).read_bytes()) <= 300_000
 

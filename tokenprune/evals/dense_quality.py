@@ -27,7 +27,7 @@ from tokenprune.errors import BudgetError, UnsupportedMethod
 from tokenprune.evals.arms import UNPATCHED
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.stats import Interval, bootstrap, bootstrap_mean
-from tokenprune.evals.table import Row, Table, environment, interval_cells
+from tokenprune.evals.table import Cell, Row, Table, environment, interval_cells
 from tokenprune.method import Restore
 
 FLOPS = (0.8, 0.6, 0.5, 0.4)
@@ -142,6 +142,16 @@ class Rows:
         return interval_cells(self.task.name, found.estimate, found.low, found.high)
 
 
+def by_method(table: Table, name: str) -> Table:
+    """The scores called `name` of each method at each budget, a column for each restoration."""
+    found: dict[tuple[Cell, Cell], Row] = {}
+    for row in table.rows[1:]:
+        told = found.setdefault((row["flops"], row["method"]), {"flops": row["flops"], "method": row["method"]})
+        if name in row:
+            told.update({str(row["restore"]) + end: row[name + end] for end in ("", "_low", "_high")})
+    return Table(list(found.values()), {f"unpatched {name}": table.rows[0][name], **table.environment})
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Scores a task and writes dense-TASK.md and .json into the folder, a row at a time."""
     parser = argparse.ArgumentParser(prog="python -m tokenprune.evals.dense_quality", description=main.__doc__)
@@ -157,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.method or [info.name for info in tokenprune.methods(task.model)]
     conditions: Row = {"task": options.task, "images": len(task.images)}
     table = Table([], conditions | environment("cpu"))
+    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"dense-{options.task}.json"
     if path.is_file():
         table.rows = [*Table.from_json(path.read_text()).rows]
@@ -169,8 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if row is not None:
             table.rows.append(row)
             print(" ".join(str(cell) for cell in row.values()), flush=True)
-            for suffix in ("md", "json"):
-                table.save(path.with_suffix(f".{suffix}"))
+            table.save(path)
+            by_method(table, task.name).save(path.with_suffix(".md"))
     return 0
 
 
