@@ -3,7 +3,7 @@
 Of five choices. A merged token takes its group's value ("unmerge"); whoever left takes an estimate from all kept tokens
 ("regression"), the value of the kept token that was most similar when it left ("feature", similarity-based recovery,
 AT-EDM section 3.3) or that lies nearest in the image ("place"); or it comes back in front of the last block, which runs
-on all tokens ("fusion": last-layer fusion, Bergner et al., "Token Cropr", CVPR 2025, section 3.3).
+on all tokens ("fusion": last-layer fusion, Bergner et al., "Token Cropr", CVPR 2025).
 """
 
 from __future__ import annotations
@@ -92,10 +92,8 @@ def undo(choice: Restore, state: TokenState, reduction: Reduction, x: Tensor, le
 def _undo(choice: Restore, state: TokenState, reduction: Reduction, x: Tensor) -> Undo:
     count = x.shape[1]
     if reduction.matrix is not None:
-        if choice != "unmerge":
-            raise UnsupportedMethod(
-                f"every token is a mixture here, and restore={choice!r} needs some that are kept; use 'unmerge'"
-            )
+        if choice in ("feature", "place"):
+            raise UnsupportedMethod(f"every token is a mixture here, and restore={choice!r} needs some that are kept")
         return Undo(reduction.source(count))
     own = represented(reduction) if choice == "unmerge" else Reduction(reduction.kept)
     lost = dropped(own, count)
