@@ -38,6 +38,7 @@ def patch(
     tokens: int | None = None,
     schedule: Mapping[int | str, float] | StoredSchedule | str | PathLike[str] | None = None,
     prefix_only_last: bool = True,
+    restore: str | None = None,
     steps: Any = None,
     positions: str | None = None,
     require_speedup: bool = False,
@@ -62,6 +63,14 @@ def patch(
     such a hook before compiling). What the method itself would do in that block is then done in a recording only, as
     nothing depends on it. Dense outputs (`forward_features`, `forward_intermediates`) still have every token, and so
     cost more than the forward that a flops budget is about: switch this off where they are what is run.
+
+    restore: of an image tower, what stands for a token that left, where the full grid is read (a mean over patches, or
+    a dense output); None is the method's own. "unmerge": a merged token takes its group's value. "regression": an
+    estimate from all kept tokens, by similarity. "feature": the kept token that was most similar when it left. "place":
+    the one nearest in the image. "fusion": all tokens come back, as they were when they left, in front of the last
+    block, which runs on all of them in every forward and counts towards a flops budget as such (last-layer fusion,
+    Bergner et al., "Token Cropr", CVPR 2025). What a method drops beside merging is regressed under "unmerge", and what
+    it merges counts as left under the other names.
 
     steps: of a denoising run, how strongly each part of it is reduced, see `tokenprune.denoisers.steps.parse_steps`;
     None is the method's own. Of a denoiser `keep` is the share computed in each stack of blocks, behind which all
@@ -94,7 +103,7 @@ def patch(
     budget = parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule, own=own)
     if schedule is not None and options.get("places") is not None:
         raise BudgetError("schedule= names the places itself; leave out places=")
-    request = Request(budget, steps, target, prefix_only_last, positions)
+    request = Request(budget, steps, target, prefix_only_last, positions, restore)
     found = [(model, family, replaced_by(family, model)) for model, family in _find(target)]
     for model, _, earlier in found:
         detach(model, earlier)

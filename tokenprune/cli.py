@@ -45,6 +45,7 @@ EXAMPLES = {
         "tokenprune train digits-vit --output digits-run",
         "tokenprune train dit-digits --output dit-run",
         "tokenprune train lvlm-digits --output lvlm-run",
+        "tokenprune train digit-masks --output masks-run",
     ],
 }
 
@@ -196,7 +197,9 @@ def parser() -> argparse.ArgumentParser:
     _add_format(score)
 
     train = _command(commands, "train", "train a model of the package by its recipe")
-    train.add_argument("model", choices=["digits-vit", "dit-digits", "unet-digits", "lvlm-digits", "digit-reader"])
+    train.add_argument(
+        "model", choices=["digits-vit", "dit-digits", "unet-digits", "lvlm-digits", "digit-reader", "digit-masks"]
+    )
     train.add_argument("--output", required=True, metavar="FOLDER", help="for the checkpoint and its record")
     train.add_argument("--steps", type=_positive, help="other than the recipe's only to try the command out")
     train.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: %(default)s)")

@@ -29,7 +29,8 @@ from tokenprune.tower_report import summarise
 class Patch(Portable):
     """What a patch knows for as long as it is on: plain data and the sites, no module.
 
-    active: whether anything is reduced (not at a budget of 1.0). prefix_only_last: whether the last block's output is
+    active: whether anything is reduced (not at a budget of 1.0). fuses: whether all tokens come back in front of the
+    last block. prefix_only_last: whether the last block's output is
     computed for the prefix tokens alone in forwards where no other is read. seen: of an adaptive method, (block, tokens
     that left it of each image) of the last forward.
     """
@@ -46,6 +47,7 @@ class Patch(Portable):
         self.depth = len(host.blocks)
         self.layout = Layout(self.depth, host.num_prefix_tokens)
         self.active = not budget.is_full
+        self.fuses = self.active and method.restoration == "fusion"
         self.shares = _shares(budget, host)
         self.restored = host.restored
         self.refused = host.refused

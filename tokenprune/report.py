@@ -21,7 +21,7 @@ class Report:
         """method, budget, flops_before and flops_after (multiply-adds of one image; 1 of them = 2 FLOPs),
         flops_ratio, places (name, tokens_in, tokens_out; of an adaptive method means, with the fewest and the most
         that left an image; of a denoiser with the steps of the run), skipped {place: why}, speed
-        (what the latency table of this device says)."""
+        (what the latency table of this device says); of an image tower restore, as in `patch`."""
         return {**self.patch.summary(), "speed": self.patch.speed}
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -36,7 +36,8 @@ class TokenState:
     reduced tensor behind a restored one, that had been changed in place `version` times (None: not known). grid: (rows,
     columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward. dense:
     blocks whose output is restored in this forward. last: the block behind which the model's own tail follows. front:
-    of how many tokens in front alone the last block's output is computed, None for all.
+    of how many tokens in front alone the last block's output is computed, None for all. recorded: whether gradients
+    were recorded at every place so far.
     pack: where the images keep different numbers of tokens, which then holds origin and sizes; tokens is the largest
     number, source holds rows of the pack, and undo leads from pack to pack. counts: (block, tokens that left it of
     each image).
@@ -55,8 +56,13 @@ class TokenState:
     dense: tuple[int, ...] = ()
     last: int | None = None
     front: int | None = None
+    recorded: bool = True
     pack: Pack | None = None
     counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    def undone_by(self, back: Callable[[Tensor], Tensor]) -> TokenState:
+        """The same behind one place more, that `back` undoes."""
+        return replace(self, undo=(*self.undo, back), recorded=self.recorded and torch.is_grad_enabled())
 
     def origins(self, x: Tensor) -> Tensor:
         """[B, n] original patch of each token of x [B, N, C]."""

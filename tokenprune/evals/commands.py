@@ -155,10 +155,12 @@ def kept_rows(loaded: LoadedModel, inputs: Tensor, arms: Sequence[Arm], *, place
 
 def train(options: argparse.Namespace) -> int:
     """`tokenprune train`"""
-    from tokenprune.evals import train_diffusion, train_digits, train_lvlm, train_reader
+    from tokenprune.evals import train_diffusion, train_digits, train_lvlm, train_masks, train_reader
 
     if options.model in (*DIFFUSION, LVLM) and options.steps is not None:
-        raise TokenPruneError(f"--steps is for digits-vit and digit-reader; {options.model} is trained by its recipe")
+        raise TokenPruneError(
+            f"--steps is for digits-vit, digit-reader and digit-masks; {options.model} is trained by its recipe"
+        )
     if options.model in DIFFUSION:
         train_diffusion.main([options.model, "--output", options.output, "--threads", str(options.threads)])
         return 0
@@ -167,9 +169,10 @@ def train(options: argparse.Namespace) -> int:
         record = train_lvlm.train(Path(options.output))
         print(f"{record['training_cpu_seconds']} s of CPU time, written to {options.output}")
         return 0
-    recipe = train_digits if options.model == DIGITS else train_reader
+    recipe = {DIGITS: train_digits, "digit-masks": train_masks}.get(options.model, train_reader)
     record = recipe.train(Path(options.output), options.steps or recipe.STEPS)
-    print(f"test {record['test_accuracy']:.3f}, written to {options.output}")
+    score = next(value for name, value in record.items() if name in ("test_accuracy", "test_mean_iou"))
+    print(f"test {score:.3f}, written to {options.output}")
     return 0
 
 

@@ -42,7 +42,9 @@ def bootstrap_mean(
     count = int(member.max()) + 1 if len(data) else 0
     sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, member, torch.ones_like(data))
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, member, data)
-    interval = _bootstrap(count, lambda draw: sums[draw].sum(1) / sizes[draw].sum(1), seed, resamples, level)
+    interval = bootstrap(
+        count, lambda draw: sums[draw].sum(1) / sizes[draw].sum(1), seed=seed, resamples=resamples, level=level
+    )
     if support is None or count == 0 or data.amin() < data.amax():
         return interval
     reach, mean = 1.0 - ((1.0 - level) / 2.0) ** (1.0 / count), interval.estimate
@@ -54,7 +56,9 @@ def bootstrap_median(
 ) -> Interval:
     """Median of `values` [n] (mean of the two middle ones for even n) with a percentile bootstrap interval."""
     data = torch.as_tensor(values, dtype=torch.float64).cpu()
-    return _bootstrap(len(data), lambda draw: data[draw].quantile(0.5, dim=1), seed, resamples, level)
+    return bootstrap(
+        len(data), lambda draw: data[draw].quantile(0.5, dim=1), seed=seed, resamples=resamples, level=level
+    )
 
 
 def resample_weights(count: int, *, groups: Tensor | None = None, seed: int = 0, resamples: int = 1000) -> Tensor:
@@ -87,8 +91,16 @@ def percentile_ends(draws: Tensor, *, centred: bool = False, level: float = 0.95
     return low + shift, high + shift
 
 
-def _bootstrap(count: int, statistic: Callable[[Tensor], Tensor], seed: int, resamples: int, level: float) -> Interval:
-    """The statistic of rows of indices [rows, count] into the sample, once as it is and over the resamples."""
+def bootstrap(
+    count: int,
+    statistic: Callable[[Tensor], Tensor],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """A statistic of a sample of `count` with a percentile bootstrap interval. statistic: rows of indices [rows, count]
+    into the sample -> its values [rows]."""
     if count == 0:
         return Interval(float("nan"), float("nan"), float("nan"))
     generator = torch.Generator().manual_seed(seed)

@@ -54,6 +54,8 @@ def _check_request(method: Method, request: Request, model: nn.Module) -> None:
         raise UnsupportedMethod(f"steps= is for denoising runs, and {name} has none; use schedule={{block: share}}")
     if request.positions is not None:
         raise UnsupportedMethod(f"positions= is of the tokens of a prompt, and {name} has none; leave it out")
+    if request.restore is not None:
+        raise UnsupportedMethod(f"restore= is for tokens that left, and those of {name} are all there; leave it out")
     why = None
     if method.adaptive:
         why = "keeps a different number of tokens in each image"
