@@ -114,7 +114,9 @@ class TimmHiera(Windowed):
 def read_hiera(block: Any, caught: Tensor, index: Tensor, grid: Grid, needs: frozenset[str]) -> Captured:
     """From the output [B, N, 3 C] of `qkv`, in the order of the tokens."""
     attention = block.attn
-    windows = caught.index_select(1, index.flatten()).reshape(-1, index.shape[1], 3, attention.heads, attention.head_dim)
+    windows = caught.index_select(1, index.flatten()).reshape(
+        -1, index.shape[1], 3, attention.heads, attention.head_dim
+    )
     q, k, v = windows.permute(2, 0, 3, 1, 4).unbind(0)
     return Captured(q, k, v, scale=attention.scale)
 

@@ -84,14 +84,13 @@ def by_cost(budget: Budget, method: Method, tokens: Mapping[int, int], whole: Co
     counts, costs, total = priced(at(low))
     more, dearer, _ = priced(at(high))
     for index in sorted(counts):
-        whole_cost, price = whole.blocks[index], dearer.get(index, whole.blocks[index])
-        if total + price - costs[index] <= aim:
-            total += price - costs[index]
-            costs[index] = price
-            if price == whole_cost and index not in more:
-                del counts[index]
-            else:
+        step = dearer.get(index, whole.blocks[index]) - costs[index]
+        if abs(total + step - aim) < abs(total - aim):
+            total += step
+            if index in more:
                 counts[index] = more[index]
+            else:
+                del counts[index]
     if abs(total - aim) > 0.01 * whole.total:
         raise BudgetError(
             f"{budget} falls between whole tokens of this model's windows; flops={total / whole.total:.3f} can be met"

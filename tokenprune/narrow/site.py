@@ -189,7 +189,9 @@ class NarrowSite:
         if windows.is_meta:
             return None
         if torch._C._get_tracing_state() is not None:
-            raise UnsupportedMethod(f"{method.name} keeps a different number of tokens in each window: not to be traced")
+            raise UnsupportedMethod(
+                f"{method.name} keeps a different number of tokens in each window: not to be traced"
+            )
         repacking = repack(pack_batch(record.origin, None, 0), [ragged], merges=method.merges)
         if windows.shape[0] and not in_backward():
             self.patch.left[self.index] = repacking.rows.shape[0] * index.shape[0] / windows.shape[0]
