@@ -136,7 +136,7 @@ def read_swin(block: Any, caught: Tensor, index: Tensor, grid: Grid, needs: froz
     """From the output [B W, T, 3 C] of `qkv`."""
     attention = block.attn
     _check_windows(caught, index)
-    q, k, v = caught.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = caught.view(*caught.shape[:2], 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     bias = None
     if "queries" in needs:
         bias = _apart(block, attention._get_rel_pos_bias(), grid, caught.shape[0] // index.shape[0])
@@ -154,16 +154,18 @@ def read_swin_v2(block: Any, caught: Tensor, index: Tensor, grid: Grid, needs: f
             rows = slice(number * attention.dim, (number + 1) * attention.dim)
             bias = (attention.q_bias, attention.k_bias, attention.v_bias)[number]
             heads = functional.linear(caught, attention.qkv.weight[rows], bias)
-            found[kind] = heads.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+            found[kind] = heads.view(*heads.shape[:2], attention.num_heads, -1).transpose(1, 2)
             if kind != "values":
                 found[kind] = functional.normalize(found[kind], dim=-1)
-    if "queries" not in needs:
-        return Captured(**found)
-    found["queries"] = found["queries"] * attention.logit_scale.clamp(max=math.log(100.0)).exp()
+    queries, keys, values = (found.get(kind) for kind in ("queries", "keys", "values"))
+    if queries is None:
+        return Captured(None, keys, values)
+    queries = queries * attention.logit_scale.clamp(max=math.log(100.0)).exp()
     table = attention.cpb_mlp(attention.relative_coords_table).view(-1, attention.num_heads)
     area = index.shape[1]
     bias = 16 * table[attention.relative_position_index.flatten()].view(area, area, -1).permute(2, 0, 1).sigmoid()
-    return Captured(**found, bias=_apart(block, bias.unsqueeze(0), grid, caught.shape[0] // index.shape[0]))
+    bias = _apart(block, bias.unsqueeze(0), grid, caught.shape[0] // index.shape[0])
+    return Captured(queries, keys, values, bias)
 
 
 def _check_windows(caught: Tensor, index: Tensor) -> None:

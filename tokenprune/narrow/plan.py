@@ -71,9 +71,9 @@ def by_cost(budget: Budget, method: Method, tokens: Mapping[int, int], whole: Co
     floor = priced(at(low))[2] / whole.total
     if floor > budget.value + 0.005:
         raise BudgetError(
-            f"{budget} cannot be met by {method.name}, which leaves attention as it is: with as few tokens as it can in"
-            f" each MLP the forward still costs {floor:.2f} of the unpatched one; use flops={min(1.0, floor + 0.01):.2f}"
-            " or more"
+            f"{budget} cannot be met by {method.name}, which leaves attention as it is here: with the fewest tokens in"
+            f" each MLP the forward still costs {floor:.2f} of the unpatched one; use"
+            f" flops={min(1.0, floor + 0.01):.2f} or more"
         )
     while at(low) != at(high) and high - low > 1e-4:
         middle = (low + high) / 2
