@@ -77,8 +77,8 @@ class TimmSam(Windowed):
     def describe_tokens(model: nn.Module) -> NarrowHost:
         """None: its windows do not divide the grid of any usual size, and so hold padding."""
         raise UnsupportedMethod(
-            f"windows of {type(model).__name__} hold padding, in which no method for tokens chooses; 'sparsevit', 'random'"
-            " and 'uniform' leave out whole windows"
+            f"windows of {type(model).__name__} hold padding, in which no method for tokens chooses; 'sparsevit',"
+            " 'random' and 'uniform' leave out whole windows"
         )
 
 
