@@ -62,7 +62,7 @@ def test_the_first_that_works_and_meets_the_budget(monkeypatch: pytest.MonkeyPat
     assert chosen(flops=0.49).startswith("random")
     assert chosen(keep=0.6).startswith("tome")
     assert chosen(keep=0.03).startswith("uniform")  # four blocks that halve leave more than one of 35
-    with pytest.raises(tokenprune.BudgetError, match="random|uniform|flops=0.01"):
+    with pytest.raises(tokenprune.BudgetError, match="flops="):
         tokenprune.patch(model, flops=0.01)
 
 

@@ -188,7 +188,9 @@ def test_hooks_of_the_user() -> None:
 
     for module in (model.patch_embed, model.layers[0], model.layers[0].blocks[0].norm2, model.layers[1].blocks[1].mlp):
         hook = module.register_forward_hook(look)
-        assert torch.equal(run(model, x), expected)
+        with tokenprune.record(model) as recording:
+            assert torch.equal(run(model, x), expected)
+        assert [len(forward.places) for forward in recording.forwards] == [6]
         hook.remove()
     model.layers[0].blocks[0].mlp.fc1.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
     run(model, x)

@@ -47,16 +47,16 @@ class NarrowPatch(Portable):
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Hook: the first grid is there, by whichever entry point."""
-        here().forward = None
-        if self.recordings and self.keep and not in_backward():
+        if self.recordings and not in_backward():
             forward = Forward(self.image or ((output.shape[1], output.shape[2]) if output.ndim == 4 else self.grid))
             for recording in self.recordings:
                 recording.forwards.append(forward)
-            here().forward = forward
+            here().forwards[id(self)] = forward
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: the forward has ended, by a result or an exception."""
-        here().forward = None
+        if self.recordings:
+            here().forwards.pop(id(self), None)
 
     def mark(self, index: int, point: str) -> None:
         """A point of a counted forward."""

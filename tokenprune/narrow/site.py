@@ -39,11 +39,11 @@ class Running:
 
 
 class _Here:
-    """forward: the recording of the forward that runs, where one is wanted."""
+    """forwards: {id of a patch: the recording of the forward of its model, where one is wanted}."""
 
     def __init__(self) -> None:
         self.running: Running | None = None
-        self.forward: Forward | None = None
+        self.forwards: dict[int, Forward] = {}
 
 
 class _OfThread(threading.local):
@@ -130,8 +130,9 @@ class NarrowSite:
         if reduction is None:
             return None
         running.reduction, running.images = reduction, x.shape[0]
-        if here().forward is not None and not in_backward():
-            here().forward.places.append(self._recorded(running, index))  # type: ignore[union-attr]
+        forward = here().forwards.get(id(self.patch)) if self.patch.recordings and not in_backward() else None
+        if forward is not None:
+            forward.places.append(self._recorded(running, index))
         if isinstance(reduction, Repacking):
             return (reduction(windows.flatten(0, 1)).unsqueeze(0),)
         return (reduction(windows).reshape(x.shape[0], -1, x.shape[-1]),)
