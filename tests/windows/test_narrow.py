@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterable
 from typing import Any
 
 import naive_adaptive
@@ -39,6 +40,15 @@ REDUCE: dict[str, Reduce] = {
 }
 
 
+FAST = (("v1", "top_k"), ("v1", "saint"), ("v2", "top_k"), ("hiera", "tome"), ("hiera", "evit"))
+
+
+def pairs(methods: Iterable[str]) -> list[Any]:
+    """Each model with each method, of which FAST are in the fast tests."""
+    every = [(name, method) for name in NAMES for method in methods]
+    return [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.full) for pair in every]
+
+
 def model_of(name: str) -> nn.Module:
     return hiera() if name == "hiera" else build(name).double()
 
@@ -63,8 +73,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
     return output
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", full_but(("top_k", "evit", "tome", "saint"), REDUCE))
+@pytest.mark.parametrize(("name", "method"), pairs(REDUCE))
 def test_against_loops(name: str, method: str) -> None:
     model, x = model_of(name), inputs(name)
     plain = run(model, x)
@@ -81,8 +90,7 @@ def test_against_loops(name: str, method: str) -> None:
     assert told == {block: round(count / len(x)) for block, count in counts.items()}
 
 
-@pytest.mark.parametrize("method", ["top_k", "tome", "evit", "saint", "adaptive_tome"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "method"), pairs(["top_k", "tome", "evit", "saint", "adaptive_tome"]))
 def test_a_recording_tells_where_tokens_of_the_image_went(name: str, method: str) -> None:
     """A token that one stands for gains what that one gains, the others nothing."""
     model, x = model_of(name), inputs(name)
@@ -150,8 +158,7 @@ def test_budgets(name: str) -> None:
     assert data["flops_after"] == zoo.count(model, x[:1]).get_total_flops() // 2
 
 
-@pytest.mark.parametrize("method", ["top_k", "tome", "saint"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "method"), pairs(["top_k", "tome", "saint"]))
 def test_promises(name: str, method: str) -> None:
     model, x = model_of(name), inputs(name, 3)
     tokenprune.patch(model, method, **everywhere(model))
