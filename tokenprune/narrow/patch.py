@@ -77,8 +77,12 @@ class NarrowPatch(Portable):
             "flops_ratio": after / before,
             "places": [self._place(index) for index in sorted(self.keep)],
             "skipped": self.skipped,
-            "notes": list(_SPANS) if self.keep else [],
+            "notes": self._notes() if self.keep else [],
         }
+
+    def _notes(self) -> list[str]:
+        unknown = self.method.adaptive and not self.left
+        return [*_SPANS, *(["how many tokens go is known behind a forward; here all are counted"] if unknown else [])]
 
     def _after(self) -> float:
         assert self.whole is not None
