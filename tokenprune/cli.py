@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 EXAMPLES = {
     "demo": ["tokenprune demo --output demo-output"],
     "demo-diffusion": ["tokenprune demo-diffusion --checkpoint dit-run --checkpoint unet-run"],
-    "methods": ["tokenprune methods", "tokenprune methods --model digits-vit --markdown"],
+    "methods": ["tokenprune methods", "tokenprune methods --model digits-vit --markdown", "tokenprune methods --table"],
     "bench": [
         "tokenprune bench --model digits-vit --flops 0.6 --batch-size 1 --batch-size 16",
         "tokenprune bench --model vit_small_patch16_224 --random-weights --method tome --flops 0.6 --json",
@@ -93,6 +93,11 @@ def parser() -> argparse.ArgumentParser:
 
     methods = _command(commands, "methods", "the methods, or those that fit a model")
     _add_model(methods, required=False)
+    methods.add_argument(
+        "--table",
+        action="store_true",
+        help="put every method on a tiny model of each family: the table, Markdown or JSON",
+    )
     _add_format(methods)
 
     bench = _command(commands, "bench", "speed, FLOPs and memory, patched and unpatched interleaved in one process")

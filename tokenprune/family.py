@@ -45,6 +45,7 @@ class AppliedPatch(Protocol):
     adapter: str
     recordings: list[Recording]
     speed: str
+    chosen: str
 
     def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
         """Time at each (batch, prunable tokens) of `table`, as a share of the unpatched one, where that is known."""
@@ -54,13 +55,15 @@ class AppliedPatch(Protocol):
 
 
 class Portable:
-    """What a patch is when it is copied or pickled with its model. speed: what is known of it, for the report.
+    """What a patch is when it is copied or pickled with its model. speed: what is known of it, for the report. chosen:
+    why this method, where none was named.
 
     Hooks are pickled with their numbers, and another process counts its own from 0: one of the user's would take the
     place of one of the patch's. So counting goes on above them where a patch is loaded.
     """
 
     speed = NOT_CHECKED
+    chosen = ""
 
     def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
         """As in `AppliedPatch`; nothing is known of most kinds."""

@@ -113,14 +113,14 @@ class Patch(Portable):
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: a forward of the whole model starts."""
+        entry = Entry(self.restored_blocks(model, kwargs), whole=True, grid=self.grid, owner=self)
+        flow().start(entry)
         if self.active and self.refused is not None:
             reason = self.refused(model, self.method.proportional, *args, **kwargs)
             if reason:
                 raise UnsupportedModel(reason)
-        grid: tuple[int, int] | None = self.grid
         if self.grid_of is not None and not torch.compiler.is_compiling():  # there it would be a graph for each size
-            grid = self.grid_of(model, *args, **kwargs)
-        flow().entry = entry = Entry(self.restored_blocks(model, kwargs), whole=True, grid=grid)
+            entry.grid = self.grid_of(model, *args, **kwargs)
         entry.front = self._front(model)
         if self.method.adaptive:
             entry.last = max(index for index, name in enumerate(self.names) if _has(model, name))

@@ -76,7 +76,7 @@ class Entry:
     """How the model was entered. dense: blocks whose output is restored. whole: by its forward, and not yet passed on
     to its features. grid: (rows, columns) of the input, None where it has none. last: the last block that the model
     has. front: as in TokenState. pack: how the tokens lay behind the last block, where the images had different numbers
-    of them."""
+    of them. owner: the patch of that model. outer: entry and `left` of a forward in a hook of which this one runs."""
 
     dense: tuple[int, ...]
     whole: bool
@@ -84,6 +84,8 @@ class Entry:
     last: int | None = None
     front: int | None = None
     pack: Pack | None = None
+    owner: object = None
+    outer: tuple[Entry | None, Any] = (None, None)
 
 
 @dataclass(eq=False)
@@ -119,10 +121,18 @@ class Flow:
         self.bias = self.rope = self.front = None
         self.attended = True
 
+    def start(self, entry: Entry) -> None:
+        """An entry point is called; one of the same patch that is still there was interrupted."""
+        if entry.owner is not None and self.entry is not None and self.entry.owner is entry.owner:
+            self.end()
+        entry.outer = self.entry, self.left
+        self.entry, self.left = entry, None
+
     def end(self) -> None:
-        """Let go of everything: the entry point has returned, or was left by an exception in the middle of a block."""
+        """Let go of everything: the entry point has returned, or was left by an exception in the middle of a block. An
+        outer one goes on."""
         self.clear()
-        self.left = self.entry = None
+        self.entry, self.left = (None, None) if self.entry is None else self.entry.outer
 
 
 class _OfThread(threading.local):

@@ -34,6 +34,8 @@ DEFAULT_BUDGET: Budget = {"flops": 0.6}
 
 def methods(options: argparse.Namespace) -> int:
     """`tokenprune methods`"""
+    if options.table:
+        return _method_table(options)
     check_output(options)
     model: object = None
     if options.model in DIFFUSION:
@@ -59,6 +61,20 @@ def methods(options: argparse.Namespace) -> int:
         for info in tokenprune.methods(model)
     ]
     emit(Table(rows), options)
+    return 0
+
+
+def _method_table(options: argparse.Namespace) -> int:
+    """`tokenprune methods --table`"""
+    from tokenprune.evals.method_table import method_table, to_markdown
+
+    if options.model is not None or options.format == "csv":
+        raise TokenPruneError("--table is of all families, as Markdown or JSON: leave out --model and --csv")
+    path = None if options.output is None else checked_path(options.output, (".md", ".json"))
+    table = method_table()
+    print(table.to_json() if options.format == "json" else to_markdown(table), end="")
+    if path is not None:
+        path.write_text(table.to_json() if path.suffix == ".json" else to_markdown(table), encoding="utf-8")
     return 0
 
 
