@@ -124,7 +124,7 @@ class BlockSite:
             return
         batch, tokens = x.shape[:2]
         origin = positions(tokens, x).expand(batch, -1)
-        merged = reduction.moved is not None or reduction.matrix is not None
+        merged = reduction.moved is not None or reduction.mixes
         one.forward.places.append(
             PlaceRecord(
                 name,
