@@ -28,18 +28,23 @@ class TileMatrix:
         """Number of tokens that leave, K."""
         return self.rows.shape[0]
 
+    @property
+    def full(self) -> bool:
+        """Whether it is known that every row leaves; a compiler, whose graphs are to be of any size, is not to ask."""
+        return not torch.compiler.is_compiling() and self.tokens == self.filled.shape[0]
+
     def merge(self, x: Tensor) -> Tensor:
         """The matrix times x [B, n, C]: [B, K, C]."""
         batch, tiles, k, m = self.weights.shape
         inside = x.index_select(1, self.members).view(batch * tiles, m, -1)
         leaving = torch.bmm(self.weights.to(x.dtype).flatten(0, 1), inside).view(batch, tiles * k, -1)
-        return leaving if self.tokens == tiles * k else leaving.index_select(1, self.rows)
+        return leaving if self.full else leaving.index_select(1, self.rows)
 
     def unmerge(self, reduced: Tensor) -> Tensor:
         """Its transpose, each token's shares rescaled to sum to one, times `reduced` [B, K, C]: [B, n, C]."""
         batch, tiles, k, m = self.weights.shape
         shares = self.weights.to(reduced.dtype).flatten(0, 1).transpose(1, 2)
-        rows = reduced if self.tokens == tiles * k else reduced.index_select(1, self.filled)
+        rows = reduced if self.full else reduced.index_select(1, self.filled)
         back = torch.bmm(shares, rows.reshape(batch * tiles, k, -1))
         # Of a token that is none all shares are zero.
         back = back / shares.sum(-1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
