@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.flop_count import FlopCount
-from tokenprune.restore import regression_cost
 
 if TYPE_CHECKING:
     from tokenprune.site import Site
@@ -52,9 +51,9 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Multiply-adds of one image's forward. tokens: prunable tokens at the size that was counted. regressed: channels
-    of the tokens that are dropped and restored in a forward, 0 where none are. drops: (block, depth, tokens removed) ->
-    how many of those are dropped and not merged, None for all. unpatched: the same without a patch, where a patched
+    """Multiply-adds of one image's forward. tokens: prunable tokens at the size that was counted. restoring: (block,
+    tokens that enter it, tokens that leave it) -> what bringing those back costs, None where a forward does not.
+    last_whole: whether all tokens are back in the last block. unpatched: the same without a patch, where a patched
     forward costs less even if it keeps every token."""
 
     tokens: int
@@ -62,8 +61,8 @@ class CostModel:
     blocks: tuple[BlockCost, ...]
     head: Curve
     head_sees_all: bool
-    regressed: int = 0
-    drops: Callable[[int, int, int], int] | None = None
+    restoring: Callable[[int, int, int], float] | None = None
+    last_whole: bool = False
     unpatched: CostModel | None = None
 
     def total(self, tokens: int, leaving: Mapping[int, int] | None = None, *, adaptive: bool = False) -> float:
@@ -74,13 +73,14 @@ class CostModel:
         cost = self.stem * tokens / self.tokens
         left = tokens
         for index, block in enumerate(self.blocks):
+            if self.last_whole and index == len(self.blocks) - 1:
+                left = tokens
             cost += block.before(left)
             keep = left if leaving is None else leaving.get(index, left)
             if keep < left or (adaptive and leaving is not None and index in leaving):
                 cost += block.score(left)
-                lost = left - keep if self.drops is None else self.drops(index, len(self.blocks), left - keep)
-                if self.regressed and lost:
-                    cost += regression_cost(lost, keep, self.regressed)
+                if self.restoring is not None and keep < left:
+                    cost += self.restoring(index, left, keep)
                 left = keep
             cost += block.behind(left)
         if self.head_sees_all:  # counted with all tokens of its size, and linear in them
@@ -129,8 +129,8 @@ def cost_model(
     runs: Sequence[tuple[Probe, int]],
     *,
     head_sees_all: bool,
-    regressed: int,
-    drops: Callable[[int, int, int], int] | None = None,
+    restoring: Callable[[int, int, int], float] | None = None,
+    last_whole: bool = False,
 ) -> CostModel:
     """The cost model out of counted runs (probe, total) at different token counts."""
     before: list[list[tuple[int, int]]] = [[] for _ in range(depth)]
@@ -151,7 +151,7 @@ def cost_model(
         for b, s, a in zip(before, score, behind, strict=True)
     )
     stem = runs[0][0].marks[0][2]
-    return CostModel(tokens, stem, blocks, Curve(tuple(head)), head_sees_all, regressed, drops)
+    return CostModel(tokens, stem, blocks, Curve(tuple(head)), head_sees_all, restoring, last_whole)
 
 
 def pad_tokens(x: Tensor, length: int) -> Tensor:

@@ -238,6 +238,8 @@ def test_goals_and_methods_that_cannot_be(model: nn.Module) -> None:
         search(model, x[:0], "top_k", flops=0.6)
     with pytest.raises(tokenprune.UnsupportedMethod, match="different number of tokens"):
         search(model, x, "ats", flops=0.6)
+    with pytest.raises(tokenprune.UnsupportedModel, match="whole windows, and tome on SwinTransformer"):
+        search(build_windows(), windows_images(), "tome", flops=0.8)
     with pytest.raises(tokenprune.BudgetError, match=r"near flops=0\.01"):
         search(model, x, "top_k", flops=0.01, candidates=2)
 

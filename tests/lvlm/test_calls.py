@@ -7,12 +7,16 @@ import pickle
 import threading
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from lvlm_zoo import (
+    CLIP,
+    IMAGE,
     KINDS,
+    LLAMA,
     VIDEO,
     build,
     by_hand,
@@ -43,7 +47,7 @@ def test_a_conversation_goes_on_in_its_cache(name: str) -> None:
     with tokenprune.patched(model, "uniform", keep=0.25):
         cache = transformers.DynamicCache(config=model.config.get_text_config())
         new, _ = cached(model, example.inputs, cache)
-        copied = copy.deepcopy(cache)
+        copied = copy.deepcopy(pickle.loads(pickle.dumps(cache)))
         ids = torch.cat([example.inputs["input_ids"], new, torch.tensor([[31, 32, 33, 34]])], 1)
         more = {**example.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         kind = KINDS[name].types
@@ -121,6 +125,29 @@ def test_a_static_cache_is_refused_where_masks_are_made_before() -> None:
         generate(model, prompt("gemma3").inputs, cache_implementation="static", disable_compile=True)
 
 
+def test_beyond_a_sliding_window_is_refused() -> None:
+    """It counts the entries of a cache, fewer than the tokens: of a prompt, and where an answer gets there."""
+    model, example = build("gemma3"), prompt("gemma3", text=45)
+    length = example.inputs["input_ids"].shape[1]
+    assert length < 64
+    with tokenprune.patched(model, "uniform", keep=0.25):
+        generate(model, example.inputs, 65 - length)
+        with pytest.raises(tokenprune.UnsupportedModel, match="65 tokens"):
+            generate(model, example.inputs, 66 - length)
+        with pytest.raises(tokenprune.UnsupportedModel, match="sliding window of 64"):
+            model(**prompt("gemma3", text=60).inputs)
+    text = {**LLAMA, "model_type": "mistral", "sliding_window": 16}  # which names no kinds of layers
+    config = transformers.LlavaConfig(vision_config=CLIP, text_config=text, image_token_index=IMAGE)
+    windowed = transformers.LlavaForConditionalGeneration(config).eval()
+    with (
+        tokenprune.patched(windowed, "uniform", keep=0.25),
+        pytest.raises(tokenprune.UnsupportedModel, match="sliding window of 16"),
+    ):
+        windowed(**prompt("llava").inputs)
+    with pytest.raises(tokenprune.UnsupportedMethod, match="caches differ"):
+        tokenprune.patch(windowed, "feather", keep=0.25)
+
+
 def test_prompt_lookup() -> None:
     model, example = build("llava"), prompt("llava", text=12)
     with tokenprune.patched(model, "uniform", keep=0.25):
@@ -183,6 +210,36 @@ def test_a_prompt_is_not_cropped_into_where_tokens_are_missing() -> None:
         cache.crop(-3)
         with pytest.raises(tokenprune.UnsupportedModel, match="assisted generation"):
             model(input_ids=example.inputs["input_ids"][:, -3:], past_key_values=cache)
+
+
+def test_a_cache_that_goes_on_without_its_patch() -> None:
+    """Refused where that would be wrong: with padding in it, or with positions counted anew."""
+    model = build("llava")
+    one, more = prompt("llava"), prompt("llava", 1, images=2, text=9)
+    for batch, options, right in (
+        (left_padded([one.inputs]), {}, True),
+        (left_padded([one.inputs]), {"positions": "reindex"}, False),
+        (left_padded([one.inputs, more.inputs]), {}, False),
+    ):
+        rows = len(batch["input_ids"])
+        turn = {"input_ids": torch.tensor([[31, 32, 33]] * rows)}
+        turn["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(rows, 3, dtype=torch.long)], 1)
+        with torch.no_grad(), tokenprune.patched(model, "uniform", keep=0.25, **options):
+            cache = model(**batch, past_key_values=transformers.DynamicCache()).past_key_values
+            other, third = copy.deepcopy(cache), copy.deepcopy(cache)
+            expected = model(**turn, past_key_values=cache).logits
+        with torch.no_grad(), tokenprune.patched(model, "feather", keep=0.25):
+            if right:
+                assert torch.allclose(model(**turn, past_key_values=other).logits, expected, rtol=1e-5)
+            else:
+                with pytest.raises(tokenprune.UnsupportedModel, match="goes on without it"):
+                    model(**turn, past_key_values=other)
+        with torch.no_grad():
+            if right:
+                assert torch.allclose(model(**turn, past_key_values=third).logits, expected, rtol=1e-5)
+            else:
+                with pytest.raises(tokenprune.UnsupportedModel, match="goes on without it"):
+                    model(**turn, past_key_values=third)
 
 
 def test_hooks_that_move_outputs_between_devices() -> None:
@@ -375,8 +432,10 @@ def test_an_error_in_the_middle_leaves_the_model_usable() -> None:
 
     hook = model.model.language_model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="in the middle"):
-        model(**example.inputs)
+        model(**example.inputs, labels=example.inputs["input_ids"])
     hook.remove()
+    longer = prompt("llava", text=9).inputs
+    assert model.model(**longer).last_hidden_state.shape[1] == longer["input_ids"].shape[1]
     text = {"input_ids": torch.tensor([[1, 5, 6]])}
     tokenprune.unpatch(model)
     plain = model(**text).logits
@@ -407,9 +466,50 @@ def test_a_patch_of_the_tower_stays_under_one_of_the_whole() -> None:
     ):
         model(**example.inputs)
     assert torch.equal(model(**example.inputs).logits, both)
+    with pytest.raises(tokenprune.UnsupportedMethod):
+        tokenprune.patch(model, "tome", keep=0.5)
+    assert torch.equal(model(**example.inputs).logits, both)  # what is refused changes neither
     tokenprune.unpatch(model)
     assert torch.equal(model(**example.inputs).logits, whole)
     assert not torch.equal(inside, both)
+
+
+@pytest.mark.parametrize("name", most_in_full("llava", names=("llava", "qwen2_vl")))
+def test_adapters_on_the_tower_are_scored(name: str) -> None:
+    """Those that were added after the patch, and once they are merged the projection itself."""
+    model, example = build(name), prompt(name)
+    tokenprune.patch(model, "top_k", keep=0.5)
+    config = peft.LoraConfig(r=4, target_modules=r".*(q_proj|k_proj|attn\.qkv)", init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped: Any = peft.get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    added = generate(wrapped, example.inputs)
+    tokenprune.unpatch(model)
+    with tokenprune.patched(model, "top_k", keep=0.5):
+        close(added, generate(model, example.inputs))
+        merged = wrapped.merge_and_unload()
+        behind = generate(merged, example.inputs)
+    with tokenprune.patched(merged, "top_k", keep=0.5):
+        close(behind, generate(merged, example.inputs))
+
+
+def test_two_models_on_one_tower() -> None:
+    """What is known of its images is kept for the patch of each."""
+    first, second, example = build("llava"), build("llava"), prompt("llava")
+    second.model.language_model = copy.deepcopy(first.model.language_model)
+    methods: list[tuple[Any, str]] = [(first, "top_k"), (second, "fopru")]
+    expected = []
+    for model, method in methods:
+        with tokenprune.patched(model, method, tokens=5):
+            expected.append(generate(model, example.inputs))
+    assert not torch.equal(expected[0][1], expected[1][1])
+    second.model.vision_tower = first.model.vision_tower
+    for model, method in methods:
+        tokenprune.patch(model, method, tokens=5)
+    for (model, _), one in zip(methods, expected, strict=True):
+        close(generate(model, example.inputs), one)
 
 
 def test_what_there_is() -> None:
@@ -421,7 +521,7 @@ def test_what_there_is() -> None:
         assert found - {"zero_tprune_uni"} == everywhere | more
     model = build("llava")
     tokenprune.patch(model, tokens=8)
-    assert tokenprune.report(model).to_dict()["method"] == "top_k"
+    assert tokenprune.report(model).to_dict()["method"] == "fopru"
     assert "solved at the first prompt" in str(tokenprune.report(model))
     model(**prompt("llava").inputs)
     assert tokenprune.report(model).to_dict()["places"] == [

@@ -331,6 +331,11 @@ def test_what_is_refused() -> None:
         pytest.raises(tokenprune.BudgetError, match="at most tokens=16"),
     ):
         model(**example.inputs)
+    with (
+        tokenprune.patched(model, "fastv", rate=0.99),
+        pytest.raises(tokenprune.BudgetError, match=r"rate=0\.99 of 16 tokens drops none"),
+    ):
+        model(**example.inputs)
     for name, method, match in (
         ("gemma3", {"method": "fastv"}, "caches differ"),
         ("llava", {"method": "fastv", "positions": "reindex"}, "positions="),

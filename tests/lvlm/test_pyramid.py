@@ -95,6 +95,17 @@ def test_the_papers_pyramid() -> None:
     assert pyramid((336, 200), 336) == []
 
 
+@pytest.mark.parametrize("size", [(2688, 5377), (5376, 2689), (673, 5376), (10752, 5379)])
+def test_every_tile_shows_something(size: tuple[int, int]) -> None:
+    """Also where halving leaves less than half a pixel of the image for the last tiles."""
+    for level in pyramid(size, 336):
+        for tile in level.tiles():
+            assert min(level.content(tile)) >= 1
+            left, upper, right, lower = level.box(tile, size)
+            assert left < right
+            assert upper < lower
+
+
 @pytest.mark.parametrize("size", [(10000, 10000), (7001, 2503), (1009, 5000), (340, 337)])
 def test_tokens_lie_in_the_tiles_below_them(size: tuple[int, int]) -> None:
     levels = pyramid(size, 336)
@@ -383,6 +394,8 @@ def test_refusals() -> None:
         ask(model.model, image)
     with pytest.raises(tokenprune.BudgetError, match="max_tiles=16"):
         ask(model, Drawn(224, 224), max_tiles=8)
+    with pytest.raises(tokenprune.BudgetError, match=r"shrink must be a whole number of at least 1, got 1\.5"):
+        ask(model, image, shrink=1.5)
     with pytest.raises(tokenprune.TokenPruneError, match=r"returned \[1, 576\]"):
         ask(model, image, focus=lambda seen: torch.zeros(1, len(seen.tokens)), shrink=1, max_tiles=40)
     with pytest.raises(tokenprune.TokenPruneError, match="NaN for 1 of"):

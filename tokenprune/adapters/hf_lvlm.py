@@ -233,15 +233,19 @@ def _example(text: Any, tokens: int) -> dict[str, Any]:
 
 def _leaves_between(text: Any) -> bool:
     """Whether all layers attend to everything, so that the first one's cache is what masks are made for."""
-    types = getattr(text.config, "layer_types", None) or ("full_attention",)
-    return set(types) == {"full_attention"}
+    return set(_kinds(text)) == {"full_attention"}
 
 
 def _window(text: Any) -> int | None:
     """Tokens of the sliding window, where any layer has one."""
-    types = getattr(text.config, "layer_types", None) or ()
     window = getattr(text.config, "sliding_window", None)
-    return int(window) if window and any("sliding" in kind for kind in types) else None
+    return int(window) if window and any("sliding" in kind for kind in _kinds(text)) else None
+
+
+def _kinds(text: Any) -> tuple[str, ...]:
+    """What layers attend to; where the configuration names none, they are all alike."""
+    named = getattr(text.config, "layer_types", None)
+    return tuple(named or ["sliding_attention" if getattr(text.config, "sliding_window", None) else "full_attention"])
 
 
 def _refused(family: Family, bound: Mapping[str, Any]) -> str:

@@ -53,7 +53,10 @@ def space_of(base: nn.Module, method: str, options: dict[str, Any]) -> Space:
     probe = tokenprune.patch(shared_copy(base), method, keep=1.0, **options)
     patches = list(active_patches(probe).values())
     if not all(isinstance(found, (Patch, WindowsPatch)) for found in patches):
-        raise UnsupportedModel(f"search is of image towers, and {type(base).__name__} is none; name schedule= yourself")
+        raise UnsupportedModel(
+            f"search is of image towers and of whole windows, and {method} on {type(base).__name__} is neither; name"
+            " schedule= yourself"
+        )
     [patch] = patches
     if isinstance(patch, WindowsPatch):
         return Windows(patch)

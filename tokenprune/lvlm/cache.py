@@ -70,6 +70,22 @@ class _PrunedCache:
     """In front of a cache class."""
 
     _tokenprune_map: CacheMap
+    _tokenprune_original: type
+    _tokenprune_followed = False
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        known = self._tokenprune_map
+        if not self._tokenprune_followed and (known.padded or known.shift is not None):
+            raise UnsupportedModel(
+                "this cache was made under a patch behind the image tower, and goes on without it: masks and positions"
+                " would be those of the whole prompt; patch the model again, or run the prompt anew"
+            )
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        return (_blank, (self._tokenprune_original,), *reduced[2:])
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         entries = super().get_seq_length(layer_idx)  # type: ignore[misc]
@@ -97,21 +113,36 @@ class _PrunedCache:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.__class__ = type(self)._tokenprune_original  # type: ignore[attr-defined]
+        self.__class__ = self._tokenprune_original
         del self._tokenprune_map
 
 
 _CLASSES: dict[type, type] = {}
 
 
+def _pruned(cls: type) -> type:
+    """The cache class `cls` with `_PrunedCache` in front, the same one each time."""
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(cls.__name__, (_PrunedCache, cls), {"_tokenprune_original": cls})
+    return _CLASSES[cls]
+
+
+def _blank(original: type) -> Any:
+    cls: Any = _pruned(original)
+    return cls.__new__(cls)
+
+
 def remember_map(cache: Any, known: CacheMap) -> None:
     """Tie a map to a cache."""
-    cls = type(cache)
-    if not issubclass(cls, _PrunedCache):
-        if cls not in _CLASSES:
-            _CLASSES[cls] = type(cls.__name__, (_PrunedCache, cls), {"_tokenprune_original": cls})
-        cache.__class__ = _CLASSES[cls]
+    if not isinstance(cache, _PrunedCache):
+        cache.__class__ = _pruned(type(cache))
     cache._tokenprune_map = known
+
+
+def follow(cache: Any, now: bool) -> None:
+    """Say of a cache whether its map is followed from here on."""
+    if isinstance(cache, _PrunedCache):
+        cache._tokenprune_followed = now
 
 
 def map_of(cache: Any) -> CacheMap | None:

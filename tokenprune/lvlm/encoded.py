@@ -1,7 +1,7 @@
 """What is known of the images when the prompt that they belong to reaches the language model.
 
 Generation encodes images before the prompt runs, a plain forward inside of it. Either way the tower's output object is
-handed on, and carries an `Encoded`.
+handed on, and carries an `Encoded` of each patch (models that share a tower have one each).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedModel
 from tokenprune.lvlm.costs import Given, given
 from tokenprune.lvlm.host import LvlmHost, Scored, TowerCall, patch_ones
-from tokenprune.lvlm.looks import hook_layers, scores_of
+from tokenprune.lvlm.looks import Tap, hook_layers, scores_of
 from tokenprune.lvlm.record import record_of
 
 if TYPE_CHECKING:
     from tokenprune.lvlm.patch import LvlmPatch
 
-_ATTRIBUTE = "_tokenprune_encoded"
+_ATTRIBUTE = "_tokenprune_encoded_"
 
 
 @dataclass
@@ -32,10 +32,9 @@ class Encoded:
     values: [tiles, patches, 1 + ..] of the patches: ones, scores and keys, those that the method needs, until they are
     lifted. merged: whether features were merged before the projector. images: the same for the placeholders of each
     image, [n, 1 + ..]; a separator's row is of zeros. grids: (rows, columns) of each. given: of the tower and the
-    projector. key: of the patch that made it.
+    projector.
     """
 
-    key: str
     values: Tensor
     scored: bool
     images: list[Tensor] | None = None
@@ -53,9 +52,9 @@ class Encoded:
         return own, scores, metric if metric.shape[1] else None
 
 
-def encoded_of(output: Any) -> Encoded | None:
-    """What an output of the tower carries."""
-    return getattr(output, _ATTRIBUTE, None)
+def encoded_of(output: Any, key: str) -> Encoded | None:
+    """What an output of the tower carries for the patch with this key."""
+    return getattr(output, _ATTRIBUTE + key, None)
 
 
 class TowerSite:
@@ -67,15 +66,18 @@ class TowerSite:
         self.records = scored.records if scored is not None else None
         self.index = scored.index if scored is not None else 0
         self.lift, self.tiles, self.grid = host.lift, host.tiles, host.grid
+        self.taps: list[Tap] = []
 
     def attach(self, host: LvlmHost, scored: Sequence[Scored]) -> None:
         """Put the hooks on the tower, the one behind it innermost."""
         host.tower.register_forward_pre_hook(self.enter, with_kwargs=True)
         host.tower.register_forward_hook(self.leave, with_kwargs=True, prepend=True)
-        hook_layers(self.patch, scored)
+        self.taps = hook_layers(self.patch, host.tower, scored)
 
     def enter(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: the tower starts."""
+        for tap in self.taps:
+            tap.follow(tower)
         local = self.patch.local
         local.bound = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         local.caught, local.scores = {}, []
@@ -99,16 +101,16 @@ class TowerSite:
 
             with torch.no_grad():
                 values += self.patch.spent.choosing(("score", key, self.index), look)
-        encoded = Encoded(self.patch.key, torch.cat(values, -1), scored, given=[self.patch.local.given])
+        encoded = Encoded(torch.cat(values, -1), scored, given=[self.patch.local.given])
         if self.lift is not None:
             encoded.images = self.lift(encoded.values, call)
             encoded.grids = [
                 self.grid(int((image[:, 0] > 0.5).sum()), place, call) for place, image in enumerate(encoded.images)
             ]
         if isinstance(output, dict):  # an item: hooks that move outputs between devices rebuild them from their items
-            output[_ATTRIBUTE] = encoded
+            output[_ATTRIBUTE + self.patch.key] = encoded
         else:
-            setattr(output, _ATTRIBUTE, encoded)
+            setattr(output, _ATTRIBUTE + self.patch.key, encoded)
         self.patch.local.latest = encoded
         if self.patch.local.call is not None:  # else it is found again by the output
             self.patch.local.encoded.append(encoded)

@@ -16,17 +16,16 @@ if TYPE_CHECKING:
     from tokenprune.lvlm.patch import LvlmPatch
 
 
-def hook_layers(patch: LvlmPatch, scored: Sequence[Scored]) -> None:
-    """Hook layers in the order in which they run. What is caught of the last is looked at when the tower has ended."""
-    for layer in scored:
-        for kind, module in layer.taps:
-            tap = _Tap(patch, layer.index, kind)
-            if kind.endswith("_inputs"):
-                module.register_forward_pre_hook(tap.inputs, with_kwargs=True)
-            else:
-                module.register_forward_hook(tap.output)
+def hook_layers(patch: LvlmPatch, tower: nn.Module, scored: Sequence[Scored]) -> list[Tap]:
+    """Hook layers in the order in which they run; the taps on their parts. What is caught of the last is looked at when
+    the tower has ended."""
+    names = {id(module): name for name, module in tower.named_modules()}
+    taps = [Tap(patch, layer.index, kind, names[id(module)]) for layer in scored for kind, module in layer.taps]
+    for tap in taps:
+        tap.follow(tower)
     for layer in scored[:-1]:
         layer.layer.register_forward_hook(_Look(patch, layer).leave)
+    return taps
 
 
 def scores_of(after: AfterTower, records: Sequence[AttentionRecord]) -> Tensor:
@@ -35,13 +34,23 @@ def scores_of(after: AfterTower, records: Sequence[AttentionRecord]) -> Tensor:
     return torch.cat([after.score(record).reshape(-1, 1).float() for record in records])
 
 
-class _Tap:
-    """A hook that keeps what a module of a layer put out, or was given."""
+class Tap:
+    """A hook that keeps what a module of a layer put out, or was given. path: of the module in the tower."""
 
-    def __init__(self, patch: LvlmPatch, index: int, kind: str) -> None:
+    def __init__(self, patch: LvlmPatch, index: int, kind: str, path: str) -> None:
         self.patch = patch
         self.index = index
         self.kind = kind
+        self.path = path
+
+    def follow(self, tower: nn.Module) -> None:
+        """Put the hook on what stands at the path: adapters may have been added or merged since."""
+        module = tower.get_submodule(self.path)
+        if self.kind.endswith("_inputs"):
+            if self.inputs not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(self.inputs, with_kwargs=True)
+        elif self.output not in module._forward_hooks.values():
+            module.register_forward_hook(self.output)
 
     def output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._keep(output)

@@ -140,8 +140,8 @@ class LvlmPatch(Portable):
         for modality in self.tokens:
             output = outputs.get(modality) if isinstance(outputs, Mapping) else None
             if output is not None:
-                encoded = encoded_of(output)
-                if encoded is None or encoded.key != self.key:
+                encoded = encoded_of(output, self.key)
+                if encoded is None:
                     raise UnsupportedModel(
                         f"the {modality} features were made without this patch, or a prompt is prefilled in chunks, of"
                         " which each has a part of an image; encode images behind the patch and generate without"
@@ -160,7 +160,8 @@ class LvlmPatch(Portable):
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: `model` has ended, by a result or an exception."""
-        self.local.call, self.local.inside, self.local.encoded = None, None, []
+        local = self.local
+        local.call, local.inside, local.labels, local.candidates, local.encoded = None, None, None, 0, []
 
     def count_alone(self, scores: Tensor | None, tokens: int) -> int:
         """How many of its tokens an image keeps where all images have as many."""

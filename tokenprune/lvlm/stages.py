@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tokenprune.budget import Budget
 from tokenprune.errors import BudgetError, UnsupportedModel
 from tokenprune.lvlm.inside import Inside
 from tokenprune.lvlm.prefill import solve_final
@@ -57,6 +58,8 @@ def _of_sample(patch: LvlmPatch, sample: int, total: int, images: int, on_grid: 
         final = solve_final(patch, patch.local.prompts[sample], total, on_grid)
         return recipe.rate(final / total, total, on_grid), final
     if budget.kind not in ("keep", "tokens"):
+        if all(recipe.kept(patch.share, stage, total, total) >= total for stage in range(len(patch.places))):
+            raise _drops_none(budget, total)
         return patch.share, None
     final = int(budget.value) * images if budget.kind == "tokens" else kept_count(budget.value, total)
     if final > total:
@@ -65,10 +68,14 @@ def _of_sample(patch: LvlmPatch, sample: int, total: int, images: int, on_grid: 
             f" tokens={total // images}"
         )
     if budget.kind == "keep" and final == total:
-        raise BudgetError(
-            f"{budget} of {total} tokens drops none; use keep={largest_share(total):.3f} or less, or keep=1.0"
-        )
+        raise _drops_none(budget, total)
     return recipe.rate(final / total, total, on_grid), final
+
+
+def _drops_none(budget: Budget, total: int) -> BudgetError:
+    return BudgetError(
+        f"{budget} of {total} tokens drops none; use keep={largest_share(total):.3f} or less, or keep=1.0"
+    )
 
 
 def sure_tokens(images: Sequence[Image], stride: int, visual: Tensor) -> Tensor:

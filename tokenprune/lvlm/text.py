@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModel
-from tokenprune.lvlm.cache import CacheMap, identity_map, remember_map
+from tokenprune.lvlm.cache import CacheMap, follow, identity_map, remember_map
 from tokenprune.lvlm.funnel import causal_mask, narrow_mask, narrow_positions, pack_left, renumber, spread
 from tokenprune.lvlm.inside import Inside, remember_stages, stages_of
 from tokenprune.lvlm.local import Call, bind, mask_of_entries, shape_of
@@ -36,9 +36,9 @@ class TextSite:
         if self.patch.inside is not None:
             self.patch.local.inside = self._between_layers(text, call, bound)
             return None
-        if call.visual is None:
-            return self._continue(call, bound)
-        return (), self._prune(call, bound)
+        changed = self._continue(call, bound) if call.visual is None else ((), self._prune(call, bound))
+        follow(bound.get("past_key_values"), True)
+        return changed
 
     def _continue(self, call: Call, bound: dict[str, Any]) -> Any:
         """More text behind a pruned prompt: a mask for the entries of the cache, positions as they were counted."""
@@ -46,12 +46,21 @@ class TextSite:
         if past is None:
             return None
         changed: dict[str, Any] = {}
+        batch, more = shape_of(bound)
+        self._check_window(call.entries + past.removed + more)
         if not self.patch.masks_first:
-            batch, more = shape_of(bound)
             changed["attention_mask"] = mask_of_entries(bound.get("attention_mask"), past, call.entries + more, batch)
         if past.shift is not None:
             changed["position_ids"] = self._counted(call, bound) - past.shift
         return (), {**bound, **changed}
+
+    def _check_window(self, tokens: int) -> None:
+        window = self.patch.window
+        if window is not None and tokens > window:
+            raise UnsupportedModel(
+                f"{tokens} tokens, those left out among them, are more than the sliding window of {window}, which would"
+                " count kept tokens only; shorten the prompt or the answer, or unpatch the model"
+            )
 
     def _between_layers(self, text: nn.Module, call: Call, bound: Mapping[str, Any]) -> Inside | None:
         """What the hooks in front of the layers need in this forward, None where nothing leaves."""
@@ -74,11 +83,7 @@ class TextSite:
         embeds: Tensor = bound["inputs_embeds"]
         batch, length = embeds.shape[:2]
         logical = call.entries + (call.past.removed if call.past is not None else 0)
-        if self.patch.window is not None and logical + length > self.patch.window:
-            raise UnsupportedModel(
-                f"a prompt of {logical + length} tokens is longer than the sliding window of"
-                f" {self.patch.window}, which would count kept tokens only; shorten the prompt, or unpatch the model"
-            )
+        self._check_window(logical + length)
         images = find_images(call.visual, self.patch.local.encoded)
         real = embeds.new_ones(batch, length, dtype=torch.bool) if call.padding is None else call.padding[:, -length:]
         self.patch.prompts = self.patch.local.prompts = prefills(
@@ -163,9 +168,9 @@ class TextSite:
         """Hook: it has ended. Its last hidden state gets the prompt's length back."""
         call, self.patch.local.call = self.patch.local.call, None
         inside, self.patch.local.inside = self.patch.local.inside, None
+        follow(getattr(output, "past_key_values", None), False)
         if inside is not None and call is not None and call.visual is not None and output is not None:
             return self._behind_layers(inside, call, output)
-        self.patch.local.labels = None
         if call is None or call.prompt is None or call.map is None or output is None:
             return None
         cache = getattr(output, "past_key_values", None)
@@ -187,7 +192,6 @@ class TextSite:
             remember_stages(cache, inside.stages)
         keep = torch.zeros_like(inside.visual).scatter(1, inside.index, inside.valid)
         self._ignore_labels(call.visual, keep)
-        self.patch.local.labels = None
         images = len(self.patch.seen)
         left = int((keep & inside.visual).sum())
         self.patch.seen = ((sum(size for size, _ in self.patch.seen) / images, left / images),)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.budget import checked_count
 from tokenprune.errors import BudgetError, UnsupportedModel
 from tokenprune.lvlm.host import Crops, LvlmHost
 from tokenprune.pyramid.focus import FirstLayers, Focus
@@ -104,9 +105,8 @@ def settings_of(
     if not 0 < share <= 1:
         raise BudgetError(f"share={share!r} is to be in (0, 1]; for example share=0.25")
     shrink = crops.shrink if shrink is None else shrink
-    for name, value in (("max_tiles", max_tiles), ("shrink", shrink), ("batch", batch)):
-        if value < 1:
-            raise BudgetError(f"{name}={value!r} is to be 1 or more")
+    for name, value, example in (("max_tiles", max_tiles, 40), ("shrink", shrink, 2), ("batch", batch, 8)):
+        checked_count(name, value, smallest=1, example=example)
     images = processor.image_processor
     return Settings(share, max_tiles, shrink, batch, images.image_mean, images.image_std)
 

@@ -62,13 +62,14 @@ def _level(size: tuple[int, int], side: int, halvings: int) -> Level:
     rows, columns = (-(-length // (side << halvings)) for length in (height, width))
     # The enlargement is the smaller of the two that fill the rows or the columns.
     full = rows * side * width <= columns * side * height
+    # A fraction of a pixel in the last row or column of tiles is one, as each tile is read.
     return Level(
         halvings,
         side,
         rows,
         columns,
-        rows * side if full else max(1, round(columns * side * height / width)),
-        max(1, round(rows * side * width / height)) if full else columns * side,
+        rows * side if full else max((rows - 1) * side + 1, round(columns * side * height / width)),
+        max((columns - 1) * side + 1, round(rows * side * width / height)) if full else columns * side,
     )
 
 
