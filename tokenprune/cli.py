@@ -37,12 +37,14 @@ EXAMPLES = {
     "search": [
         "tokenprune search --model digits-vit --method top_k --flops 0.6 --output found",
         "tokenprune search --model dinov2-small-wheel --method tome --speedup 1.5 --threads 2 --output found",
+        "tokenprune search --model digits-swin --method sparsevit --speedup 1.3 --output found",
         "tokenprune search --model deit_small_patch16_224 --data pictures --method tome --min-agreement 0.99"
         " --output found",
     ],
     "score": ["tokenprune score --pictures patched --real coco-val --prompts captions.txt"],
     "train": [
         "tokenprune train digits-vit --output digits-run",
+        "tokenprune train digits-swin --output swin-run",
         "tokenprune train dit-digits --output dit-run",
         "tokenprune train lvlm-digits --output lvlm-run",
         "tokenprune train digit-masks --output masks-run",
@@ -203,7 +205,16 @@ def parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", "train a model of the package by its recipe")
     train.add_argument(
-        "model", choices=["digits-vit", "dit-digits", "unet-digits", "lvlm-digits", "digit-reader", "digit-masks"]
+        "model",
+        choices=[
+            "digits-vit",
+            "digits-swin",
+            "dit-digits",
+            "unet-digits",
+            "lvlm-digits",
+            "digit-reader",
+            "digit-masks",
+        ],
     )
     train.add_argument("--output", required=True, metavar="FOLDER", help="for the checkpoint and its record")
     train.add_argument("--steps", type=_positive, help="other than the recipe's only to try the command out")
@@ -262,8 +273,8 @@ def _add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument(
         "--model",
         required=required,
-        help="digits-vit, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name, owner/name on the"
-        " Hugging Face hub or module:function",
+        help="digits-vit, digits-swin, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name,"
+        " owner/name on the Hugging Face hub or module:function",
     )
     command.add_argument(
         "--checkpoint",

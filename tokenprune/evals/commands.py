@@ -20,7 +20,7 @@ from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 from tokenprune.evals.digits_lvlm import LVLM
 from tokenprune.evals.latency_profile import profile_latency
-from tokenprune.evals.models import DIGITS, LoadedModel, load_model, noise
+from tokenprune.evals.models import DIGITS, SWIN, LoadedModel, load_model, noise
 from tokenprune.evals.sources import openclipart_data
 from tokenprune.evals.table import SUFFIXES, Row, Table, checked_path
 from tokenprune.evals.transforms import denormalize, input_size
@@ -171,9 +171,9 @@ def kept_rows(loaded: LoadedModel, inputs: Tensor, arms: Sequence[Arm], *, place
 
 def train(options: argparse.Namespace) -> int:
     """`tokenprune train`"""
-    from tokenprune.evals import train_diffusion, train_digits, train_lvlm, train_masks, train_reader
+    from tokenprune.evals import train_diffusion, train_digits, train_lvlm, train_masks, train_reader, train_swin
 
-    if options.model in (*DIFFUSION, LVLM) and options.steps is not None:
+    if options.model in (*DIFFUSION, LVLM, SWIN) and options.steps is not None:
         raise TokenPruneError(
             f"--steps is for digits-vit, digit-reader and digit-masks; {options.model} is trained by its recipe"
         )
@@ -181,8 +181,8 @@ def train(options: argparse.Namespace) -> int:
         train_diffusion.main([options.model, "--output", options.output, "--threads", str(options.threads)])
         return 0
     torch.set_num_threads(options.threads)
-    if options.model == LVLM:
-        record = train_lvlm.train(Path(options.output))
+    if options.model in (LVLM, SWIN):
+        record = (train_lvlm if options.model == LVLM else train_swin).train(Path(options.output))
         print(f"{record['training_cpu_seconds']} s of CPU time, written to {options.output}")
         return 0
     recipe = {DIGITS: train_digits, "digit-masks": train_masks}.get(options.model, train_reader)

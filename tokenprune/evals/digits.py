@@ -165,7 +165,9 @@ def normalise(pictures: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(255).sub(PIXEL_MEAN).div(PIXEL_STD).contiguous()
 
 
-def cluttered_digits(split: Split, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Normalised images [count, 3, 80, 80] and labels [count] of :func:`cluttered_digit_pictures`."""
-    pictures, labels = cluttered_digit_pictures(split, count, seed)
+def cluttered_digits(
+    split: Split, count: int, seed: int = 0, start: int = 0, size: int = IMAGE_SIZE
+) -> tuple[Tensor, Tensor]:
+    """Normalised images [count, 3, size, size] and labels [count] of :func:`cluttered_digit_pictures`."""
+    pictures, labels = cluttered_digit_pictures(split, count, seed, start, size)
     return normalise(pictures), torch.from_numpy(labels)
