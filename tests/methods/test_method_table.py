@@ -9,6 +9,7 @@ import torch
 from families import full_but
 
 import tokenprune
+from tokenprune import registry
 from tokenprune.evals.family_models import IMAGE_FAMILIES, OTHER_FAMILIES
 from tokenprune.evals.method_table import method_table, to_markdown
 from tokenprune.method_families import shipped_table
@@ -57,6 +58,14 @@ ALLOWED = (
     (("toca",), ("Flux",), "blocks whose attention and MLP are modules of their own"),
     (("todo", "toma", "tomesd"), ("Flux",), "has no part"),
 )
+
+
+@pytest.fixture(autouse=True)
+def only_methods_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that other tests register are in no table."""
+    tokenprune.methods()
+    own = {name: make for name, make in registry._METHODS.items() if make.__module__.startswith("tokenprune.")}
+    monkeypatch.setattr(registry, "_METHODS", own)
 
 
 def test_only_the_listed_cells_are_empty_and_say_why() -> None:
