@@ -35,7 +35,8 @@ def run_cases(
 ) -> Table:
     """Runs `cases` in turn and writes `path`.json and `path`.md behind each. One that fails becomes a row whose `note`
     is the error's text, and its traceback is printed; when `seconds` are over none is begun any more, and each that is
-    left is a row that says so. resume: keep the rows that are in `path`.json and run the cases that have none there.
+    left is a row that says so. resume: keep the rows that are in `path`.json and run the cases that have none there;
+    what is left when the seconds are over is for the next run.
 
     Raises TokenPruneError where those rows were measured under another `environment`.
     """
@@ -45,6 +46,8 @@ def run_cases(
             continue
         began = clock()
         if seconds is not None and began - start >= seconds:
+            if resume:
+                break
             table.rows.append({**case.labels, "note": f"not begun: the {seconds:g} s of this table were over"})
         else:
             _free()

@@ -136,9 +136,14 @@ def _value(row: Row, name: str) -> float:
 
 def _ends(rows: list[Row], name: str) -> list[list[float]]:
     """Distances to the lower and to the upper end of the interval, 0 where there is none."""
-    below = [_value(row, name) - _number(row.get(f"{name}_low", row[name])) for row in rows]
-    above = [_number(row.get(f"{name}_high", row[name])) - _value(row, name) for row in rows]
+    below = [_value(row, name) - _end(row, name, "low") for row in rows]
+    above = [_end(row, name, "high") - _value(row, name) for row in rows]
     return [below, above]
+
+
+def _end(row: Row, name: str, end: str) -> float:
+    cell = row.get(f"{name}_{end}")
+    return _value(row, name) if cell is None else _number(cell)
 
 
 def _number(cell: Cell) -> float:

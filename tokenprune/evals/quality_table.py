@@ -131,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", action="append", help="only these; several times for several")
     parser.add_argument("--flops", action="append", type=float, help="budgets (default: 0.6, 0.5, 0.8, 0.4)")
     parser.add_argument("--samples", type=int, help="images a row (default: the task's own)")
+    parser.add_argument("--limit-seconds", type=float, help="begin no more rows then; the next run goes on")
     parser.add_argument("--seed", type=int, default=0, help="of the images drawn (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     parser.add_argument("--drawings", type=Path, default=DEBIAN_FOLDER, help="openclipart-png (default: %(default)s)")
@@ -142,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = bench_of(task, options.drawings, options.samples or task.samples, options.seed)
         conditions: Row = {"model": task.model, **bench.table().environment}
         cases = quality_cases(bench, options.method, options.flops or BUDGETS)
-        run_cases(cases, conditions, options.output / options.task, resume=True)
+        path = options.output / options.task
+        run_cases(cases, conditions, path, seconds=options.limit_seconds, resume=True)
     write_tables(options.output)
     return 0
 
