@@ -27,23 +27,15 @@ ROUNDS = 20
 
 
 def calibrate(
-    model: nn.Module,
-    images: Tensor,
-    method: str = "tome",
-    *,
-    flops: float,
-    batch_size: int = 64,
-    prefix_only_last: bool = True,
-    **options: Any,
+    model: nn.Module, images: Tensor, method: str = "tome", *, flops: float, batch_size: int = 64, **options: Any
 ) -> StoredSchedule:
     """The threshold of an adaptive method at which the mean over `images` costs a share `flops` of the multiply-adds of
     `model`, which is left as it is; each image keeps as many tokens as it has that differ.
 
     images: [N, C, H, W] on the model's device, without labels. method: one with a threshold: "saint", "algm", or "tome"
-    for "adaptive_tome". batch_size: of the forwards. prefix_only_last: as `patch` will be given it, which decides what
-    the last block costs. options: of the method. `patch(model, schedule=...)` takes what is returned; the report's
-    FLOPs are then the mean over the images of the last forward, and its places say the fewest and the most tokens that
-    left an image.
+    for "adaptive_tome". batch_size: of the forwards. options: of the method. `patch(model, schedule=...)` takes what is
+    returned; the report's FLOPs are then the mean over the images of the last forward, and its places say the fewest
+    and the most tokens that left an image.
 
     Raises:
         UnsupportedMethod: the method has no threshold. UnsupportedModel: no image tower.
@@ -55,11 +47,10 @@ def calibrate(
         raise UnsupportedMethod(f"calibrate finds the threshold of a method that has one, not {method!r}: {known}")
     checked_count("images", len(images), smallest=1, example=64)
     checked_count("batch_size", batch_size, smallest=1, example=64)
-    settings = {**options, "prefix_only_last": prefix_only_last}
     low, high, tried = -LARGEST, LARGEST, list[tuple[float, float, float, tuple[int, ...]]]()
     for _ in range(ROUNDS):
         threshold = (low + high) / 2
-        ratio, places = _mean_flops(model, images, name, batch_size, {**settings, "threshold": threshold})
+        ratio, places = _mean_flops(model, images, name, batch_size, {**options, "threshold": threshold})
         tried.append((abs(ratio - aim), ratio, threshold, places))
         if abs(ratio - aim) <= NEAR:
             break
@@ -91,10 +82,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _mean_flops(
-    model: nn.Module, images: Tensor, method: str, batch_size: int, settings: dict[str, Any]
+    model: nn.Module, images: Tensor, method: str, batch_size: int, options: dict[str, Any]
 ) -> tuple[float, tuple[int, ...]]:
-    """What the model, patched with `settings`, costs in the mean over the images, and where it reduces."""
-    with patched(model, method, **settings), _evaluating(model), torch.no_grad():
+    """What the patched model costs in the mean over the images, and where it reduces."""
+    with patched(model, method, **options), _evaluating(model), torch.no_grad():
         found = [one for one in active_patches(model).values() if isinstance(one, Patch)]
         if len(found) != 1:
             raise UnsupportedModel(f"calibrate is of one image tower, and {type(model).__name__} is none")

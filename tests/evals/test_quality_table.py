@@ -95,12 +95,17 @@ def test_a_threshold_meets_the_budget_in_the_mean(task: str, request: pytest.Fix
     total = 0.0
     for image in bench.calibration:
         with torch.no_grad():
-            # Dense outputs are of the whole last block, which is counted too.
             arm.model.forward_features(image[None]) if bench.task.dense else arm.model(image[None])
         total += tokenprune.report(arm.model).to_dict()["flops_ratio"]
     assert total / len(bench.calibration) == pytest.approx(0.7, abs=0.01)
     assert arm.note.startswith("threshold=0.")
     assert arm.note.endswith("found on 6 images without labels")
+
+
+def test_a_dense_output_is_of_the_whole_last_block(dense) -> None:
+    row = row_of(dense, "top_k", 0.7)
+    assert row["flops_ratio"] == pytest.approx(0.7, abs=0.01)
+    assert -1 < row["saliency"] < 1
 
 
 def test_without_a_threshold_the_bound_on_what_is_kept_meets_it(bench) -> None:

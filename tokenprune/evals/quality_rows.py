@@ -139,7 +139,7 @@ def quality_arm(bench: Bench, name: str, flops: float) -> Arm:
     A method that keeps a number of tokens of its own in each image gets the threshold, or without one the bound on what
     is kept (`keep`), at which the mean over the calibration images is that share.
     """
-    base, dense = bench.unpatched.model, bench.task.dense
+    base = bench.unpatched.model
     assert base is not None
     if name == SMALLER_INPUT:
         return smaller_arm(base, bench.example, {"flops": flops})
@@ -149,7 +149,7 @@ def quality_arm(bench: Bench, name: str, flops: float) -> Arm:
     if "threshold" not in info.options:
         return _bounded(bench, name, flops)
     try:
-        found = tokenprune.calibrate(base, bench.calibration, name, flops=flops, prefix_only_last=not dense)
+        found = tokenprune.calibrate(base, bench.calibration, name, flops=flops)
     except TokenPruneError as error:
         return Arm(name, "", None, note=str(error))
     return _found(bench, _patched(bench, name, {"schedule": found}), f"threshold={found.options['threshold']:.4f}")
