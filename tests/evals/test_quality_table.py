@@ -102,10 +102,14 @@ def test_a_threshold_meets_the_budget_in_the_mean(task: str, request: pytest.Fix
     assert arm.note.endswith("found on 6 images without labels")
 
 
-def test_a_dense_output_is_of_the_whole_last_block(dense) -> None:
-    row = row_of(dense, "top_k", 0.7)
-    assert row["flops_ratio"] == pytest.approx(0.7, abs=0.01)
-    assert -1 < row["saliency"] < 1
+def test_a_dense_output_is_of_the_whole_last_block(dense, loaded, pictures) -> None:
+    left = []
+    for prefix_only_last in (True, False):
+        with tokenprune.patched(loaded.model, "top_k", flops=0.7, prefix_only_last=prefix_only_last), torch.no_grad():
+            loaded.model(pictures[0])
+            left.append(tokenprune.report(loaded.model).to_dict()["places"][-1]["tokens_out"])
+    assert left[0] > left[1]
+    assert row_of(dense, "top_k", 0.7)["tokens"] == left[1]
 
 
 def test_without_a_threshold_the_bound_on_what_is_kept_meets_it(bench) -> None:
