@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # The versions that the suites were counted with; `make test CONSTRAINTS=/dev/null` takes the newest instead.
 CONSTRAINTS ?= tests/constraints.txt
 
-.PHONY: demo demo-diffusion bench-kernels bench-speed bench-denoisers bench-lvlm bench-gpu eval-diffusion
+.PHONY: demo demo-diffusion bench-kernels bench-speed bench-denoisers bench-lvlm bench-gpu eval-diffusion eval-quality
 .PHONY: test test-full test-hosts test-gpu lint install clean
 
 demo: $(VENV)/.installed
@@ -33,6 +33,10 @@ eval-diffusion: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.generation_curves dit-digits --output eval-output
 	$(BIN)/python -m tokenprune.evals.generation_curves unet-digits --output eval-output
 	$(BIN)/python -m tokenprune.evals.region_quality --output eval-output
+
+eval-quality: $(VENV)/.installed
+	$(BIN)/python -m tokenprune.evals.quality_table digits --output eval-output
+	$(BIN)/python -m tokenprune.evals.quality_table saliency --output eval-output
 
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m tokenprune.evals.gpu_bench --output bench-output $(BENCH_OPTIONS)

@@ -66,6 +66,7 @@ def test_unpatched_row_is_the_plain_accuracy_and_rows_agree_with_a_loop(vit, lab
     assert row["agreement"] == pytest.approx(float((logits.argmax(1) == reference.argmax(1)).double().mean()))
     assert row["agreement"] < 1.0, "the budget must change some answer for this test to mean anything"
     assert row["top1_drop"] == pytest.approx(0.75 - row["top1"])
+    assert row["top1_kept"] == pytest.approx(row["top1"] / 0.75)
     assert row["flops_ratio"] == pytest.approx(tokenprune.report(patched).to_dict()["flops_ratio"])
     assert row["tokens"] == tokenprune.report(patched).to_dict()["places"][-1]["tokens_out"]
     assert row["top1_low"] <= row["top1"] <= row["top1_high"]
@@ -95,6 +96,7 @@ def test_a_model_without_classifier_is_judged_by_neighbours(labelled):
     assert "agreement" not in rows["unpatched"]
     assert 0.0 <= rows["top_k"]["knn"] <= 1.0
     assert rows["top_k"]["knn_drop"] == pytest.approx(rows["unpatched"]["knn"] - rows["top_k"]["knn"])
+    assert rows["top_k"]["knn_kept"] == pytest.approx(rows["top_k"]["knn"] / rows["unpatched"]["knn"])
 
 
 def test_saliency_and_groups(vit):
@@ -220,3 +222,12 @@ def test_observe_catches_what_enters_the_classifier(vit, labelled):
     assert features_only.features is features_only.logits
     assert correct(torch.eye(3), torch.tensor([0, 1, 0])).tolist() == [True, True, False]
     assert agreement(torch.eye(3), torch.eye(3)[[0, 2, 2]]).tolist() == [True, False, True]
+
+
+def test_images_that_give_nan_are_told(vit, labelled):
+    images, labels = labelled
+    broken = images.clone()
+    broken[3] = torch.nan
+    rows = rows_by_method(evaluate(vit, (broken, labels), ["random"], [{"keep": 0.5}], baselines=False))
+    assert rows["random"]["note"] == "NaN on 1 of 48 images"
+    assert rows_by_method(evaluate(vit, labelled, ["random"], [{"keep": 0.5}], samples=8))["random"]["note"] is None

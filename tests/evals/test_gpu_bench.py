@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
+from tokenprune.errors import TokenPruneError
 from tokenprune.evals import dinov2_speed, gpu_bench, gpu_denoisers, gpu_lvlm, gpu_vits
 from tokenprune.evals.cases import Case, run_cases
 from tokenprune.evals.gpu_denoisers import Denoiser, way
@@ -65,6 +66,27 @@ def test_what_is_measured_is_stored_before_the_next_row_is_begun(tmp_path: Path)
     ]
     assert "out of memory" in (tmp_path / "table.md").read_text()
     assert json.loads((tmp_path / "table.json").read_text())["rows"] == table.rows
+
+
+def test_what_is_stored_is_not_measured_again(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def run(name: str) -> list[dict[str, Any]]:
+        ran.append(name)
+        return [{"ms": len(ran)}]
+
+    def cases(names: str) -> list[Case]:
+        return [Case({"case": name}, partial(run, name)) for name in names]
+
+    run_cases(cases("ab"), {"device": "one"}, tmp_path / "table", resume=True)
+    table = run_cases(cases("abc"), {"device": "one"}, tmp_path / "table", resume=True)
+    assert ran == ["a", "b", "c"]
+    assert [row["ms"] for row in table.rows] == [1, 2, 3]
+    table = run_cases(cases("abcde"), {"device": "one"}, tmp_path / "table", resume=True, seconds=0)
+    assert len(table.rows) == 3
+    with pytest.raises(TokenPruneError, match="measured with device one, and not two"):
+        run_cases(cases("abc"), {"device": "two"}, tmp_path / "table", resume=True)
+    assert len(run_cases(cases("a"), {"device": "two"}, tmp_path / "table").rows) == 1
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

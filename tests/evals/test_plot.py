@@ -1,6 +1,6 @@
 import pytest
 
-from tokenprune.evals.plot import plot_accuracy_against_speed, plot_training
+from tokenprune.evals.plot import plot_accuracy_against_speed, plot_quality_against_flops, plot_training
 from tokenprune.evals.table import Table, interval_cells
 
 
@@ -41,3 +41,15 @@ def test_training_curves_have_one_panel_a_model(tmp_path):
         plot_training({"dit": log, "unet": log[:3]}, tmp_path / "training.svg")
     drawn = (tmp_path / "training.svg").read_text()
     assert all(f">{name}<" in drawn for name in ("dit", "unet", "training", "step"))
+
+
+def test_quality_over_flops_begins_where_it_is_told(tmp_path):
+    import matplotlib
+
+    rows = [{"method": f"m{i}", "flops_ratio": 0.5 + 0.01 * i, "kept": 0.9 - 0.01 * i} for i in range(12)]
+    table = Table([*rows, {"method": "refused", "flops_ratio": None, "kept": None}])
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_quality_against_flops(table, tmp_path / "plot.svg", "kept", least=0.7, label="share kept")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert all(f">{name}<" in drawn for name in (*(f"m{i}" for i in range(12)), "share kept", "0.700"))
+    assert "refused" not in drawn

@@ -3,7 +3,7 @@ import statistics
 import pytest
 import torch
 
-from tokenprune.evals.stats import bootstrap_mean, bootstrap_median
+from tokenprune.evals.stats import bootstrap_mean, bootstrap_median, bootstrap_share
 
 
 def naive_interval(values, statistic, seed, resamples, level=0.95):
@@ -87,3 +87,36 @@ def test_resampling_in_slices_uses_the_memory_limit(monkeypatch):
     bootstrap_mean(torch.rand(50_000, generator=torch.Generator().manual_seed(0)), resamples=200)
     assert sum(rows for rows, _ in shapes) == 200
     assert max(rows * columns for rows, columns in shapes) <= 4_000_000
+
+
+def test_a_share_is_that_of_pairs_drawn_together():
+    generator = torch.Generator().manual_seed(4)
+    reference = (torch.rand(30, generator=generator) < 0.8).double()
+    values = torch.where(torch.rand(30, generator=generator) < 0.2, 1 - reference, reference)
+    pairs = list(zip(values.tolist(), reference.tolist(), strict=True))
+
+    def share(drawn):
+        return sum(value for value, _ in drawn) / sum(base for _, base in drawn)
+
+    got = bootstrap_share(values, reference, seed=3, resamples=400)
+    assert (got.estimate, got.low, got.high) == pytest.approx(naive_interval(pairs, share, 3, 400))
+    assert got.high - got.low < bootstrap_mean(values, seed=3).high - bootstrap_mean(values, seed=3).low + 0.1
+
+
+def test_a_share_of_groups_draws_whole_groups():
+    values, reference = torch.tensor([1.0, 0, 1, 1, 0, 0]), torch.tensor([1.0, 1, 1, 1, 1, 0])
+    groups = torch.tensor([7, 7, 3, 3, 5, 5])
+    sums = [(2.0, 2.0), (0.0, 1.0), (1.0, 2.0)]  # groups 3, 5 and 7
+
+    def share(drawn):
+        return sum(value for value, _ in drawn) / sum(base for _, base in drawn)
+
+    got = bootstrap_share(values, reference, groups=groups, seed=1, resamples=300)
+    assert (got.estimate, got.low, got.high) == pytest.approx(naive_interval(sums, share, 1, 300))
+
+
+def test_a_share_without_a_difference_is_not_certain():
+    same = torch.tensor([1.0, 1.0, 0.0, 1.0] * 10)
+    got = bootstrap_share(same, same)
+    reach = 1 - 0.025 ** (1 / 40)
+    assert (got.estimate, got.low, got.high) == pytest.approx((1.0, 1 - reach / 0.75, 1 + reach / 0.75))

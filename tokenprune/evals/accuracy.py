@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,11 @@ import tokenprune
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.arms import Arm, Budget, build_arms, runnable, tokens_left
 from tokenprune.evals.data import ImageData, Transform, open_data
-from tokenprune.evals.fidelity import agreement, correct, observe
+from tokenprune.evals.fidelity import Observation, agreement, correct, observe
 from tokenprune.evals.knn import knn_predict
 from tokenprune.evals.progress import progress
 from tokenprune.evals.saliency import feature_cosine, saliency_correlation
-from tokenprune.evals.stats import bootstrap_mean
+from tokenprune.evals.stats import bootstrap_mean, bootstrap_share
 from tokenprune.evals.table import Row, Table, environment, interval_cells
 from tokenprune.evals.transforms import model_transform
 
@@ -49,10 +50,12 @@ def evaluate(
     configuration of the model. samples: of a subset drawn by `seed`. methods, budgets, baselines: as in `bench`.
     saliency: (model, images [B, C, H, W]) -> maps [B, ...], compared with the unpatched model's where it is given.
 
-    Columns, each a mean over images with a 95% bootstrap interval: `top1` and `top1_drop` (paired, as a share) where
-    there are labels; `knn` and `knn_drop` in their place for a model without a classifier (10 neighbours); `agreement`
-    of the top-1 class with the unpatched model; `cosine` of the features that enter the classifier; `saliency`
-    correlation. `flops_ratio` is the mean over the batches, `tokens` of the last one.
+    Columns, each a mean over images with a 95% bootstrap interval: `top1`, `top1_drop` (paired, as a share) and
+    `top1_kept` (what is left of the unpatched `top1`, paired, as a share of it) where there are labels; `knn`,
+    `knn_drop` and `knn_kept` in their place for a model without a classifier (10 neighbours); `agreement` of the top-1
+    class with the unpatched model; `cosine` of the features that enter the classifier; `saliency` correlation.
+    `flops_ratio` is the mean over the batches, `tokens` of the last one. On how many images a row gave NaN is in its
+    `note`.
 
     Raises TokenPruneError as `bench` and `open_data` do.
     """
@@ -88,20 +91,74 @@ def evaluate_arms(
     show_progress: bool = False,
 ) -> Table:
     """The table of `evaluate` for arms that are built already, the unpatched one first."""
+    batches = run_unpatched(
+        arms[0],
+        images,
+        batch_size=batch_size,
+        samples=samples,
+        workers=workers,
+        seed=seed,
+        saliency=saliency,
+        show_progress=show_progress,
+    )
+    return compare(arms, batches, images, samples=samples, seed=seed, saliency=saliency)
+
+
+@dataclass(frozen=True)
+class UnpatchedBatch:
+    """Images [B, C, H, W], their labels [B] where there are any, what the unpatched model gave, and its maps where they
+    are compared."""
+
+    images: Tensor
+    labels: Tensor | None
+    seen: Observation
+    maps: Tensor | None
+
+
+def run_unpatched(
+    base: Arm,
+    images: ImageData,
+    *,
+    batch_size: int = 32,
+    samples: int | None = None,
+    workers: int = 0,
+    seed: int = 0,
+    saliency: Dense | None = None,
+    show_progress: bool = False,
+) -> Iterator[UnpatchedBatch]:
+    """The chosen of `images` through the unpatched model, for `compare`; as a list it serves any number of times."""
+    assert base.model is not None
+    device, dtype = placement(base.model)
+    total = math.ceil(len(images.chosen(samples, seed)) / batch_size)
+    loader = images.batches(batch_size, samples=samples, seed=seed, workers=workers)
+    for batch, labels in progress(loader, "eval", total=total, show=show_progress):
+        if labels is not None and int(labels.min()) < 0:
+            raise TokenPruneError(f"{images.name} has images without a label; take a split whose labels are public")
+        inputs = batch.to(device, dtype)
+        with torch.inference_mode():
+            maps = None if saliency is None else saliency(base.model, inputs)
+            yield UnpatchedBatch(inputs, labels, observe(base.model, inputs), maps)
+
+
+def compare(
+    arms: Sequence[Arm],
+    batches: Iterable[UnpatchedBatch],
+    images: ImageData,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    saliency: Dense | None = None,
+) -> Table:
+    """The table of `evaluate` for arms that are built already, the unpatched one first, on what `run_unpatched` gave
+    with the same images, samples and seed."""
     base = arms[0].model
     assert base is not None
-    device, dtype = placement(base)
-    chosen = images.chosen(samples, seed)
-    scores = [_Scores() for _ in arms]
-    answers: list[Tensor] = []
-    loader = images.batches(batch_size, samples=samples, seed=seed, workers=workers)
-    for batch, labels in progress(loader, "eval", total=math.ceil(len(chosen) / batch_size), show=show_progress):
-        if labels is not None:
-            if int(labels.min()) < 0:
-                raise TokenPruneError(f"{images.name} has images without a label; take a split whose labels are public")
-            answers.append(labels)
+    chosen, scores, answers = images.chosen(samples, seed), [_Scores() for _ in arms], list[Tensor]()
+    for batch in batches:
+        if batch.labels is not None:
+            answers.append(batch.labels)
         with torch.inference_mode():
-            _score_batch(arms, scores, batch.to(device, dtype), labels, saliency)
+            _score_batch(arms, scores, batch, saliency)
     groups = None if images.groups is None else images.groups[chosen]
     if answers and not classifies(base):
         is_test = _split(images, chosen, seed)
@@ -111,7 +168,7 @@ def evaluate_arms(
     conditions: Row = {"data": images.name, "images": len(chosen)}
     if groups is not None:
         conditions["independent groups"] = len(set(groups.tolist()))
-    return Table(rows, conditions | environment(device, dtype))
+    return Table(rows, conditions | environment(*placement(base)))
 
 
 class _Scores:
@@ -137,21 +194,17 @@ class _Scores:
         self.is_test = is_test
 
 
-def _score_batch(
-    arms: Sequence[Arm], scores: Sequence[_Scores], images: Tensor, labels: Tensor | None, saliency: Dense | None
-) -> None:
-    base = arms[0].model
+def _score_batch(arms: Sequence[Arm], scores: Sequence[_Scores], batch: UnpatchedBatch, saliency: Dense | None) -> None:
+    base, reference, maps = arms[0].model, batch.seen, batch.maps
     assert base is not None
-    reference = observe(base, images)
-    maps = None if saliency is None else saliency(base, images)
     for arm, model, score in runnable(arms, scores):
-        inputs = arm.prepare(images)
+        inputs = arm.prepare(batch.images)
         seen = reference if model is base else observe(model, inputs)
         if classifies(base):
             score.add("agreement", agreement(seen.logits, reference.logits))
-            if labels is not None:
-                score.add("top1", correct(seen.logits.cpu(), labels))
-        elif labels is not None:
+            if batch.labels is not None:
+                score.add("top1", correct(seen.logits.cpu(), batch.labels))
+        elif batch.labels is not None:
             score.features.append(seen.features.float().cpu())
         score.add("cosine", feature_cosine(seen.features, reference.features))
         if maps is not None and saliency is not None:
@@ -161,7 +214,7 @@ def _score_batch(
         if arm.is_patched:
             score.tokens = tokens_left(model)
             ratio = tokenprune.report(model).to_dict()["flops_ratio"]
-            score.add("flops_ratio", torch.full((len(images),), ratio))
+            score.add("flops_ratio", torch.full((len(inputs),), ratio))
 
 
 def _row(arm: Arm, score: _Scores, base: _Scores, groups: Tensor | None, seed: int) -> Row:
@@ -179,8 +232,20 @@ def _row(arm: Arm, score: _Scores, base: _Scores, groups: Tensor | None, seed: i
         row |= _interval(name, values, members, SUPPORT.get(name), seed)
         if name in ("top1", "knn"):
             drop = _interval(f"{name}_drop", base.column(name) - values, members, (-1.0, 1.0), seed)
+            kept = bootstrap_share(values, base.column(name), groups=members, seed=seed)
+            drop |= interval_cells(f"{name}_kept", kept.estimate, kept.low, kept.high)
             row |= drop if score is not base else dict.fromkeys(drop)
-    return {**row, "note": arm.note}
+    return {**row, "note": _note(arm, score)}
+
+
+def _note(arm: Arm, score: _Scores) -> str | None:
+    """The arm's own, and on how many images it gave no number."""
+    if "cosine" not in score.values:
+        return arm.note
+    cosines = score.column("cosine")
+    lost = int(cosines.isnan().sum())
+    told = [arm.note, f"NaN on {lost} of {len(cosines)} images" if lost else None]
+    return "; ".join(part for part in told if part) or None
 
 
 def _interval(name: str, values: Tensor, groups: Tensor | None, support: tuple[float, float] | None, seed: int) -> Row:

@@ -82,10 +82,10 @@ def build_arms(
         names += [name for name in DROP_BASELINES if name not in names]
     arms = [Arm(UNPATCHED, "", base, flops=multiply_adds(base, images), flops_ratio=1.0)]
     for budget in budgets:
-        rows = [_method_arm(base, images, name, budget, required=methods is not None, dense=dense) for name in names]
+        rows = [method_arm(base, images, name, budget, required=methods is not None, dense=dense) for name in names]
         arms += rows
         if baselines:
-            arms.append(_smaller_arm(base, images, budget, [r.flops_ratio for r in rows if r.flops_ratio is not None]))
+            arms.append(smaller_arm(base, images, budget, [r.flops_ratio for r in rows if r.flops_ratio is not None]))
     return arms
 
 
@@ -100,7 +100,11 @@ def tokens_left(model: nn.Module) -> int | None:
     return places[-1]["tokens_out"] if places else None
 
 
-def _method_arm(base: nn.Module, images: Tensor, name: str, budget: Budget, *, required: bool, dense: bool) -> Arm:
+def method_arm(base: nn.Module, images: Tensor, name: str, budget: Budget, *, required: bool, dense: bool) -> Arm:
+    """`base` with a method at a budget, without a model and with a note where that cannot be.
+
+    required: raise where the method does not fit. The rest as in `build_arms`.
+    """
     label = budget_label(budget)
     model = shared_copy(base)
     try:
@@ -122,8 +126,9 @@ def _method_arm(base: nn.Module, images: Tensor, name: str, budget: Budget, *, r
     )
 
 
-def _smaller_arm(base: nn.Module, images: Tensor, budget: Budget, ratios: Sequence[float]) -> Arm:
-    """Matches `flops` itself where that is the budget, and the median of what the methods need where it is not."""
+def smaller_arm(base: nn.Module, images: Tensor, budget: Budget, ratios: Sequence[float] = ()) -> Arm:
+    """`base` on smaller pictures, of the FLOPs that are the budget, or of the median that methods need, `ratios`, where
+    it is another one."""
     label = budget_label(budget)
     target = budget.get("flops") or (statistics.median(ratios) if ratios else None)
     if target is None:

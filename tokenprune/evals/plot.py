@@ -6,10 +6,12 @@ import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenprune.evals.arms import FEWER_STEPS, SMALLER_INPUT, UNPATCHED
 from tokenprune.evals.table import Cell, Row, Table
 
+MARKERS = ("o", "v", "D")
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
 BASELINE_STYLES = {
     UNPATCHED: ("black", "*"),
@@ -26,23 +28,46 @@ def plot_accuracy_against_speed(table: Table, path: str | Path, quality: str = "
     The suffix of `path` (.png, .svg) decides the format. Baselines are grey, the unpatched model is a star, the budgets
     of one method are joined by a line, and a red ring marks a point whose control was off by more than 2%.
     """
+    figure, axes = _curves(table, quality, "speedup")
+    doubtful = [row for row in _with(table, quality, "speedup") if not row.get("trusted")]
+    axes.scatter(
+        [_value(row, "speedup") for row in doubtful],
+        [_value(row, quality) for row in doubtful],
+        s=90,
+        facecolors="none",
+        edgecolors="red",
+        zorder=3,
+    )
+    axes.set_xlabel("measured speed-up over the unpatched model (red ring: the machine was not quiet)")
+    figure.savefig(path, dpi=140)
+
+
+def plot_quality_against_flops(table: Table, path: str | Path, quality: str, *, least: float, label: str) -> None:
+    """Draws `quality` over `flops_ratio` as `plot_accuracy_against_speed` does. least: what the axis of `quality`,
+    which `label` names, begins at; lines below leave the picture."""
+    figure, axes = _curves(table, quality, "flops_ratio")
+    axes.set(xlabel="multiply-adds over the unpatched model's", ylabel=label)
+    axes.set_ylim(bottom=least)
+    figure.savefig(path, dpi=110)
+
+
+def _curves(table: Table, quality: str, over: str) -> tuple[Any, Any]:
+    """A figure with `quality` over the column `over`, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.subplots()
     lines: dict[str, list[Row]] = defaultdict(list)
-    for row in table.rows:
-        if row.get(quality) is not None and row.get("speedup") is not None:
-            lines[str(row["method"])].append(row)
-    colours = itertools.cycle(COLOURS)
+    for row in _with(table, quality, over):
+        lines[str(row["method"])].append(row)
+    styles = itertools.cycle(itertools.product(MARKERS, COLOURS))
     for method, found in lines.items():
-        rows = sorted(found, key=lambda row: _value(row, "speedup"))
-        colour, marker = BASELINE_STYLES.get(method) or (next(colours), "o")
-        speeds, values = [_value(row, "speedup") for row in rows], [_value(row, quality) for row in rows]
+        rows = sorted(found, key=lambda row: _value(row, over))
+        colour, marker = BASELINE_STYLES.get(method) or next(styles)[::-1]
         axes.errorbar(
-            speeds,
-            values,
-            xerr=_ends(rows, "speedup"),
+            [_value(row, over) for row in rows],
+            [_value(row, quality) for row in rows],
+            xerr=_ends(rows, over),
             yerr=_ends(rows, quality),
             color=colour,
             marker=marker,
@@ -51,16 +76,6 @@ def plot_accuracy_against_speed(table: Table, path: str | Path, quality: str = "
             elinewidth=0.7,
             label=method,
         )
-        doubtful = [row for row in rows if not row.get("trusted")]
-        axes.scatter(
-            [_value(row, "speedup") for row in doubtful],
-            [_value(row, quality) for row in doubtful],
-            s=90,
-            facecolors="none",
-            edgecolors="red",
-            zorder=3,
-        )
-    axes.set_xlabel("measured speed-up over the unpatched model (red ring: the machine was not quiet)")
     axes.set_ylabel(quality)
     axes.grid(alpha=0.3)
     figure.legend(fontsize="small", loc="outside right upper")
@@ -68,7 +83,12 @@ def plot_accuracy_against_speed(table: Table, path: str | Path, quality: str = "
     axes.set_title(
         ", ".join(f"{k} {environment[k]}" for k in ("device", "threads", "dtype") if k in environment), size=8
     )
-    figure.savefig(path, dpi=140)
+    return figure, axes
+
+
+def _with(table: Table, *names: str) -> list[Row]:
+    """The rows that have all of these cells."""
+    return [row for row in table.rows if all(row.get(name) is not None for name in names)]
 
 
 def plot_time_against_mask(table: Table, path: str | Path) -> None:
@@ -116,9 +136,14 @@ def _value(row: Row, name: str) -> float:
 
 def _ends(rows: list[Row], name: str) -> list[list[float]]:
     """Distances to the lower and to the upper end of the interval, 0 where there is none."""
-    below = [_value(row, name) - _number(row.get(f"{name}_low", row[name])) for row in rows]
-    above = [_number(row.get(f"{name}_high", row[name])) - _value(row, name) for row in rows]
+    below = [_value(row, name) - _end(row, name, "low") for row in rows]
+    above = [_end(row, name, "high") - _value(row, name) for row in rows]
     return [below, above]
+
+
+def _end(row: Row, name: str, end: str) -> float:
+    cell = row.get(f"{name}_{end}")
+    return _value(row, name) if cell is None else _number(cell)
 
 
 def _number(cell: Cell) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,18 +37,40 @@ def bootstrap_mean(
     An empty sample gives NaN thrice.
     """
     data = torch.as_tensor(values, dtype=torch.float64).cpu()
-    labels = torch.arange(len(data)) if groups is None else groups.cpu()
-    _, member = torch.unique(labels, return_inverse=True)
-    count = int(member.max()) + 1 if len(data) else 0
-    sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, member, torch.ones_like(data))
-    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, member, data)
+    sums, sizes = _by_group((data, torch.ones_like(data)), groups)
     interval = bootstrap(
-        count, lambda draw: sums[draw].sum(1) / sizes[draw].sum(1), seed=seed, resamples=resamples, level=level
+        len(sums), lambda draw: sums[draw].sum(1) / sizes[draw].sum(1), seed=seed, resamples=resamples, level=level
     )
-    if support is None or count == 0 or data.amin() < data.amax():
+    if support is None or len(sums) == 0 or data.amin() < data.amax():
         return interval
-    reach, mean = 1.0 - ((1.0 - level) / 2.0) ** (1.0 / count), interval.estimate
+    reach, mean = _reach(len(sums), level), interval.estimate
     return Interval(mean, mean - reach * (mean - support[0]), mean + reach * (support[1] - mean))
+
+
+def bootstrap_share(
+    values: Tensor,
+    reference: Tensor,
+    *,
+    groups: Tensor | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """Mean of `values` [n] over the mean of `reference` [n], both in [0, 1] and of the same items, which are drawn in
+    pairs; groups as in `bootstrap_mean`.
+
+    Where no item differs the interval is what n items without a difference leave possible. NaN where the reference, or
+    a resample of it, has a mean of zero.
+    """
+    ours, theirs = values.double().cpu(), reference.double().cpu()
+    sums, bases = _by_group((ours, theirs), groups)
+    interval = bootstrap(
+        len(sums), lambda draw: sums[draw].sum(1) / bases[draw].sum(1), seed=seed, resamples=resamples, level=level
+    )
+    if len(sums) == 0 or not torch.equal(ours, theirs):
+        return interval
+    reach = _reach(len(sums), level) / float(theirs.mean())
+    return Interval(interval.estimate, interval.estimate - reach, interval.estimate + reach)
 
 
 def bootstrap_median(
@@ -89,6 +111,19 @@ def percentile_ends(draws: Tensor, *, centred: bool = False, level: float = 0.95
     low, median, high = draws[1:].double().quantile(places, dim=0)
     shift = draws[0] - median if centred else torch.zeros_like(median)
     return low + shift, high + shift
+
+
+def _by_group(columns: Iterable[Tensor], groups: Tensor | None) -> list[Tensor]:
+    """The sums over each group of columns [n], [number of groups] each; `groups=None` has every item alone."""
+    if groups is None:
+        return list(columns)
+    names, member = torch.unique(groups.cpu(), return_inverse=True)
+    return [torch.zeros(len(names), dtype=torch.float64).index_add_(0, member, column) for column in columns]
+
+
+def _reach(count: int, level: float) -> float:
+    """The Clopper-Pearson bound of an outcome that none of `count` items shows."""
+    return float(1.0 - ((1.0 - level) / 2.0) ** (1.0 / count))
 
 
 def bootstrap(

@@ -79,10 +79,12 @@ class Table:
         return self.to_text()
 
     def save(self, path: str | Path) -> None:
-        """Writes the table to `path` as its suffix says: .json, .csv, .md or .txt."""
+        """Writes the table to `path`, in one piece, as its suffix says: .json, .csv, .md or .txt."""
         writers = dict(zip(SUFFIXES, (self.to_json, self.to_csv, self.to_markdown, self.to_text), strict=True))
         path = checked_path(path, SUFFIXES)
-        path.write_text(writers[path.suffix.lower()](), encoding="utf-8")
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(writers[path.suffix.lower()](), encoding="utf-8")
+        part.replace(path)
 
     def _shown(self) -> list[list[str]]:
         """Header and rows as strings; interval ends are folded into their estimate, empty columns left out."""
