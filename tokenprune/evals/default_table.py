@@ -21,7 +21,8 @@ from tokenprune.registry import make_method, method_names
 
 TOWERS = ["timm_vit", "hf_vision"]
 RANKED = 3
-"""Methods in a row: the best, and what models take that cannot run it."""
+"""Methods in a row: the best, and what models take that cannot run it. The best of those that add no bias to attention
+comes behind them, as some attention takes none."""
 
 MET = 0.01
 """How near FLOPs have to be to what was asked for."""
@@ -58,7 +59,9 @@ def _scores(quality: Mapping[str, Any]) -> dict[tuple[str, float], float]:
 
 
 def _best(scores: Mapping[str, float]) -> list[str]:
-    return sorted(scores, key=lambda method: (-scores[method], method))[:RANKED]
+    ranked = sorted(scores, key=lambda method: (-scores[method], method))
+    plain = [method for method in ranked if not make_method(method, {}).proportional]
+    return [*ranked[:RANKED], *(method for method in plain[:1] if method not in ranked[:RANKED])]
 
 
 def to_json(rows: Sequence[Mapping[str, Any]]) -> str:
