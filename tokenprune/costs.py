@@ -108,13 +108,13 @@ class Probe:
 
 
 def count_flops(model: nn.Module, example: Callable[[], Any], probe: Probe | None = None) -> int:
-    """Multiply-adds of model(example()); both must be on the meta device."""
+    """Multiply-adds of model(example()), or of model(*example()); both must be on the meta device."""
     with torch.no_grad():
         inputs = example()
         with (count := FlopCount()):
             if probe is not None:
                 probe.count = count
-            model(inputs)
+            model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
     return count.multiply_adds
 
 

@@ -91,7 +91,8 @@ class Host:
     """One model: blocks in order, the tokens of the model's usual input, and what its outputs need.
 
     num_prefix_tokens: tokens in front that are never dropped. tokens: prunable tokens at the usual input. grid: (rows,
-    columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, then what
+    columns) of them. example: () -> the usual input of one image, on the model's device (several
+    arguments: a tuple). grid_of: (model, then what
     its forward is called with) -> grid of that input, or None where it has none. restored: (model, whether tokens are
     merged, the forward's keyword arguments) -> the blocks behind which that forward reads the patch tokens as the full
     grid (None: never any). prefix_tail: model -> the modules that the last block's output passes, those of the block

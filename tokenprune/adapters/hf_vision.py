@@ -1,4 +1,5 @@
-"""transformers' image towers: CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2 (with registers), DINOv3, alone or inside a model.
+"""transformers' image towers: CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2 (with registers), DINOv3 and those of InternVL,
+Idefics3 and SmolVLM, alone or inside a model.
 
 Classes are known by name, so that nothing of transformers is imported for a model that is not there.
 """
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from tokenprune.adapters.hf_vision_blocks import (
     MID_LAYERS,
+    BiasedAttention,
     Layer,
     RaggedTowerAttention,
     ReindexedRelativeBias,
+    UnmaskedLayer,
 )
 from tokenprune.adapters.ragged import RaggedDropPath
 from tokenprune.adapters.swapping import mixed
@@ -37,7 +40,11 @@ TOWERS = {
     "dinov2_with_registers.Dinov2WithRegistersBackbone": ("encoder.layer", 1),
     "dinov3_vit.DINOv3ViTModel": ("model.layer", 1),
     "dinov3_vit.DINOv3ViTBackbone": ("model.layer", 1),
+    "internvl.InternVLVisionModel": ("encoder.layer", 1),
+    "idefics3.Idefics3VisionTransformer": ("encoder.layers", 0),
+    "smolvlm.SmolVLMVisionTransformer": ("encoder.layers", 0),
 }
+_LOOK_FOR_PADDING = dict.fromkeys(("idefics3.Idefics3VisionTransformer", "smolvlm.SmolVLMVisionTransformer"), True)
 _TAKE_BIAS = ("eager", "sdpa")
 _BEIT_MASK = 3  # where BeitModel takes the caller's attention mask
 Fact = TypeVar("Fact")
@@ -147,9 +154,25 @@ def _grid_of(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[int, int] | N
     return _grid_at(model, (image.shape[-2], image.shape[-1]))
 
 
-def _example(model: nn.Module, size: tuple[int, int]) -> Tensor:
+class _NoPadding(Tensor):
+    """A mask of patches, all of them there, that says so on the meta device, where a model cannot look."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.all:
+            return True
+        out = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        still_mask = func in (Tensor.view, Tensor.to) or not isinstance(out, Tensor)
+        return out if still_mask else out.as_subclass(Tensor)
+
+
+def _example(model: nn.Module, size: tuple[int, int]) -> Tensor | tuple[Tensor, Tensor]:
     conv = _patching(model)
-    return torch.empty(1, conv.in_channels, *size, device=conv.weight.device, dtype=conv.weight.dtype)
+    image = torch.empty(1, conv.in_channels, *size, device=conv.weight.device, dtype=conv.weight.dtype)
+    if not any(entry_of(cls, _LOOK_FOR_PADDING) for cls in type(model).__mro__):
+        return image
+    there = torch.ones(1, *_grid_at(model, size), dtype=torch.bool, device=conv.weight.device)
+    return image, there.as_subclass(_NoPadding)
 
 
 def _restored(model: Any, _: bool, kwargs: dict[str, Any]) -> tuple[int, ...]:
@@ -202,7 +225,11 @@ def _block(name: str, layer: nn.Module, prefix: int, size: tuple[int, int], toke
         name,
         layer,
         arguments=("attention_mask",),
-        taps=(("queries", attention.q_proj), ("keys", attention.k_proj), ("values", attention.v_proj)),
+        taps=(
+            ("queries", getattr(attention, "q_norm", attention.q_proj)),
+            ("keys", getattr(attention, "k_norm", attention.k_proj)),
+            ("values", attention.v_proj),
+        ),
         read=partial(_queries_and_keys, attention.head_dim),
         values=by_head,
         scale=float(attention.scaling if hasattr(attention, "scaling") else attention.scale),
@@ -222,6 +249,12 @@ def _block(name: str, layer: nn.Module, prefix: int, size: tuple[int, int], toke
         if inner.relative_position_bias is not None:
             bias = inner.relative_position_bias
             facts.swaps += ((bias, mixed(ReindexedRelativeBias, type(bias))),)
+    if mid.__name__ == "MidInternVLLayer":
+        facts.check_arguments = None
+        facts.swaps = (
+            (layer, mixed(UnmaskedLayer, type(layer))),
+            (attention, mixed(BiasedAttention, type(attention))),
+        )
     if mid.__name__ == "MidDinoLayer" and "dinov3" in type(layer).__module__:
         facts.rope_argument = "position_embeddings"
         facts.rotate = partial(_rotate, prefix)

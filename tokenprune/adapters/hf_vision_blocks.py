@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.adapters.swapping import Mixin
-from tokenprune.here import own_bias_here, reduce_here, run_here
+from tokenprune.here import bias_here, own_bias_here, reduce_here, run_here
 from tokenprune.ragged_attention import attend_here, attended
 
 
@@ -37,7 +37,7 @@ class MidLayer(Mixin):
 
 
 class MidClipLayer(MidLayer):
-    """CLIP's and SigLIP's layer."""
+    """The layer of CLIP, SigLIP, Idefics3 and SmolVLM."""
 
     def by_parts(self, x: Tensor, **kwargs: Any) -> Tensor:
         layer: Any = self
@@ -89,6 +89,34 @@ class MidBeitLayer(MidLayer):
         return layer.drop_path(layer.lambda_2 * layer.dropout(layer.mlp(layer.layernorm_after(x)))) + x
 
 
+class MidInternVLLayer(MidLayer):
+    """InternVL's layer."""
+
+    def by_parts(self, x: Tensor, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        x = layer.lambda_1 * layer.attention(layer.layernorm_before(x))[0] + x
+        x = reduce_here(x)
+        return layer.lambda_2 * layer.dropout(layer.mlp(layer.layernorm_after(x))) + x
+
+
+class UnmaskedLayer(Mixin):
+    """A layer that hands its attention no mask, as it is: a `BiasedAttention` finds the bias by itself."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return run_here(self, self._alone, hidden_states, attention_mask=attention_mask)
+
+    def _alone(self, x: Tensor, **kwargs: Any) -> Tensor:
+        tokens: Tensor = super().forward(x)
+        return tokens
+
+
+class BiasedAttention(Mixin):
+    """The attention of an `UnmaskedLayer`."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, attention_mask=bias_here(), **kwargs)
+
+
 class ReindexedRelativeBias(Mixin):
     """BEiT's relative position bias of one layer, taken at the tokens that are left. It is made for the image's grid,
     and so is the number of tokens that it is interpolated to."""
@@ -122,5 +150,8 @@ MID_LAYERS: dict[str, type[MidLayer]] = {
     "dinov2_with_registers.Dinov2WithRegistersLayer": MidDinoLayer,
     "dinov3_vit.DINOv3ViTLayer": MidDinoLayer,
     "beit.BeitLayer": MidBeitLayer,
+    "internvl.InternVLVisionLayer": MidInternVLLayer,
+    "idefics3.Idefics3EncoderLayer": MidClipLayer,
+    "smolvlm.SmolVLMEncoderLayer": MidClipLayer,
 }
 """Layers that are known, by model and class."""
