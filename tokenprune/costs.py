@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,9 +54,9 @@ class BlockCost:
 @dataclass(frozen=True)
 class CostModel:
     """Multiply-adds of one image's forward. tokens: prunable tokens at the size that was counted. regressed: channels
-    of the tokens that are dropped and restored in a forward, 0 where none are. drops: (block, depth, tokens removed) ->
-    how many of those are dropped and not merged, None for all. unpatched: the same without a patch, where a patched
-    forward costs less even if it keeps every token."""
+    of the tokens that are dropped and brought back behind the blocks `restored` in a forward, 0 where none are. drops:
+    (block, depth, tokens removed) -> how many of those are dropped and not merged, None for all. unpatched: the same
+    without a patch, where a patched forward costs less even if it keeps every token."""
 
     tokens: int
     stem: float
@@ -64,6 +65,7 @@ class CostModel:
     head_sees_all: bool
     regressed: int = 0
     drops: Callable[[int, int, int], int] | None = None
+    restored: tuple[int, ...] = ()
     unpatched: CostModel | None = None
 
     def total(self, tokens: int, leaving: Mapping[int, int] | None = None, *, adaptive: bool = False) -> float:
@@ -80,7 +82,8 @@ class CostModel:
                 cost += block.score(left)
                 lost = left - keep if self.drops is None else self.drops(index, len(self.blocks), left - keep)
                 if self.regressed and lost:
-                    cost += regression_cost(lost, keep, self.regressed)
+                    times = sum(behind >= index for behind in self.restored)
+                    cost += regression_cost(lost, keep, self.regressed, max(times, 1))
                 left = keep
             cost += block.behind(left)
         if self.head_sees_all:  # counted with all tokens of its size, and linear in them
@@ -108,13 +111,16 @@ class Probe:
 
 
 def count_flops(model: nn.Module, example: Callable[[], Any], probe: Probe | None = None) -> int:
-    """Multiply-adds of model(example()), or of model(*example()); both must be on the meta device."""
+    """Multiply-adds of model(example()), or of model(**example()); both must be on the meta device."""
     with torch.no_grad():
         inputs = example()
         with (count := FlopCount()):
             if probe is not None:
                 probe.count = count
-            model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+            if isinstance(inputs, dict):
+                model(**inputs)
+            else:
+                model(inputs)
     return count.multiply_adds
 
 
@@ -131,6 +137,7 @@ def cost_model(
     head_sees_all: bool,
     regressed: int,
     drops: Callable[[int, int, int], int] | None = None,
+    restored: tuple[int, ...] = (),
 ) -> CostModel:
     """The cost model out of counted runs (probe, total) at different token counts."""
     before: list[list[tuple[int, int]]] = [[] for _ in range(depth)]
@@ -150,8 +157,10 @@ def cost_model(
         BlockCost(Curve(tuple(b)), Curve(tuple(s)), Curve(tuple(a)))
         for b, s, a in zip(before, score, behind, strict=True)
     )
-    stem = runs[0][0].marks[0][2]
-    return CostModel(tokens, stem, blocks, Curve(tuple(head)), head_sees_all, regressed, drops)
+    marks = runs[0][0].marks
+    between = pairwise(marks)  # what reads the grid there is computed on all tokens
+    stem = marks[0][2] + sum(b[2] - a[2] for a, b in between if a[1] == "leave")
+    return CostModel(tokens, stem, blocks, Curve(tuple(head)), head_sees_all, regressed, drops, restored)
 
 
 def pad_tokens(x: Tensor, length: int) -> Tensor:

@@ -46,16 +46,17 @@ def count_costs(host: Host, adapter: Adapter, patch: Patch) -> CostModel:
         bare = adapter.host(ghost(host.model, on_meta=True))
         total = count_flops(bare.model, bare.example)
         return CostModel(host.tokens, total, (), Curve(((host.tokens, 0),)), head_sees_all=True)
-    restored = bool(patch.restored_blocks(host.model, {}))
+    restored = patch.restored_blocks(host.model, {})
     method = patch.method
     regressed = host.blocks[-1].width if restored and (not method.merges or method.drops is not None) else 0
     return cost_model(
         host.tokens,
         len(host.blocks),
         _probed(host, adapter, patch),
-        head_sees_all=restored,
+        head_sees_all=bool(restored),
         regressed=regressed,
         drops=method.drops,
+        restored=restored,
     )
 
 

@@ -42,6 +42,7 @@ def _equal(host: Host, block: BlockHost, mid: type[nn.Module]) -> bool:
     plain, swapped = ghost(block.module), ghost(block.module)
     swapped.__class__ = mid
     x = _noise(weight, host.num_prefix_tokens + block.check_tokens, block.width)
+    x = x[0] if block.in_row else x
     arguments = block.check_arguments(x) if block.check_arguments is not None else {}
     with torch.no_grad():
         return bool(torch.equal(plain(x, **arguments), swapped(x, **arguments)))

@@ -19,9 +19,10 @@ from torch import Tensor
 from tokenprune.tables import is_wrapped, positions
 
 if TYPE_CHECKING:
-    from tokenprune.host import Caught, RopeTable
+    from tokenprune.host import Caught, RopeTable, Stretch
     from tokenprune.ragged import Pack
     from tokenprune.recording import Forward
+    from tokenprune.rows import Part
     from tokenprune.site import Site
 
 
@@ -40,6 +41,8 @@ class TokenState:
     pack: where the images keep different numbers of tokens, which then holds origin and sizes; tokens is the largest
     number, source holds rows of the pack, and undo leads from pack to pack. counts: (block, tokens that left it of
     each image).
+    parts: of images that lie in one row, those of each size, which then hold all but dense, last and reduced; entering
+    and tokens are those of the row.
     """
 
     entering: int
@@ -57,6 +60,7 @@ class TokenState:
     front: int | None = None
     pack: Pack | None = None
     counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    parts: tuple[Part, ...] = ()
 
     def origins(self, x: Tensor) -> Tensor:
         """[B, n] original patch of each token of x [B, N, C]."""
@@ -70,7 +74,7 @@ class Entry:
     """How the model was entered. dense: blocks whose output is restored. whole: by its forward, and not yet passed on
     to its features. grid: (rows, columns) of the input, None where it has none. last: the last block that the model
     has. front: as in TokenState. pack: how the tokens lay behind the last block, where the images had different numbers
-    of them."""
+    of them. row: how images lie in one row."""
 
     dense: tuple[int, ...]
     whole: bool
@@ -78,6 +82,7 @@ class Entry:
     last: int | None = None
     front: int | None = None
     pack: Pack | None = None
+    row: tuple[Stretch, ...] | None = None
 
 
 @dataclass(eq=False)

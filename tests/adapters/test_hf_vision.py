@@ -523,4 +523,5 @@ def test_the_supported_classes_are_counted(record_property: pytest.FixtureReques
 
     assert COUNTS["version"] == transformers.__version__
     assert sorted(hf_vision.TOWERS) == COUNTS["towers"]
+    assert sorted(hf_vision.ROW_TOWERS) == COUNTS["towers of rows"]
     assert sorted(cls for cls, _, _ in HOLDERS.values()) == COUNTS["held by"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tokenprune
 
-TOWERS = ("internvl", "idefics3", "smolvlm")
+TOWERS = ("internvl", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def tower_of(model: Any) -> nn.Module:
@@ -20,7 +20,7 @@ def tower_of(model: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.full)])
-@pytest.mark.parametrize("name", most_in_full("internvl", "idefics3", names=TOWERS))
+@pytest.mark.parametrize("name", most_in_full("internvl", "idefics3", "qwen2_5_vl", "qwen3_vl", names=TOWERS))
 def test_answers_of_a_model_whose_tower_is_patched(name: str, attention: str) -> None:
     model, example = build(name, attention), prompt(name, images=2)
     tower = tower_of(model)
@@ -35,12 +35,13 @@ def test_answers_of_a_model_whose_tower_is_patched(name: str, attention: str) ->
     assert fewer[1].isfinite().all()
     assert not torch.equal(fewer[1], plain[1])
     report = tokenprune.report(tower).to_dict()
+    # Of Qwen-VL's two images of different sizes the report gives the larger one.
     assert report["places"][-1]["tokens_out"] == report["tokens"] // 2
     tokenprune.unpatch(model)
     assert torch.equal(generate(model, example.inputs)[1], plain[1])
 
 
-@pytest.mark.parametrize("name", most_in_full("idefics3", names=TOWERS))
+@pytest.mark.parametrize("name", most_in_full("idefics3", "qwen2_5_vl", names=TOWERS))
 def test_a_patch_of_the_whole_stands_beside_that_of_the_tower(name: str) -> None:
     model, example = build(name), prompt(name)
     tower = tower_of(model)

@@ -1,5 +1,5 @@
 """transformers' image towers: CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2 (with registers), DINOv3 and those of InternVL,
-Idefics3 and SmolVLM, alone or inside a model.
+Idefics3, SmolVLM and the Qwen-VL models, alone or inside a model.
 
 Classes are known by name, so that nothing of transformers is imported for a model that is not there.
 """
@@ -21,6 +21,7 @@ from tokenprune.adapters.hf_vision_blocks import (
     ReindexedRelativeBias,
     UnmaskedLayer,
 )
+from tokenprune.adapters.hf_vision_rows import ROW_TOWERS, row_host
 from tokenprune.adapters.ragged import RaggedDropPath
 from tokenprune.adapters.swapping import mixed
 from tokenprune.errors import UnsupportedModel, unknown_module
@@ -56,9 +57,13 @@ def entry_of(cls: type, table: Mapping[str, Fact]) -> Fact | None:
     return table.get(f"{model}.{cls.__qualname__}") if library == "transformers" else None
 
 
-def _facts(module: nn.Module) -> tuple[str, int] | None:
-    known = (entry_of(cls, TOWERS) for cls in type(module).__mro__)
+def _known(module: nn.Module, table: Mapping[str, Fact]) -> Fact | None:
+    known = (entry_of(cls, table) for cls in type(module).__mro__)
     return next((facts for facts in known if facts is not None), None)
+
+
+def _facts(module: nn.Module) -> tuple[str, int] | None:
+    return _known(module, TOWERS)
 
 
 @register_adapter
@@ -69,7 +74,8 @@ class TransformersVisionTower:
 
     def find(self, target: object) -> nn.Module | None:
         assert isinstance(target, nn.Module)
-        found = {name: module for name, module in target.named_modules() if _facts(module) is not None}
+        towers = {**TOWERS, **ROW_TOWERS}
+        found = {name: module for name, module in target.named_modules() if _known(module, towers) is not None}
         if not found:
             _refuse_naflex(target)
             return None
@@ -88,6 +94,9 @@ class TransformersVisionTower:
 
     def host(self, model: nn.Module) -> Host:
         parts: Any = model
+        block = _known(model, ROW_TOWERS)
+        if block is not None:
+            return row_host(model, block, _records)
         facts = _facts(model)
         assert facts is not None
         path, prefix = facts
@@ -113,7 +122,7 @@ class TransformersVisionTower:
 
 def _refuse_naflex(target: nn.Module) -> None:
     naflex = {"siglip2.Siglip2VisionModel": True}
-    if any(entry_of(cls, naflex) for module in target.modules() for cls in type(module).__mro__):
+    if any(_known(module, naflex) for module in target.modules()):
         raise UnsupportedModel(
             "a Siglip2VisionModel pads images of different sizes under a mask, and tokens cannot be reduced under one;"
             " SigLIP 2 checkpoints of a fixed size load as SiglipModel, which works"
@@ -166,13 +175,13 @@ class _NoPadding(Tensor):
         return out if still_mask else out.as_subclass(Tensor)
 
 
-def _example(model: nn.Module, size: tuple[int, int]) -> Tensor | tuple[Tensor, Tensor]:
+def _example(model: nn.Module, size: tuple[int, int]) -> Tensor | dict[str, Tensor]:
     conv = _patching(model)
     image = torch.empty(1, conv.in_channels, *size, device=conv.weight.device, dtype=conv.weight.dtype)
-    if not any(entry_of(cls, _LOOK_FOR_PADDING) for cls in type(model).__mro__):
+    if not _known(model, _LOOK_FOR_PADDING):
         return image
     there = torch.ones(1, *_grid_at(model, size), dtype=torch.bool, device=conv.weight.device)
-    return image, there.as_subclass(_NoPadding)
+    return {"pixel_values": image, "patch_attention_mask": there.as_subclass(_NoPadding)}
 
 
 def _restored(model: Any, _: bool, kwargs: dict[str, Any]) -> tuple[int, ...]:

@@ -117,6 +117,27 @@ class BiasedAttention(Mixin):
         return super().forward(hidden_states, attention_mask=bias_here(), **kwargs)
 
 
+class RowLayer(Mixin):
+    """A layer of Qwen-VL's towers as it is."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return run_here(self, super().forward, hidden_states, **kwargs)
+
+
+class MidRowLayer(Mixin):
+    """A layer of Qwen-VL's towers run by its parts."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return run_here(self, self.by_parts, hidden_states, **kwargs)
+
+    def by_parts(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Attention, reduction, MLP."""
+        layer: Any = self
+        x = x + layer.attn(layer.norm1(x), **kwargs)
+        x = reduce_here(x)
+        return x + layer.mlp(layer.norm2(x))
+
+
 class ReindexedRelativeBias(Mixin):
     """BEiT's relative position bias of one layer, taken at the tokens that are left. It is made for the image's grid,
     and so is the number of tokens that it is interpolated to."""
