@@ -50,6 +50,11 @@ class Part:
         starts = torch.arange(self.images, device=self.position.device) * self.state.entering + self.start
         return (starts[:, None] + self.position[self.state.origin]).flatten()
 
+    def sizes(self) -> Tensor:
+        """Original patches in each token that is left: [images * n]."""
+        sizes = self.state.sizes
+        return self.position.new_ones(self.left, dtype=torch.float32) if sizes is None else sizes.flatten()
+
     def of(self, x: Tensor, start: int) -> Tensor:
         """The part's rows of x [t, ...] from `start` on, by image: [images, n, ...]."""
         return x[start : start + self.left].reshape(self.images, self.state.tokens, *x.shape[1:])
@@ -118,6 +123,10 @@ class RowSite(Site):
                 longest = starts.diff().max()
                 as_given = isinstance(kwargs[self.longest_argument], Tensor)
                 kwargs[self.longest_argument] = longest if as_given else int(longest)
+        if self.patch.method.proportional and any(part.state.sizes is not None for part in state.parts):
+            assert self.key_bias is not None
+            sizes = torch.cat([part.sizes() for part in state.parts])
+            kwargs[self.key_bias] = now.bias = sizes.log().to(dtype)[None, None, None]
         now.rope, now.kwargs = kwargs[name], kwargs
         return kwargs
 
@@ -135,7 +144,7 @@ class RowSite(Site):
         counts = [self.patch.leaving(self.index, part.state) for part in state.parts]
         if all(count is None for count in counts):
             return x
-        captured, rope, before = self.taps.captured(), now.rope, now.before
+        captured, rope, before, bias = self.taps.captured(), now.rope, now.before, now.bias
         assert isinstance(rope, tuple)
         segment = self._segments(x, state) if "queries" in self.patch.method.needs else None
         self.patch.mark(self, "score")
@@ -145,9 +154,10 @@ class RowSite(Site):
             if count is not None:
                 now.rope = tuple(part.of(table, start).unsqueeze(1) for table in rope)
                 now.before = None if before is None else part.of(before, start)
+                now.bias = None if bias is None else part.of(bias[0, 0, 0], start)[:, None, None]
                 if segment is not None:
                     ids = part.of(segment, start)
-                    now.bias = (ids.unsqueeze(2) == ids.unsqueeze(1)).unsqueeze(1)
+                    now.bias = _within(ids.unsqueeze(2) == ids.unsqueeze(1), now.bias)
                 heads = [None if h is None else part.of(h[0].transpose(0, 1), start).transpose(1, 2) for h in captured]
                 reduced, left = self._reduced(own, part.state, count, heads)
                 if self.patch.probe is not None:
@@ -158,7 +168,7 @@ class RowSite(Site):
                 parts.append(part)
             leaving.append(own.flatten(0, 1))
             start += part.left
-        now.rope, now.before, now.bias = rope, before, None
+        now.rope, now.before, now.bias = rope, before, bias
         row = torch.cat(leaving)
         now.state = replace(state, tokens=row.shape[0], parts=tuple(parts), reduced=None)
         return row
@@ -201,6 +211,12 @@ def _in_order(x: Tensor, state: TokenState, position: Tensor) -> tuple[Tensor, T
         undo=(*state.undo, _Sorted(inverse)) if state.undo else (),
     )
     return gather(x, order), ordered
+
+
+def _within(together: Tensor, bias: Tensor | None) -> Tensor:
+    """A bias [B, 1, 1, n], or none, where `together` [B, n, n], and nothing elsewhere: [B, 1, n, n]."""
+    mask = together.unsqueeze(1)
+    return mask if bias is None else bias.expand(mask.shape).masked_fill(~mask, float("-inf"))
 
 
 def _starts(starts: Tensor, rows: Tensor, parts: Sequence[Part]) -> Tensor:

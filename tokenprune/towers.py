@@ -11,7 +11,7 @@ from tokenprune.family import Request
 from tokenprune.host import Adapter, BlockHost, Host
 from tokenprune.method import Method
 from tokenprune.patch import Patch, attach
-from tokenprune.self_check import check_blocks, check_packing
+from tokenprune.self_check import check_bias, check_blocks, check_packing
 
 
 class Towers:
@@ -60,6 +60,8 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, pre
             " each place a module of its own (copy.deepcopy)"
         )
     patch = Patch(host, adapter.name, method, budget)
+    if method.proportional:
+        check_bias(host)
     if method.proportional and not all(block.takes_bias for block in host.blocks):
         raise UnsupportedMethod(
             f"{method.name} adds log(size) to the attention logits, and {type(host.blocks[0].module).__name__} takes no"

@@ -104,6 +104,9 @@ def test_a_budget_of_one_and_unpatch_are_bit_identical(name: str, attention: str
     assert_equal(outputs(model, x, **ALL_STATES), plain)
     tokenprune.patch(model, "top_k", schedule=EVERYWHERE)
     assert_equal(outputs(model, x, **ALL_STATES), plain)
+    tokenprune.patch(model, "tome", schedule=EVERYWHERE)  # attention with a bias of zeros
+    for key, value in outputs(model, x, **ALL_STATES).items():
+        torch.testing.assert_close(value, plain[key], rtol=1e-4, atol=1e-4)
     assert not tokenprune.report(model).to_dict()["skipped"]
     tokenprune.patch(model, "top_k", keep=0.5)
     mine = outputs(model, x, **ALL_STATES)
@@ -123,9 +126,9 @@ def test_agrees_with_a_loop_over_images_and_segments(name: str, method: str, att
     shares = {0: 0.7, 1: 0.8, 2: 0.75}
     reduce = naive_methods.top_k if method == "top_k" else naive_methods.tome
     schedule = {block: naive_vit.leaving_share(share) for block, share in shares.items()}
-    oracle = naive_rows.run(model, x["hidden_states"], x["grid_thw"], reduce, schedule)
+    oracle = naive_rows.run(model, x["hidden_states"], x["grid_thw"], reduce, schedule, proportional=method == "tome")
     assert min(oracle.margins) > 1e-5
-    tokenprune.patch(model, method, schedule=dict(shares), **({"proportional": False} if method == "tome" else {}))
+    tokenprune.patch(model, method, schedule=dict(shares))
     with tokenprune.record(model) as recording:
         mine = outputs(model, x, **ALL_STATES)
     window = MODELS[name][2]
@@ -211,7 +214,7 @@ def test_the_budget_is_met(name: str, method: str) -> None:
     """Counted anew over a real forward, at a size that is not the usual one."""
     model, x = build(name), row([(1, 16, 24)])
     plain = counted(model, x)
-    tokenprune.patch(model, method, flops=0.7, **({"proportional": False} if method == "tome" else {}))
+    tokenprune.patch(model, method, flops=0.7)
     assert abs(counted(model, x) / plain - 0.7) < 0.01
     report = tokenprune.report(model).to_dict()
     assert report["tokens"] == 16 * 24
@@ -238,10 +241,11 @@ def gradients(model: Any, x: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("method", ["tome", pytest.param("top_k", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", most_in_full("qwen3_vl"))
-def test_gradient_checkpointing_changes_nothing(name: str) -> None:
+def test_gradient_checkpointing_changes_nothing(name: str, method: str) -> None:
     model, x = build(name).train(), row()
-    tokenprune.patch(model, "top_k", keep=0.5)
+    tokenprune.patch(model, method, keep=0.6)
     wanted = gradients(model, x)
     assert len(wanted) == len(list(model.parameters()))
     model.activation_checkpointing_enable({"use_reentrant": False})
@@ -278,13 +282,19 @@ def test_methods_of_many_kinds() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     model, x = build("qwen2_vl"), row()
-    with pytest.raises(tokenprune.UnsupportedMethod, match="proportional=False"):
-        tokenprune.patch(model, "tome", keep=0.5)
     with pytest.raises(tokenprune.UnsupportedMethod, match="different number of tokens"):
         tokenprune.patch(model, "ats", keep=0.5)
     tokenprune.patch(model, "top_k", keep=0.5)
     with pytest.raises(tokenprune.UnsupportedModel, match="output_attentions"):
         model(**x, output_attentions=True)
+    tokenprune.patch(model, "tome", keep=0.5)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(tokenprune.UnsupportedModel, match="takes no bias"):
+        model(**x)
+    with pytest.raises(tokenprune.UnsupportedMethod, match="proportional=False"):
+        tokenprune.patch(model, "tome", keep=0.5)
+    model.config._attn_implementation = "sdpa"
+    tokenprune.patch(model, "top_k", keep=0.5)
     hidden = torch.randn(24, 48)
     table = (torch.ones(24, 16), torch.zeros(24, 16))
     with pytest.raises(tokenprune.UnsupportedModel, match="belong to which image"):

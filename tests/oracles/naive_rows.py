@@ -50,7 +50,15 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def run(tower: Any, pixels: Tensor, grids: Tensor, reduce: Reduce, schedule: Mapping[int, Leaving]) -> RowOutcome:
+def run(
+    tower: Any,
+    pixels: Tensor,
+    grids: Tensor,
+    reduce: Reduce,
+    schedule: Mapping[int, Leaving],
+    *,
+    proportional: bool = False,
+) -> RowOutcome:
     calls = _caught(tower, pixels, grids)
     sizes = [rows * columns for frames, rows, columns in grids.tolist() for _ in range(frames)]
     outcome = RowOutcome({}, [{} for _ in tower.blocks], [])
@@ -59,7 +67,7 @@ def run(tower: Any, pixels: Tensor, grids: Tensor, reduce: Reduce, schedule: Map
         tokens = [Token(calls[0][0][first + i], (i,), i) for i in range(size)]
         kept = {}
         for index, (block, (_, starts, cos, sin)) in enumerate(zip(tower.blocks, calls, strict=True)):
-            place, tokens = _attend(index, block, tokens, first, starts, cos, sin)
+            place, tokens = _attend(index, block, tokens, first, starts, cos, sin, proportional)
             if index in schedule:
                 place.keep = schedule[index](len(tokens))
                 tokens = sorted(reduce(place), key=lambda token: int(token.representative))  # type: ignore[arg-type]
@@ -76,7 +84,14 @@ def run(tower: Any, pixels: Tensor, grids: Tensor, reduce: Reduce, schedule: Map
 
 
 def _attend(
-    index: int, block: Any, tokens: list[Token], first: int, starts: list[int], cos: Tensor, sin: Tensor
+    index: int,
+    block: Any,
+    tokens: list[Token],
+    first: int,
+    starts: list[int],
+    cos: Tensor,
+    sin: Tensor,
+    proportional: bool,
 ) -> tuple[Place, list[Token]]:
     heads = block.attn.num_heads
     segment = [sum(start <= first + int(token.representative) for start in starts) for token in tokens]  # type: ignore[arg-type]
@@ -86,7 +101,10 @@ def _attend(
     q, k, v = (qkv[:, part].transpose(0, 1) for part in range(3))
     logits = _rotated(q, cos[rows], sin[rows]) @ _rotated(k, cos[rows], sin[rows]).transpose(1, 2)
     together = torch.tensor([[a == b for b in segment] for a in segment])
-    attention = (logits * q.shape[-1] ** -0.5).masked_fill(~together, float("-inf")).softmax(-1)
+    logits = logits * q.shape[-1] ** -0.5
+    if proportional:
+        logits = logits + torch.tensor([float(token.size) for token in tokens]).log()
+    attention = logits.masked_fill(~together, float("-inf")).softmax(-1)
     out = x + block.attn.proj((attention @ v).transpose(0, 1).reshape(len(x), -1))
     moved = [Token(h, token.members, token.representative) for h, token in zip(out, tokens, strict=True)]
     place = Place(

@@ -20,6 +20,9 @@ from tokenprune.adapters.hf_vision_blocks import (
     RaggedTowerAttention,
     ReindexedRelativeBias,
     UnmaskedLayer,
+    asked_layers,
+    refused_in_towers,
+    takes_bias,
 )
 from tokenprune.adapters.hf_vision_rows import ROW_TOWERS, row_host
 from tokenprune.adapters.ragged import RaggedDropPath
@@ -46,7 +49,6 @@ TOWERS = {
     "smolvlm.SmolVLMVisionTransformer": ("encoder.layers", 0),
 }
 _LOOK_FOR_PADDING = dict.fromkeys(("idefics3.Idefics3VisionTransformer", "smolvlm.SmolVLMVisionTransformer"), True)
-_TAKE_BIAS = ("eager", "sdpa")
 _BEIT_MASK = 3  # where BeitModel takes the caller's attention mask
 Fact = TypeVar("Fact")
 
@@ -186,30 +188,17 @@ def _example(model: nn.Module, size: tuple[int, int]) -> Tensor | dict[str, Tens
 
 def _restored(model: Any, _: bool, kwargs: dict[str, Any]) -> tuple[int, ...]:
     """The last layer, whose output every tower returns, and those whose hidden states are asked for."""
-    depth = int(model.config.num_hidden_layers)
-    asked = kwargs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
-    states: list[int] = []
-    if asked is True:
-        states = list(range(depth + 1))
-    elif isinstance(asked, int | list | tuple):
-        states = [state % (depth + 1) for state in ([asked] if isinstance(asked, int) else asked)]
+    read = asked_layers(model.config, int(model.config.num_hidden_layers), kwargs)
     if hasattr(model, "stage_names"):  # a backbone
-        states += [model.stage_names.index(stage) for stage in model.out_features]
-    return tuple({len(_layers(model)) - 1} | {state - 1 for state in states if state > 0})
+        stages = (model.stage_names.index(stage) for stage in model.out_features)
+        read |= {stage - 1 for stage in stages if stage > 0}
+    return tuple({len(_layers(model)) - 1} | read)
 
 
 def _refused(model: Any, biased: bool, *args: Any, **kwargs: Any) -> str:
-    if kwargs.get("output_attentions", getattr(model.config, "output_attentions", False)):
-        return (
-            "attention maps of reduced tokens are not those of the image; call the model without output_attentions, or"
-            " unpatch it first"
-        )
-    if biased and not _takes_bias(_attention(_layers(model)[0])):
-        return (
-            f"log(size) is added to the attention logits, and the attention implementation has been changed to"
-            f" {model.config._attn_implementation!r}, which takes no bias; patch the model again with"
-            " proportional=False, or use 'sdpa'"
-        )
+    reason = refused_in_towers(_attention(_layers(model)[0]).config, biased, kwargs)
+    if reason:
+        return reason
     if kwargs.get("attention_mask", args[_BEIT_MASK] if len(args) > _BEIT_MASK else None) is not None:
         return "tokens cannot be reduced under an attention mask; call the model without one, or unpatch it first"
     return ""
@@ -217,10 +206,6 @@ def _refused(model: Any, biased: bool, *args: Any, **kwargs: Any) -> str:
 
 def _attention(layer: Any) -> Any:
     return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
-
-
-def _takes_bias(attention: Any) -> bool:
-    return attention.config._attn_implementation in _TAKE_BIAS
 
 
 def _block(name: str, layer: nn.Module, prefix: int, size: tuple[int, int], tokens: int) -> BlockHost:
@@ -243,7 +228,7 @@ def _block(name: str, layer: nn.Module, prefix: int, size: tuple[int, int], toke
         values=by_head,
         scale=float(attention.scaling if hasattr(attention, "scaling") else attention.scale),
         key_bias="attention_mask",
-        takes_bias=_takes_bias(attention),
+        takes_bias=takes_bias(attention.config),
         mask_argument="attention_mask",
         mid=mixed(mid, type(layer)),
         width=int(attention.config.hidden_size),

@@ -7,9 +7,11 @@ for a model that is not there.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenprune.adapters.swapping import Mixin
@@ -138,6 +140,40 @@ class MidRowLayer(Mixin):
         return x + layer.mlp(layer.norm2(x))
 
 
+class BiasedRowAttention(Mixin):
+    """An attention of Qwen-VL's towers, run by its parts where keys have a bias, which it has no argument for."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: Any = None,
+        attention_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if attention_bias is None:
+            tokens: Tensor = super().forward(
+                hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
+            )
+            return tokens
+        own: Any = self
+        host: Any = sys.modules[self._tokenprune_original.__module__]
+        q, k, v = own.qkv(hidden_states).view(len(hidden_states), 3, own.num_heads, -1).unbind(1)
+        q, k = host.apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+        attend = host.ALL_ATTENTION_FUNCTIONS.get_interface(
+            own.config._attn_implementation, host.eager_attention_forward
+        )
+        lengths = cu_seqlens.diff().tolist()
+        heads = (torch.split(x.transpose(0, 1).unsqueeze(0), lengths, 2) for x in (q, k, v))
+        dropout = own.attention_dropout if self.training else 0.0
+        segments = [
+            attend(self, *qkv, attention_mask=bias, scaling=own.scaling, dropout=dropout, is_causal=False)[0]
+            for *qkv, bias in zip(*heads, torch.split(attention_bias, lengths, -1), strict=True)
+        ]
+        attended: Tensor = own.proj(torch.cat(segments, 1).reshape(len(hidden_states), -1))
+        return attended
+
+
 class ReindexedRelativeBias(Mixin):
     """BEiT's relative position bias of one layer, taken at the tokens that are left. It is made for the image's grid,
     and so is the number of tokens that it is interpolated to."""
@@ -160,6 +196,41 @@ class RaggedTowerAttention(Mixin):
 
 def _tokens(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
     return attended(attention(*args, **kwargs))
+
+
+_TAKE_BIAS = ("eager", "sdpa")
+
+
+def takes_bias(config: Any) -> bool:
+    """Whether the attention implementation of a model takes a bias of the keys."""
+    return config._attn_implementation in _TAKE_BIAS
+
+
+def asked_layers(config: Any, depth: int, kwargs: dict[str, Any]) -> set[int]:
+    """The layers whose output is asked for as hidden states, in a call of a tower with these arguments."""
+    asked = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+    states: list[int] = []
+    if asked is True:
+        states = list(range(depth + 1))
+    elif isinstance(asked, int | list | tuple):
+        states = [state % (depth + 1) for state in ([asked] if isinstance(asked, int) else asked)]
+    return {state - 1 for state in states if state > 0}
+
+
+def refused_in_towers(config: Any, biased: bool, kwargs: dict[str, Any]) -> str:
+    """Why tokens cannot be reduced in any tower in a call with these arguments; biased: whether a bias is added."""
+    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+        return (
+            "attention maps of reduced tokens are not those of the image; call the model without output_attentions, or"
+            " unpatch it first"
+        )
+    if biased and not takes_bias(config):
+        return (
+            f"log(size) is added to the attention logits, and the attention implementation has been changed to"
+            f" {config._attn_implementation!r}, which takes no bias; patch the model again with"
+            " proportional=False, or use 'sdpa'"
+        )
+    return ""
 
 
 MID_LAYERS: dict[str, type[MidLayer]] = {

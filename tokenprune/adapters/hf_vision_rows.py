@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapters.hf_vision_blocks import MidRowLayer, RowLayer
+from tokenprune.adapters.hf_vision_blocks import (
+    BiasedRowAttention,
+    MidRowLayer,
+    RowLayer,
+    asked_layers,
+    refused_in_towers,
+    takes_bias,
+)
 from tokenprune.adapters.swapping import mixed
 from tokenprune.errors import unknown_module
 from tokenprune.host import BlockHost, Caught, Host, Stretch
@@ -60,13 +67,18 @@ def _block(name: str, layer: nn.Module, known: str, records: Any) -> BlockHost:
         read=partial(_queries_and_keys, heads),
         values=partial(_values, heads),
         scale=float(attention.scaling),
+        key_bias="attention_bias",
+        takes_bias=takes_bias(attention.config),
         rope_argument="position_embeddings",
         rotate=_rotate,
         mid=mixed(MidRowLayer, type(layer)),
         width=int(qkv.in_features),
         check_arguments=partial(_one_segment, int(qkv.in_features) // heads),
         records=records,
-        swaps=((layer, mixed(RowLayer, type(layer))),),
+        swaps=(
+            (layer, mixed(RowLayer, type(layer))),
+            (attention, mixed(BiasedRowAttention, type(attention))),
+        ),
         attentions=(attention,),
         in_row=True,
         lengths_argument="cu_seqlens",
@@ -177,20 +189,9 @@ def _restored(model: Any, _: bool, kwargs: dict[str, Any]) -> tuple[int, ...]:
     """The last layer, those whose features go to the language model's own layers, and those whose hidden states are
     asked for."""
     depth = len(model.blocks)
-    asked = kwargs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
-    states: list[int] = []
-    if asked is True:
-        states = list(range(depth))
-    elif isinstance(asked, int | list | tuple) and asked is not False:
-        states = [state % (depth + 1) - 1 for state in ([asked] if isinstance(asked, int) else asked)]
     features = getattr(model, "deepstack_visual_indexes", ())
-    return tuple({depth - 1, *features} | {state for state in states if state >= 0})
+    return tuple({depth - 1, *features} | asked_layers(model.config, depth, kwargs))
 
 
 def _refused(model: Any, biased: bool, *args: Any, **kwargs: Any) -> str:
-    if kwargs.get("output_attentions", getattr(model.config, "output_attentions", False)):
-        return (
-            "attention maps of reduced tokens are not those of the image; call the model without output_attentions, or"
-            " unpatch it first"
-        )
-    return ""
+    return refused_in_towers(model.config, biased, kwargs)
