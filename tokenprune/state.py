@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tokenprune.host import Caught, RopeTable, Stretch
     from tokenprune.ragged import Pack
     from tokenprune.recording import Forward
-    from tokenprune.rows import Part
+    from tokenprune.row_parts import Part
     from tokenprune.site import Site
 
 

@@ -14,14 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.adapters.hf_vision_blocks import (
-    BiasedRowAttention,
-    MidRowLayer,
-    RowLayer,
-    asked_layers,
-    refused_in_towers,
-    takes_bias,
-)
+from tokenprune.adapters.hf_vision_blocks import asked_layers, refused_in_towers, takes_bias
+from tokenprune.adapters.hf_vision_row_blocks import BiasedRowAttention, MidRowLayer, RowLayer
 from tokenprune.adapters.swapping import mixed
 from tokenprune.errors import unknown_module
 from tokenprune.host import BlockHost, Caught, Host, Stretch
