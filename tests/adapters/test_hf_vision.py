@@ -348,7 +348,7 @@ def test_threads_share_a_model() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("name", most_in_full(["clip", "beit", "dinov3"], "clip"))
+@pytest.mark.parametrize("name", most_in_full(["clip", "beit", "dinov3", "internvl"], "clip"))
 def test_compiles_in_one_graph(name: str) -> None:
     model, x = build(name), images()
     for method in ("tome", "top_k"):
