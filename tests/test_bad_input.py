@@ -182,12 +182,29 @@ def test_a_schedule_names_each_place_once_and_leaves_no_room_for_places(works: n
         *[("random", {"seed": value}) for value in ("x", 1.5, None)],
         ("zero_tprune", {"class_start": "no"}),
         ("tome", {"proportional": 0}),
+        *[("adaptive_tome", {"threshold": value}) for value in ("x", float("nan"), [0.9], True)],
+        *[("saint", {"threshold": value}) for value in ("0.75", None)],
+        *[("saint", {"gamma": value}) for value in ("x", float("inf"))],
+        *[("algm", {"threshold": value}) for value in ("x", float("inf"))],
+        *[("pitome", {"margin": value}) for value in ("x", float("inf"), None)],
     ],
     ids=str,
 )
 def test_a_value_that_an_option_does_not_take(works: nn.Module, method: str, options: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedMethod, match=next(iter(options))):
         tokenprune.patch(works, method, keep=0.5, **options)
+
+
+@pytest.mark.parametrize("kept", [5, "x", (3, 2), ((5, "x"), (5, 4)), ((5, 4), (5,)), ((5, 4), 3)], ids=str)
+def test_rates_that_are_no_two_lists(works: nn.Module, kept: Any) -> None:
+    with pytest.raises(BudgetError, match="two lists"):
+        tokenprune.patch(works, "diffrate", kept=kept)
+
+
+@pytest.mark.parametrize("method", ["algm", "saint", "zero_tprune", "pomt"])
+def test_places_that_are_no_row(works: nn.Module, method: str) -> None:
+    with pytest.raises(BudgetError, match="place"):
+        tokenprune.patch(works, method, places=5)
 
 
 def test_options_need_a_method(works: nn.Module) -> None:

@@ -12,6 +12,7 @@ from families import FAMILIES, FEW, build, images, options, patches, run
 from torch import Tensor, nn
 
 import tokenprune
+from tokenprune.state import flow
 
 LAST = 3  # index of the last block
 
@@ -287,3 +288,25 @@ def test_a_forward_of_the_users_own_reads_the_full_grid() -> None:
     assert model(x).shape == plain.shape
     assert abs(tokenprune.report(model).to_dict()["flops_ratio"] - 0.6) < 0.02
     assert torch.equal(tokenprune.unpatch(model)(x), plain)
+
+
+@pytest.mark.parametrize("entry", ["forward", "forward_features", "forward_intermediates"])
+@pytest.mark.parametrize("family", ["class_token", "mean_pool"])
+def test_another_patched_model_in_a_hook_leaves_the_outputs_as_they_are(family: str, entry: str) -> None:
+    model, other = build(family), build("mean_pool")
+    x = images(model)
+    tokenprune.patch(model, "tome", keep=0.5)
+    tokenprune.patch(other, "top_k", keep=0.6)
+    expected, features = run(model, x), model.forward_features(x)
+    maps = model.forward_intermediates(x)[1]
+
+    def look(*_: Any) -> None:
+        getattr(other, entry)(x)
+
+    for module in (model.patch_embed, model.blocks[1]):
+        hook = module.register_forward_hook(look)
+        assert torch.equal(run(model, x), expected)
+        assert torch.equal(model.forward_features(x), features)
+        assert all(map(torch.equal, model.forward_intermediates(x)[1], maps))
+        hook.remove()
+    assert flow().entry is None

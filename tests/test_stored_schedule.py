@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from families import build, images
+from torch import nn
 
 import tokenprune
+from tokenprune.evals.digits_swin import digits_swin
 from tokenprune.evals.digits_vit import digits_vit
 from tokenprune.stored_schedule import StoredSchedule, load_schedule, shipped_schedules
 
@@ -68,10 +71,16 @@ def test_a_name_that_is_not_shipped_is_told_with_those_that_are() -> None:
         assert load_schedule(name).found["flops_ratio"] < 1.0
 
 
-def test_the_shipped_one_is_for_the_shipped_model() -> None:
-    name = "digits-vit-top_k-0.6"
+@pytest.mark.parametrize(
+    ("name", "build_model", "method"),
+    [
+        ("digits-vit-top_k-0.6", digits_vit, "top_k"),
+        ("digits-swin-sparsevit-0.65", digits_swin, "sparsevit"),
+    ],
+)
+def test_those_of_the_shipped_models_fit_them(name: str, build_model: Callable[[], nn.Module], method: str) -> None:
     assert name in shipped_schedules()
-    model = tokenprune.patch(digits_vit(), schedule=name)
+    model = tokenprune.patch(build_model(), schedule=name)
     report = tokenprune.report(model).to_dict()
-    assert report["method"] == "top_k"
+    assert report["method"] == method
     assert report["flops_ratio"] == pytest.approx(load_schedule(name).found["flops_ratio"], abs=1e-6)

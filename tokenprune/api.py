@@ -14,10 +14,11 @@ from torch import nn
 
 from tokenprune import registry
 from tokenprune.budget import parse_budget
-from tokenprune.defaults import default_methods
-from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
+from tokenprune.defaults import default_choices
+from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import AppliedPatch, Family, Request, active_patches, composes, detach, replaced_by
 from tokenprune.latency import load_table, told_speed
+from tokenprune.method_families import shipped_table
 from tokenprune.recording import Recording
 from tokenprune.registry import MethodInfo
 from tokenprune.report import Report
@@ -38,6 +39,7 @@ def patch(
     tokens: int | None = None,
     schedule: Mapping[int | str, float] | StoredSchedule | str | PathLike[str] | None = None,
     prefix_only_last: bool = True,
+    restore: str | None = None,
     steps: Any = None,
     positions: str | None = None,
     require_speedup: bool = False,
@@ -47,8 +49,8 @@ def patch(
 
     target: a timm vision transformer or an image tower of transformers, or a module that holds one; a vision-language
     model of transformers; a diffusers pipeline, or its `unet` or `transformer`. method: a name of `methods()`; None
-    takes the best one of the shipped table for this family and budget. One budget at most, none is the method's
-    published setting:
+    takes the best one of the shipped table for this family and budget (docs/methods.md), and the report says which and
+    why. One budget at most, none is the method's published setting:
 
     keep: share in (0, 1] of the prunable tokens (never class, register or other prefix tokens) that leave the last
     place. flops: share in (0, 1] of the unpatched multiply-adds of a forward, scoring counted, met within 1%.
@@ -63,10 +65,18 @@ def patch(
     nothing depends on it. Dense outputs (`forward_features`, `forward_intermediates`) still have every token, and so
     cost more than the forward that a flops budget is about: switch this off where they are what is run.
 
+    restore: of an image tower, what stands for a token that left, where the full grid is read (a mean over patches, or
+    a dense output); None is the method's own. "unmerge": a merged token takes its group's value. "regression": an
+    estimate from all kept tokens, by similarity. "feature": the kept token that was most similar when it left. "place":
+    the one nearest in the image. "fusion": all tokens come back, as they were when they left, in front of the last
+    block, which runs on all of them in every forward and counts towards a flops budget as such (last-layer fusion,
+    Bergner et al., "Token Cropr", CVPR 2025). What a method drops beside merging is regressed under "unmerge", and what
+    it merges counts as left under the other names.
+
     steps: of a denoising run, how strongly each part of it is reduced, see `tokenprune.denoisers.steps.parse_steps`;
     None is the method's own. Of a denoiser `keep` is the share computed in each stack of blocks, behind which all
     tokens are back; `flops` is meant over the whole run, and `schedule` names stacks. Of a model of windows (Swin)
-    `keep` is the share of the windows that each block computes.
+    `keep` is the share of the windows that each block computes, or of each window's tokens in its MLP.
 
     positions: of the visual tokens that a vision-language model keeps: their "original" ones (the default), or
     "reindex" to count through. There `tokens` are those of each image, and `flops` is of a prompt's prefill.
@@ -94,7 +104,7 @@ def patch(
     budget = parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule, own=own)
     if schedule is not None and options.get("places") is not None:
         raise BudgetError("schedule= names the places itself; leave out places=")
-    request = Request(budget, steps, target, prefix_only_last, positions)
+    request = Request(budget, steps, target, prefix_only_last, positions, restore)
     found = [(model, family, replaced_by(family, model)) for model, family in _find(target)]
     for model, _, earlier in found:
         detach(model, earlier)
@@ -191,12 +201,15 @@ def record(target: object) -> Iterator[Recording]:
 def methods(target: object | None = None) -> list[MethodInfo]:
     """The methods, or those that work on `target`: name, paper, what each needs, families and options.
 
+    families are the adapters by which a method of the package works on one of the models of its table of methods and
+    families (docs/methods.md), or that of `target`.
+
     Raises:
         UnsupportedModel: nothing in `target` is recognised.
     """
-    families = tuple(family.name for family in registry.families()) or ("timm_vit",)
     if target is None:
-        return [registry.method_info(name, families) for name in registry.method_names()]
+        table = shipped_table()
+        return [registry.method_info(name, table.adapters_of(name)) for name in registry.method_names()]
     model, family = _find(target)[0]
     earlier = replaced_by(family, model)
     detach(model, earlier)
@@ -280,14 +293,18 @@ def _find_in(module: nn.Module) -> tuple[nn.Module, Family]:
 
 
 def _prepare_default(family: Family, model: nn.Module, request: Request) -> AppliedPatch:
-    """The best method of the shipped table that this model can run."""
-    ranked = default_methods(family.name, request.budget)
-    for name in ranked[:-1]:
+    """The best method of the shipped table that this model can run, and whose budget it can meet."""
+    refused: TokenPruneError | None = None
+    for choice in default_choices(family.name, request.budget):
         try:
-            return family.prepare(model, registry.make_method(name, {}), request)
-        except UnsupportedMethod:
+            patch = family.prepare(model, registry.make_method(choice.method, dict(choice.options)), request)
+        except (UnsupportedMethod, BudgetError) as error:
+            refused = refused if isinstance(refused, BudgetError) else error
             continue
-    return family.prepare(model, registry.make_method(ranked[-1], {}), request)
+        patch.chosen = f"{choice.method} was chosen for {family.name} and {request.budget}, from {choice.source}"
+        return patch
+    assert refused is not None
+    raise refused
 
 
 def _reattach(model: nn.Module, family: Family, patches: Mapping[str, AppliedPatch]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from tokenprune.errors import BudgetError
 
@@ -92,6 +93,11 @@ def checked_share(name: str, value: object) -> float:
         example = "schedule={3: 0.6}" if name.startswith("schedule") else f"{name}=0.6"
         raise BudgetError(f"{name} must be a share in (0, 1], got {value!r}; for example {example}")
     return float(value)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a finite number, and not True or False."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def checked_count(name: str, value: object, *, smallest: int, example: int) -> int:

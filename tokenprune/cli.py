@@ -1,5 +1,5 @@
-"""The command line: `tokenprune demo | demo-diffusion | methods | bench | eval | viz | search | score |
-train`.
+"""The command line: `tokenprune demo | demo-diffusion | methods | bench | eval | viz | patterns | search |
+score | train`.
 
 Nothing but argparse is imported until a command runs, so that `--help` is quick and needs no extra.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 EXAMPLES = {
     "demo": ["tokenprune demo --output demo-output"],
     "demo-diffusion": ["tokenprune demo-diffusion --checkpoint dit-run --checkpoint unet-run"],
-    "methods": ["tokenprune methods", "tokenprune methods --model digits-vit --markdown"],
+    "methods": ["tokenprune methods", "tokenprune methods --model digits-vit --markdown", "tokenprune methods --table"],
     "bench": [
         "tokenprune bench --model digits-vit --flops 0.6 --batch-size 1 --batch-size 16",
         "tokenprune bench --model vit_small_patch16_224 --random-weights --method tome --flops 0.6 --json",
@@ -28,17 +28,26 @@ EXAMPLES = {
         "tokenprune eval --model lvlm-digits --keep 0.25 --keep 0.5 --rounds 20",
     ],
     "viz": ["tokenprune viz --model digits-vit --method tome --flops 0.6 --output kept.png"],
+    "patterns": [
+        "tokenprune patterns --model digits-vit --keep 0.5 --keep 0.25 --output patterns",
+        "tokenprune patterns --model dinov2-small-wheel --method top_k --method tome --measure kept --output patterns",
+        "tokenprune patterns --model vit_tiny_patch16_224 --other vit_small_patch16_224 --data pictures --keep 0.5"
+        " --output patterns",
+    ],
     "search": [
         "tokenprune search --model digits-vit --method top_k --flops 0.6 --output found",
         "tokenprune search --model dinov2-small-wheel --method tome --speedup 1.5 --threads 2 --output found",
+        "tokenprune search --model digits-swin --method sparsevit --speedup 1.3 --output found",
         "tokenprune search --model deit_small_patch16_224 --data pictures --method tome --min-agreement 0.99"
         " --output found",
     ],
     "score": ["tokenprune score --pictures patched --real coco-val --prompts captions.txt"],
     "train": [
         "tokenprune train digits-vit --output digits-run",
+        "tokenprune train digits-swin --output swin-run",
         "tokenprune train dit-digits --output dit-run",
         "tokenprune train lvlm-digits --output lvlm-run",
+        "tokenprune train digit-masks --output masks-run",
     ],
 }
 
@@ -86,6 +95,11 @@ def parser() -> argparse.ArgumentParser:
 
     methods = _command(commands, "methods", "the methods, or those that fit a model")
     _add_model(methods, required=False)
+    methods.add_argument(
+        "--table",
+        action="store_true",
+        help="put every method on a tiny model of each family: the table, Markdown or JSON",
+    )
     _add_format(methods)
 
     bench = _command(commands, "bench", "speed, FLOPs and memory, patched and unpatched interleaved in one process")
@@ -137,6 +151,30 @@ def parser() -> argparse.ArgumentParser:
     viz.add_argument("--output", default="kept.png", metavar="FILE", help="(default: %(default)s)")
     _add_machine(viz)
 
+    patterns = _command(
+        commands, "patterns", "which tokens methods, budgets and models have in common, and whether that tells accuracy"
+    )
+    _add_model(patterns)
+    _add_methods(patterns)
+    _add_data(patterns, "what to compare on (default: the model's own images)")
+    patterns.add_argument("--other", action="append", metavar="MODEL", help="to compare with on that grid; repeatable")
+    patterns.add_argument(
+        "--measure",
+        action="append",
+        choices=["kept", "clusters", "depth", "features"],
+        help="repeatable (default: all)",
+    )
+    patterns.add_argument(
+        "--anchor", action="append", metavar="METHOD", help="whom to compare all with (default: top_k, k_medoids)"
+    )
+    patterns.add_argument("--samples", type=_positive, default=300, help="images, by --seed (default: %(default)s)")
+    patterns.add_argument("--batch-size", type=_positive, default=32, help="(default: %(default)s)")
+    patterns.add_argument("--resamples", type=_positive, default=1000, help="of the bootstrap (default: %(default)s)")
+    patterns.add_argument(
+        "--output", required=True, metavar="FOLDER", help="for the tables (.md, .csv, .json) and the plots"
+    )
+    _add_machine(patterns)
+
     search = _command(commands, "search", "the schedule of a method that suits a model best, from unlabelled images")
     _add_model(search)
     search.add_argument("--method", required=True, metavar="NAME", help="whose schedule, see tokenprune methods")
@@ -166,7 +204,18 @@ def parser() -> argparse.ArgumentParser:
     _add_format(score)
 
     train = _command(commands, "train", "train a model of the package by its recipe")
-    train.add_argument("model", choices=["digits-vit", "dit-digits", "unet-digits", "lvlm-digits", "digit-reader"])
+    train.add_argument(
+        "model",
+        choices=[
+            "digits-vit",
+            "digits-swin",
+            "dit-digits",
+            "unet-digits",
+            "lvlm-digits",
+            "digit-reader",
+            "digit-masks",
+        ],
+    )
     train.add_argument("--output", required=True, metavar="FOLDER", help="for the checkpoint and its record")
     train.add_argument("--steps", type=_positive, help="other than the recipe's only to try the command out")
     train.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: %(default)s)")
@@ -177,6 +226,7 @@ def _run(options: argparse.Namespace) -> int:
     from tokenprune.evals import commands, demo, search_command
     from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
     from tokenprune.evals.digits_lvlm import LVLM
+    from tokenprune.evals.patterns.command import run_patterns
 
     if options.command in ("demo-diffusion", "score") or (
         options.command in ("bench", "eval", "viz") and options.model in DIFFUSION
@@ -200,6 +250,7 @@ def _run(options: argparse.Namespace) -> int:
         "bench": commands.run_bench,
         "eval": commands.run_eval,
         "viz": commands.viz,
+        "patterns": run_patterns,
         "search": search_command.run_search,
         "train": commands.train,
     }
@@ -222,8 +273,8 @@ def _add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument(
         "--model",
         required=required,
-        help="digits-vit, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name, owner/name on the"
-        " Hugging Face hub or module:function",
+        help="digits-vit, digits-swin, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name,"
+        " owner/name on the Hugging Face hub or module:function",
     )
     command.add_argument(
         "--checkpoint",

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.flop_count import FlopCount
-from tokenprune.restore import regression_cost
 
 if TYPE_CHECKING:
     from tokenprune.site import Site
@@ -53,19 +52,18 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Multiply-adds of one image's forward. tokens: prunable tokens at the size that was counted. regressed: channels
-    of the tokens that are dropped and brought back behind the blocks `restored` in a forward, 0 where none are. drops:
-    (block, depth, tokens removed) -> how many of those are dropped and not merged, None for all. unpatched: the same
-    without a patch, where a patched forward costs less even if it keeps every token."""
+    """Multiply-adds of one image's forward. tokens: prunable tokens at the size that was counted. restoring: (block,
+    tokens that enter it, tokens that leave it) -> what bringing those back costs, None where a forward does not.
+    last_whole: whether all tokens are back in the last block. unpatched: the same without a patch, where a patched
+    forward costs less even if it keeps every token."""
 
     tokens: int
     stem: float
     blocks: tuple[BlockCost, ...]
     head: Curve
     head_sees_all: bool
-    regressed: int = 0
-    drops: Callable[[int, int, int], int] | None = None
-    restored: tuple[int, ...] = ()
+    restoring: Callable[[int, int, int], float] | None = None
+    last_whole: bool = False
     unpatched: CostModel | None = None
 
     def total(self, tokens: int, leaving: Mapping[int, int] | None = None, *, adaptive: bool = False) -> float:
@@ -76,14 +74,14 @@ class CostModel:
         cost = self.stem * tokens / self.tokens
         left = tokens
         for index, block in enumerate(self.blocks):
+            if self.last_whole and index == len(self.blocks) - 1:
+                left = tokens
             cost += block.before(left)
             keep = left if leaving is None else leaving.get(index, left)
             if keep < left or (adaptive and leaving is not None and index in leaving):
                 cost += block.score(left)
-                lost = left - keep if self.drops is None else self.drops(index, len(self.blocks), left - keep)
-                if self.regressed and lost:
-                    times = sum(behind >= index for behind in self.restored)
-                    cost += regression_cost(lost, keep, self.regressed, max(times, 1))
+                if self.restoring is not None and keep < left:
+                    cost += self.restoring(index, left, keep)
                 left = keep
             cost += block.behind(left)
         if self.head_sees_all:  # counted with all tokens of its size, and linear in them
@@ -135,9 +133,8 @@ def cost_model(
     runs: Sequence[tuple[Probe, int]],
     *,
     head_sees_all: bool,
-    regressed: int,
-    drops: Callable[[int, int, int], int] | None = None,
-    restored: tuple[int, ...] = (),
+    restoring: Callable[[int, int, int], float] | None = None,
+    last_whole: bool = False,
 ) -> CostModel:
     """The cost model out of counted runs (probe, total) at different token counts."""
     before: list[list[tuple[int, int]]] = [[] for _ in range(depth)]
@@ -160,7 +157,7 @@ def cost_model(
     marks = runs[0][0].marks
     between = pairwise(marks)  # what reads the grid there is computed on all tokens
     stem = marks[0][2] + sum(b[2] - a[2] for a, b in between if a[1] == "leave")
-    return CostModel(tokens, stem, blocks, Curve(tuple(head)), head_sees_all, regressed, drops, restored)
+    return CostModel(tokens, stem, blocks, Curve(tuple(head)), head_sees_all, restoring, last_whole)
 
 
 def pad_tokens(x: Tensor, length: int) -> Tensor:

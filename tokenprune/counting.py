@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tokenprune.costs import CostModel, Curve, Probe, cost_model, count_flops, probe_sizes
 from tokenprune.ghost import ghost
 from tokenprune.host import Adapter, Host
+from tokenprune.method import Method
 from tokenprune.patch import Patch, attach
+from tokenprune.restore import restoration_cost
 from tokenprune.self_check import check_front
 from tokenprune.solver import Counts
 
@@ -47,17 +51,27 @@ def count_costs(host: Host, adapter: Adapter, patch: Patch) -> CostModel:
         total = count_flops(bare.model, bare.example)
         return CostModel(host.tokens, total, (), Curve(((host.tokens, 0),)), head_sees_all=True)
     restored = patch.restored_blocks(host.model, {})
-    method = patch.method
-    regressed = host.blocks[-1].width if restored and (not method.merges or method.drops is not None) else 0
+    restoring = partial(_restoring, patch.method, patch.depth, host.blocks[-1].width, restored)
     return cost_model(
         host.tokens,
         len(host.blocks),
         _probed(host, adapter, patch),
         head_sees_all=bool(restored),
-        regressed=regressed,
-        drops=method.drops,
-        restored=restored,
+        restoring=restoring if restored else None,
+        last_whole=patch.method.restoration == "fusion",
     )
+
+
+def _restoring(
+    method: Method, depth: int, width: int, restored: Sequence[int], block: int, entering: int, leaving: int
+) -> float:
+    """Multiply-adds of bringing an image's tokens of `width` channels back to the `entering` ones of a block, behind
+    those of the blocks `restored` that follow it."""
+    lost, choice = entering - leaving, method.restoration
+    if choice == "unmerge":  # what is merged is only copied
+        lost = method.drops(block, depth, lost) if method.drops is not None else 0
+    times = max(sum(behind >= block for behind in restored), 1)
+    return restoration_cost(choice, lost, leaving, width, times) if lost else 0.0
 
 
 def _probed(host: Host, adapter: Adapter, patch: Patch, *, last_alone: bool = False) -> list[tuple[Probe, int]]:
@@ -116,7 +130,7 @@ def compute_prefix_only(host: Host, adapter: Adapter, patch: Patch) -> None:
     assert whole is not None
     patch.prefix_only_last = True
     runs = _probed(host, adapter, patch, last_alone=True)
-    alone = cost_model(host.tokens, len(host.blocks), runs, head_sees_all=False, regressed=0)
+    alone = cost_model(host.tokens, len(host.blocks), runs, head_sees_all=False)
     costs = replace(whole, blocks=(*whole.blocks[:-1], alone.blocks[-1]), head=alone.head, unpatched=whole)
     # A budget so near to 1 that this alone would undercut it is met by tokens, as the method means it.
     if budget.kind == "flops" and costs.total(host.tokens, {}) < (budget.value + 0.02) * whole.total(host.tokens):

@@ -28,13 +28,15 @@ from tokenprune.recording import Recording
 class Request:
     """What `patch` was asked for, beside the method. steps: over the steps of a denoising run, as given. target: what
     the caller patched, a module or a pipeline. prefix_only_last: see `tokenprune.patch`, of image towers. positions: of
-    the visual tokens that a vision-language model keeps, None for its default."""
+    the visual tokens that a vision-language model keeps, None for its default. restore: see `tokenprune.patch`, of
+    image towers, None for the method's own."""
 
     budget: Budget
     steps: Any = None
     target: object = None
     prefix_only_last: bool = True
     positions: str | None = None
+    restore: str | None = None
 
 
 class AppliedPatch(Protocol):
@@ -43,6 +45,7 @@ class AppliedPatch(Protocol):
     adapter: str
     recordings: list[Recording]
     speed: str
+    chosen: str
 
     def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
         """Time at each (batch, prunable tokens) of `table`, as a share of the unpatched one, where that is known."""
@@ -52,13 +55,15 @@ class AppliedPatch(Protocol):
 
 
 class Portable:
-    """What a patch is when it is copied or pickled with its model. speed: what is known of it, for the report.
+    """What a patch is when it is copied or pickled with its model. speed: what is known of it, for the report. chosen:
+    why this method, where none was named.
 
     Hooks are pickled with their numbers, and another process counts its own from 0: one of the user's would take the
     place of one of the patch's. So counting goes on above them where a patch is loaded.
     """
 
     speed = NOT_CHECKED
+    chosen = ""
 
     def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
         """As in `AppliedPatch`; nothing is known of most kinds."""

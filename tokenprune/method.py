@@ -19,6 +19,7 @@ from tokenprune.schedule import Schedule
 
 Score = Callable[[AttentionRecord], Tensor]
 Recover = Literal["similar", "gain", "residual"]
+Restore = Literal["unmerge", "regression", "feature", "place", "fusion"]
 Select = Callable[[Tensor | None, AttentionRecord, int], Reduction | RaggedReduction]
 
 
@@ -58,7 +59,9 @@ class Method:
     much at each.
     position: "mid" reduces between attention and MLP, "post" after the block. merges: whether leaving tokens stand for
     several patches (sizes are tracked). drops: of a method that merges, (block, depth, tokens removed) -> how many of
-    those it drops instead. proportional: whether log(size) is added to the attention logits of a key.
+    those it drops instead. proportional: whether log(size) is added to the attention logits of a key. restore: what
+    stands for a token that left, where the full grid is read (see `tokenprune.restore`); None: "unmerge" of a method
+    that merges, else "regression".
     needs: what must be captured ("queries", "keys", "values", "block_input": hidden states in front of the block,
     "cross": those of the cross-attention; "stacks": that all tokens are back behind a few blocks; "grid": that the
     tokens fill one; "windows": that attention stays in windows; "steps": that the model is run once for each step of a
@@ -92,6 +95,7 @@ class Method:
     merges: bool = False
     drops: Callable[[int, int, int], int] | None = None
     proportional: bool = False
+    restore: Restore | None = None
     adaptive: bool = False
     needs: frozenset[str] = frozenset()
     stack_share: float = 0.5
@@ -106,6 +110,11 @@ class Method:
     window_ratios: WindowRatios | None = None
     after_tower: AfterTower | None = None
     inside_model: InsideModel | None = None
+
+    @property
+    def restoration(self) -> Restore:
+        """`restore`, or what takes its place."""
+        return self.restore or ("unmerge" if self.merges else "regression")
 
     def reduce(self, record: AttentionRecord, keep: int) -> Reduction:
         """The Reduction of the record's n prunable tokens to `keep`."""

@@ -30,7 +30,8 @@ from tokenprune.tower_report import summarise
 class Patch(Portable):
     """What a patch knows for as long as it is on: plain data and the sites, no module.
 
-    active: whether anything is reduced (not at a budget of 1.0). prefix_only_last: whether the last block's output is
+    active: whether anything is reduced (not at a budget of 1.0). fuses: whether all tokens come back in front of the
+    last block. prefix_only_last: whether the last block's output is
     computed for the prefix tokens alone in forwards where no other is read. seen: of an adaptive method, (block, tokens
     that left it of each image) of the last forward.
     """
@@ -47,6 +48,7 @@ class Patch(Portable):
         self.depth = len(host.blocks)
         self.layout = Layout(self.depth, host.num_prefix_tokens)
         self.active = not budget.is_full
+        self.fuses = self.active and method.restoration == "fusion"
         self.shares = _shares(budget, host)
         self.restored = host.restored
         self.refused = host.refused
@@ -113,14 +115,14 @@ class Patch(Portable):
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: a forward of the whole model starts."""
+        entry = Entry(self.restored_blocks(model, kwargs), whole=True, grid=self.grid, owner=self)
+        flow().start(entry)
         if self.active and self.refused is not None:
             reason = self.refused(model, self.method.proportional, *args, **kwargs)
             if reason:
                 raise UnsupportedModel(reason)
-        grid: tuple[int, int] | None = self.grid
         if self.grid_of is not None and not torch.compiler.is_compiling():  # there it would be a graph for each size
-            grid = self.grid_of(model, *args, **kwargs)
-        flow().entry = entry = Entry(self.restored_blocks(model, kwargs), whole=True, grid=grid)
+            entry.grid = self.grid_of(model, *args, **kwargs)
         entry.front = self._front(model)
         if self.active and self.row is not None:
             entry.row = self.row(model, *args, **kwargs)

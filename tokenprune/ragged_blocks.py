@@ -14,11 +14,13 @@ from tokenprune.errors import UnsupportedMethod
 from tokenprune.ragged import Group, Pack, Repacking, pack_batch, repack
 from tokenprune.ragged_attention import of_images, state_of
 from tokenprune.recording import PlaceRecord
+from tokenprune.regression import estimate, stride
 from tokenprune.reindexing import reindexed
-from tokenprune.restore import estimate, placed, stride
+from tokenprune.restore import most_alike, seen
 from tokenprune.state import TokenState, flow, in_backward
 
 if TYPE_CHECKING:
+    from tokenprune.method import Restore
     from tokenprune.site import Site
 
 
@@ -62,7 +64,7 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
             reductions.append(method.reduce_ragged(record, keep))
             if state.dense and patch.probe is None:
                 own = replace(state, origin=record.origin, pack=None)
-                metrics.append(placed(record.hidden[:, patch.num_prefix_tokens :], own))
+                metrics.append(seen(method.restoration, record.hidden[:, patch.num_prefix_tokens :], own))
         if patch.probe is not None:  # counted, not removed
             patch.mark(site, "reduced")
             return x
@@ -74,9 +76,13 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
     counts = repacking.after.counts()
     if max(counts, default=0) > keep:
         raise UnsupportedMethod(f"{method.name} left {max(counts)} tokens of an image at {site.name}, more than {keep}")
-    if state.dense:
+    packed = x.reshape(-1, x.shape[-1])
+    leaving = repacking(packed)
+    if patch.fuses:
+        state = state.undone_by(RaggedReturn(repacking, packed, leaving))
+    elif state.dense:
         with torch.no_grad():
-            state = replace(state, undo=(*state.undo, _undo(repacking, metrics)))
+            state = state.undone_by(_undo(method.restoration, repacking, metrics))
     if state.forward is not None and not in_backward():
         state = replace(state, source=repacking.follow(_rows(state.source, state, pack)))
         place = _place(site.name, repacking.after, state)
@@ -90,7 +96,7 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
         sizes=None,
         reduced=None,
     )
-    return repacking(x.reshape(-1, x.shape[-1]))[None]
+    return leaving[None]
 
 
 def _rows(rows: Tensor | None, state: TokenState, pack: Pack) -> Tensor:
@@ -122,20 +128,42 @@ class RaggedUndo:
         return full.index_copy(0, rows, torch.cat(values))
 
 
-def _undo(repacking: Repacking, metrics: list[Tensor]) -> RaggedUndo:
-    """How the old pack is brought back. metrics: [g, n, D] of each group of it, what similarity is measured on."""
+@dataclass(frozen=True, eq=False)
+class RaggedReturn:
+    """`tokenprune.restore.Return` from pack to pack. full: [T, C], leaving: [T', C]."""
+
+    repacking: Repacking
+    full: Tensor
+    leaving: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T', C] to [T, C]."""
+        place, full = self.repacking.place, self.full.to(x.dtype)
+        gained = (x - self.leaving.to(x.dtype))[place.clamp(min=0)]
+        came = torch.where((place >= 0).unsqueeze(-1), full + gained, full)
+        return came if self.repacking.after.sizes is not None else came.index_copy(0, self.repacking.rows, x)
+
+
+def _undo(choice: Restore, repacking: Repacking, metrics: list[Tensor]) -> RaggedUndo:
+    """How the old pack is brought back. metrics: [g, n, D] of each group of it, what tokens are compared by."""
     prefix, images = repacking.before.num_prefix_tokens, []
     every = torch.arange(repacking.place.shape[0], device=repacking.place.device)
+    near = repacking.place.clamp(min=0)
     for group, metric in zip(repacking.before.groups, metrics, strict=True):
         tables = (repacking.place, repacking.leaves(), every)
         for place, leaves, row, tokens in zip(*(group.of(table)[:, prefix:] for table in tables), metric, strict=True):
-            lost = place < 0
-            if lost.any():
-                kept, values = tokens[leaves], place[leaves]
-                step = stride(len(kept))
-                weights = estimate(tokens[lost][None], kept[None, ::step])[0]
+            lost = place < 0 if choice == "unmerge" else ~leaves
+            if not lost.any():
+                continue
+            kept, values = tokens[leaves][None], place[leaves]
+            if choice in ("feature", "place"):
+                match = most_alike(choice, tokens[lost][None], kept)[0]
+                near = near.index_copy(0, row[lost], values[match])
+            else:
+                step = stride(len(values))
+                weights = estimate(tokens[lost][None], kept[:, ::step])[0]
                 images.append((row[lost], values[::step], weights))
-    return RaggedUndo(repacking.place.clamp(min=0), tuple(images))
+    return RaggedUndo(near, tuple(images))
 
 
 def _place(name: str, pack: Pack, state: TokenState) -> PlaceRecord:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenprune.kernels.inputs import EPSILON, precision
 from tokenprune.kernels.merge import gather, merge, merge_sizes, source
 from tokenprune.kernels.merge.eager import flat_rows
+from tokenprune.tile_matrix import TileMatrix
 
 
 # eq=False: up to torch 2.11 the compiler hashes an object that is called, by its fields, which it has not set yet.
@@ -19,14 +20,15 @@ class Reduction:
     """Which of n tokens leave a place, and what becomes of the others.
 
     Three forms: an *index* (only `kept`: the others are dropped), *groups* (`moved` tokens are added, weighted, to the
-    leaving token `target`) and a *dense* matrix [B, K, n] for soft clusterings.
+    leaving token `target`) and a *dense* matrix [B, K, n] for soft clusterings, or the blocks of one.
 
     kept: [B, K'] positions that leave, in the order in which they leave. moved: [B, M] positions that are merged; what
     is neither kept nor moved is dropped. target: [B, M] position among the K leaving tokens that takes each moved one.
     weights: [B, M] share with which a moved token enters a fused token appended at the end (EViT); None where merging
     is an average. average: of a group, weighted by "size", with "equal" weights, or that by size rescaled to the
     largest "norm" in the group (MLERP, Kim et al., "Token Fusion", WACV 2024, section 3.3). shares: [B, M] of its size
-    with which a moved token adds to that of its target; None for all of it.
+    with which a moved token adds to that of its target; None for all of it. tiles: instead of `matrix`, one in which
+    every token stays in its tile of the grid.
     """
 
     kept: Tensor
@@ -36,6 +38,17 @@ class Reduction:
     matrix: Tensor | None = None
     average: Literal["size", "equal", "norm"] = "size"
     shares: Tensor | None = None
+    tiles: TileMatrix | None = None
+
+    @property
+    def dense(self) -> Tensor | None:
+        """The matrix [B, K, n] of the dense form, None of another."""
+        return self.matrix if self.tiles is None else self.tiles.dense()
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it is of the dense form."""
+        return self.matrix is not None or self.tiles is not None
 
     @property
     def merges(self) -> bool:
@@ -45,7 +58,7 @@ class Reduction:
     @property
     def is_index(self) -> bool:
         """Whether the tokens that do not leave are dropped."""
-        return self.matrix is None and self.moved is None
+        return not self.mixes and self.moved is None
 
     @property
     def fuses(self) -> bool:
@@ -55,20 +68,22 @@ class Reduction:
     @property
     def averages_by_size(self) -> bool:
         """Whether tokens are averaged by size, as `merge` does it with their sizes."""
-        plain = self.matrix is None and self.weights is None and self.shares is None and self.average == "size"
+        plain = not self.mixes and self.weights is None and self.shares is None and self.average == "size"
         return plain and self.moved is not None and self.moved.shape[1] > 0
 
     @property
     def tokens(self) -> int:
         """Number of tokens that leave, K."""
+        if self.tiles is not None:
+            return self.tiles.tokens
         if self.matrix is not None:
             return self.matrix.shape[1]
         return self.kept.shape[1] + int(self.fuses)
 
     def merged_sizes(self, sizes: Tensor) -> Tensor:
         """Original patches in each leaving token, from those entering: [B, n] -> [B, K], in the dtype of `sizes`."""
-        if self.matrix is not None:
-            return torch.bmm(self.matrix.to(sizes.dtype), sizes.unsqueeze(-1)).squeeze(-1)
+        if (matrix := self.dense) is not None:
+            return torch.bmm(matrix.to(sizes.dtype), sizes.unsqueeze(-1)).squeeze(-1)
         if self.moved is None:
             return sizes.gather(1, self.kept)
         if self.fuses:
@@ -81,6 +96,8 @@ class Reduction:
 
     def __call__(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Reduce x [B, n, C] to [B, K, C]; merged groups are averages, weighted by `sizes` [B, n] (None: all one)."""
+        if self.tiles is not None:
+            return self.tiles.merge(x)
         if self.matrix is not None:
             return torch.bmm(self.matrix.to(x.dtype), x)
         if self.moved is None or self.moved.shape[1] == 0:
@@ -112,7 +129,7 @@ class Reduction:
 
     def with_prefix(self, count: int) -> Reduction:
         """The same behind `count` tokens in front of the n, which stay where they are; not of a dense matrix."""
-        assert self.matrix is None
+        assert not self.mixes
         if count == 0:
             return self
         own = torch.arange(count, device=self.kept.device).expand(self.kept.shape[0], -1)
@@ -127,16 +144,16 @@ class Reduction:
         dense one that of its largest weight.
         """
         index = self.kept
-        if self.matrix is not None:
-            index = self.matrix.argmax(-1)
+        if (matrix := self.dense) is not None:
+            index = matrix.argmax(-1)
         elif self.weights is not None and self.moved is not None:
             index = torch.cat([index, self.moved.gather(1, self.weights.argmax(1, keepdim=True))], 1)
         return index if table is None else table.gather(1, index)
 
     def source(self, entering: int) -> Tensor:
         """For each of the `entering` tokens, the leaving position that represents it, or -1: [B, entering]."""
-        if self.matrix is not None:
-            return self.matrix.argmax(1)
+        if (matrix := self.dense) is not None:
+            return matrix.argmax(1)
         target = self.target
         if self.fuses and self.moved is not None:
             target = torch.full_like(self.moved, self.kept.shape[1])
@@ -159,6 +176,8 @@ class Reduction:
 
         A dense matrix is transposed, with each token's shares rescaled to sum to one (ToMA, Lu et al., 2025).
         """
+        if self.tiles is not None:
+            return self.tiles.unmerge(reduced)
         if self.matrix is None:
             return gather(reduced, self.source(entering))
         shares = self.matrix.to(reduced.dtype)
@@ -171,7 +190,7 @@ class Reduction:
         names = ("kept", "moved", "target", "weights", "matrix", "shares")
         parts = {name: part for name in names if (part := getattr(self, name)) is not None}
         tiled: dict[str, Any] = {name: _tiled(part, copies) for name, part in parts.items()}
-        return replace(self, **tiled)
+        return replace(self, **tiled, tiles=None if self.tiles is None else self.tiles.tiled(copies))
 
 
 class Rows:

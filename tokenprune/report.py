@@ -21,8 +21,9 @@ class Report:
         """method, budget, flops_before and flops_after (multiply-adds of one image; 1 of them = 2 FLOPs),
         flops_ratio, places (name, tokens_in, tokens_out; of an adaptive method means, with the fewest and the most
         that left an image; of a denoiser with the steps of the run), skipped {place: why}, speed
-        (what the latency table of this device says)."""
-        return {**self.patch.summary(), "speed": self.patch.speed}
+        (what the latency table of this device says), chosen (where no method was named: why this one); of an image
+        tower restore, as in `patch`."""
+        return {**self.patch.summary(), "speed": self.patch.speed, "chosen": self.patch.chosen}
 
     def __str__(self) -> str:
         data = self.to_dict()
@@ -40,5 +41,5 @@ class Report:
             for p in data["places"]
         ]
         lines += [f"{name}: {why}" for name, why in data["skipped"].items()]
-        lines += [*data["notes"], data["speed"]]
+        lines += [*data["notes"], *filter(None, [data["chosen"]]), data["speed"]]
         return "\n".join(lines)

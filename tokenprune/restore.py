@@ -1,39 +1,36 @@
-"""Restoring the full grid: a merged patch gets its group's value, a dropped one an estimate from the kept tokens.
+"""Restoring the full grid: what stands for a token that left, where the grid is read.
 
-The estimate is a Gaussian-process regression (Rasmussen & Williams, "Gaussian Processes for Machine Learning", equation
-2.25): from the place at which it was dropped, a token's similarity to the kept ones is known, and from the depth at
-which the grid is restored, their values. Copying the most similar token (similarity-based recovery, AT-EDM section 3.3)
-loses what lies between the kept tokens; a dropped token's own hidden state plus what changed since is no better than
-the regression without it, and would have to be stored and differentiated through.
+Of five choices. A merged token takes its group's value ("unmerge"); whoever left takes an estimate from all kept tokens
+("regression"), the value of the kept token that was most similar when it left ("feature", similarity-based recovery,
+AT-EDM section 3.3) or that lies nearest in the image ("place"); or it comes back in front of the last block, which runs
+on all tokens ("fusion": last-layer fusion, Bergner et al., "Token Cropr", CVPR 2025).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.kernels.attention_match import attention_match
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
+from tokenprune.kernels.pairwise import nearest
 from tokenprune.reduction import Reduction
+from tokenprune.regression import estimate, regression_cost, stride
 from tokenprune.state import TokenState
 from tokenprune.tables import table
 
+if TYPE_CHECKING:
+    from tokenprune.method import Restore
+
 PLACE_WEIGHT = 0.5
 """Weight of a token's place beside its hidden state: on a DINOv2's photographs 0.4 to 0.7 restored best."""
-
-SHARPNESS = 1.25
-NOISE = 0.01
-"""Kernel exp(SHARPNESS * (cosine - 1)) and the variance beside it. On a DINOv2's photographs SHARPNESS from 0.4 and
-NOISE from 0.003 to 0.03 restored as well; a SHARPNESS of 4, whose estimates soon fall back to the mean, worse."""
-
-MOST = 512
-"""Most kept tokens that a regression takes, evenly chosen of more: at thousands of tokens, the squares and cubes of
-their number would cost much of what dropping tokens saves."""
 
 
 def follow_source(state: TokenState, source: Tensor) -> Tensor:
@@ -66,20 +63,84 @@ class Undo:
         return full.scatter(1, self.lost.unsqueeze(-1).expand_as(values), values)
 
 
-def undo(state: TokenState, reduction: Reduction, x: Tensor) -> Undo:
-    """How the tokens x [B, n, C] that enter a place are brought back from those that leave it; a fused token takes no
-    part."""
+@dataclass(frozen=True, eq=False)
+class Return:
+    """Brings the tokens `full` [B, n, C] that entered a place back from `leaving` [B, K, C], those that left it: a
+    dropped one as it was, a merged one as it was and with what its group has gained since."""
+
+    reduction: Reduction
+    full: Tensor
+    leaving: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [B, K, C] to [B, n, C]."""
+        x = x[:, : self.leaving.shape[1]]
+        return self.reduction.bring_back(x, self.leaving.to(x.dtype), self.full.to(x.dtype))
+
+
+def undo(choice: Restore, state: TokenState, reduction: Reduction, x: Tensor, leaving: Tensor) -> Undo | Return:
+    """How the tokens x [B, n, C] that enter a place are brought back from `leaving` [B, K, C], those that leave it; a
+    fused token takes no part."""
+    if choice == "fusion":
+        kept = leaving if reduction.matrix is not None else leaving[:, : reduction.kept.shape[1]]
+        own = reduction if reduction.matrix is not None else represented(reduction)
+        return Return(own, x, kept)
+    with torch.no_grad():
+        return _undo(choice, state, reduction, x)
+
+
+def _undo(choice: Restore, state: TokenState, reduction: Reduction, x: Tensor) -> Undo:
     count = x.shape[1]
     if reduction.matrix is not None:
+        if choice in ("feature", "place"):
+            raise UnsupportedMethod(f"every token is a mixture here, and restore={choice!r} needs some that are kept")
         return Undo(reduction.source(count))
-    source = represented(reduction).source(count)
-    lost = dropped(reduction, count)
+    own = represented(reduction) if choice == "unmerge" else Reduction(reduction.kept)
+    lost = dropped(own, count)
     if lost.shape[1] == 0:
-        return Undo(source)
-    metric = placed(x, state)
+        return Undo(own.source(count))
+    metric = seen(choice, x, state)
+    if choice in ("feature", "place"):
+        match = most_alike(choice, gather(metric, lost), gather(metric, reduction.kept))
+        return Undo(Reduction(reduction.kept, lost, match).source(count))
     step = stride(reduction.kept.shape[1])
     weights = estimate(gather(metric, lost), gather(metric, reduction.kept[:, ::step]))
-    return Undo(source.clamp(min=0), lost, weights, step)
+    return Undo(own.source(count).clamp(min=0), lost, weights, step)
+
+
+def seen(choice: Restore, x: Tensor, state: TokenState) -> Tensor:
+    """What tokens x [B, n, C] are compared by: hidden states and places [B, n, C + 4], or places alone [B, n, 2].
+
+    Raises:
+        UnsupportedModel: places alone, where the patches fill no grid.
+    """
+    if choice != "place":
+        return placed(x, state)
+    if state.grid is None:
+        raise UnsupportedModel(
+            "restore='place' needs patches that fill a grid, and these may lie anywhere; use restore='feature'"
+        )
+    origin, (rows, columns) = state.origins(x), state.grid
+    return torch.stack([origin // columns - rows // 2, origin % columns - columns // 2], -1).float()
+
+
+def most_alike(choice: Restore, lost: Tensor, kept: Tensor) -> Tensor:
+    """Row of kept [B, k, D] that each of lost [B, m, D] is nearest to, of equals the first: [B, m]."""
+    if choice == "feature":
+        return cosine_match(lost, kept)[1]
+    # Nearest is where p q - |q|^2 / 2 is largest: of whole numbers exact, so that equally near ones stay so.
+    kept = torch.cat([kept, kept.square() / 2], -1)
+    return nearest(torch.cat([lost, torch.full_like(lost, -1.0)], -1), kept, metric="dot")[1]
+
+
+def restoration_cost(choice: Restore, lost: int, kept: int, width: int, times: int = 1) -> float:
+    """Multiply-adds of an image, of which `lost` tokens of `width` channels are brought back `times` from `kept`
+    ones."""
+    if choice == "feature":
+        return lost * kept * (width + 4)
+    if choice == "place":
+        return lost * kept * 4
+    return 0.0 if choice == "fusion" else regression_cost(lost, kept, width, times)
 
 
 def stand_ins(state: TokenState, reduction: Reduction, x: Tensor) -> Tensor:
@@ -114,32 +175,6 @@ def dropped(reduction: Reduction, count: int) -> Tensor:
     if reduction.merges and reduction.moved is not None:
         taken, gone = taken.scatter(1, reduction.moved, 1), gone - reduction.moved.shape[1]
     return taken.sort(dim=1, stable=True).indices[:, :gone]
-
-
-def stride(kept: int) -> int:
-    """A regression takes every stride-th of the kept tokens, at most MOST."""
-    return max(1, -(-kept // MOST))
-
-
-def regression_cost(lost: int, kept: int, width: int, times: int = 1) -> float:
-    """Multiply-adds of an image, whose `lost` tokens of `width` channels are regressed from `kept` ones: similarities,
-    weights and, each of the `times` that the grid is restored, values."""
-    taken = -(-kept // stride(kept))
-    similarities = (taken + lost) * taken * (width + 4)  # behind the channels four of the place
-    return similarities + taken**3 / 6 + lost * taken**2 + times * lost * taken * width
-
-
-def estimate(lost: Tensor, kept: Tensor) -> Tensor:
-    """Weights [B, m, k], each row summing to one, with which the values of k tokens estimate those of m others: their
-    mean, and a regression of what differs from it. lost: [B, m, D], kept: [B, k, D] what similarity is measured on."""
-    device = "cpu" if lost.is_meta else lost.device.type  # of the meta device there is no autocast
-    with torch.autocast(device, enabled=False):
-        lost, kept = (functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in (lost, kept))
-        across, among = (torch.exp(SHARPNESS * (x @ kept.transpose(1, 2) - 1)) for x in (lost, kept))
-        noise = NOISE * torch.eye(kept.shape[1], dtype=kept.dtype, device=kept.device)
-        factor = torch.linalg.cholesky_ex(among + noise)[0]  # does not raise: images of NaN stay NaN
-        weights = torch.cholesky_solve(across.transpose(1, 2), factor).transpose(1, 2)
-        return weights + (1 - weights.sum(2, keepdim=True)) / kept.shape[1]
 
 
 def attended_stand_ins(

@@ -38,7 +38,9 @@ class Schedule(Protocol):
     option: name of the method's option that sets `default`. Given, it is a budget: no other may stand beside it.
     """
 
-    option: ClassVar[str]
+    @property
+    def option(self) -> str:
+        """See above."""
 
     def places(self, layout: Layout) -> tuple[int, ...]:
         """Block indices, ascending, of the places where the method reduces in a model of that depth."""
@@ -169,6 +171,29 @@ class EveryBlock:
 
     def fewest(self, entering: int, layout: Layout) -> int:
         return alternate_tokens(entering, layout)
+
+
+@dataclass(frozen=True)
+class BeforeLast:
+    """The places of another schedule but for the last block, which all tokens enter again (last-layer fusion)."""
+
+    whole: Schedule
+
+    @property
+    def option(self) -> str:
+        return self.whole.option
+
+    def places(self, layout: Layout) -> tuple[int, ...]:
+        return tuple(block for block in self.whole.places(layout) if block < layout.depth - 1)
+
+    def counts(self, strength: float, tokens: int, layout: Layout) -> tuple[int, ...]:
+        return self.whole.counts(strength, tokens, layout)[: len(self.places(layout))]
+
+    def default(self, tokens: int, layout: Layout) -> tuple[int, ...]:
+        return self.whole.default(tokens, layout)[: len(self.places(layout))]
+
+    def fewest(self, entering: int, layout: Layout) -> int:
+        return self.whole.fewest(entering, layout)
 
 
 def alternate_tokens(entering: int, layout: Layout) -> int:

@@ -99,6 +99,9 @@ class Site:
             first, now.state = self._first_tokens(x, state, self.patch.probe.tokens)
             state = now.state
             args, kwargs = _with_hidden(first, args, kwargs)
+        if state.undo and self.patch.fuses and self.index == self.patch.depth - 1:
+            full, state = self._all_tokens(args[0] if args else next(iter(kwargs.values())), state)
+            args, kwargs, now.state = *_with_hidden(full, args, kwargs), state
         if state.pack is not None:  # re-indexed where the attention is called
             now.kwargs, now.attended = kwargs, False
             return args, kwargs
@@ -166,6 +169,23 @@ class Site:
         front = entry.front if entry is not None else None
         return TokenState(tokens, tokens, grid=grid, forward=forward, dense=dense, last=last, front=front)
 
+    def _all_tokens(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """All tokens [B, P + entering, C] behind those that are left, x [B, P + n, C], and their state."""
+        if torch.is_grad_enabled() and x.requires_grad and not state.recorded:
+            raise UnsupportedModel(
+                f"the tokens that come back in front of {self.name} left where no gradient was recorded, and it would"
+                " be wrong; under gradient checkpointing use use_reentrant=False"
+            )
+        if state.pack is None:
+            full = restore_tokens(x, state, self.patch.num_prefix_tokens)
+        else:
+            full = restore_packed(x, state, state.pack)
+            self.patch.seen = state.counts if state.pack.images else self.patch.seen
+        state = replace(state, tokens=state.entering, origin=None, sizes=None, source=None, undo=(), pack=None)
+        if torch.is_grad_enabled():
+            remember(full, state)  # as in `_incoming`
+        return full, state
+
     def reduce_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Behind the block, where it cannot be done between attention and MLP."""
         return self.reduce(output)
@@ -196,9 +216,9 @@ class Site:
         prefix = self.patch.num_prefix_tokens
         leaving, sizes = _leaving(x, state.sizes, reduction, prefix, self.patch.method.merges)
         origin = reduction.follow(state.origin)
-        if state.dense and self.patch.probe is None:
-            with torch.no_grad():
-                state = replace(state, undo=(*state.undo, undo(state, reduction, x[:, prefix:])))
+        if (state.dense or self.patch.fuses) and self.patch.probe is None:
+            back = undo(self.patch.method.restoration, state, reduction, x[:, prefix:], leaving[:, prefix:])
+            state = state.undone_by(back)
         if state.forward is not None and not in_backward():
             source = follow_source(state, reduction.source(state.tokens))
             state = replace(state, source=source)

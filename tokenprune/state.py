@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -37,7 +37,8 @@ class TokenState:
     reduced tensor behind a restored one, that had been changed in place `version` times (None: not known). grid: (rows,
     columns) of the entering tokens, None where they fill none. forward: the recording that follows this forward. dense:
     blocks whose output is restored in this forward. last: the block behind which the model's own tail follows. front:
-    of how many tokens in front alone the last block's output is computed, None for all.
+    of how many tokens in front alone the last block's output is computed, None for all. recorded: whether gradients
+    were recorded at every place so far.
     pack: where the images keep different numbers of tokens, which then holds origin and sizes; tokens is the largest
     number, source holds rows of the pack, and undo leads from pack to pack. counts: (block, tokens that left it of
     each image).
@@ -58,9 +59,14 @@ class TokenState:
     dense: tuple[int, ...] = ()
     last: int | None = None
     front: int | None = None
+    recorded: bool = True
     pack: Pack | None = None
     counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
     parts: tuple[Part, ...] = ()
+
+    def undone_by(self, back: Callable[[Tensor], Tensor]) -> TokenState:
+        """The same behind one place more, that `back` undoes."""
+        return replace(self, undo=(*self.undo, back), recorded=self.recorded and torch.is_grad_enabled())
 
     def origins(self, x: Tensor) -> Tensor:
         """[B, n] original patch of each token of x [B, N, C]."""
@@ -74,7 +80,8 @@ class Entry:
     """How the model was entered. dense: blocks whose output is restored. whole: by its forward, and not yet passed on
     to its features. grid: (rows, columns) of the input, None where it has none. last: the last block that the model
     has. front: as in TokenState. pack: how the tokens lay behind the last block, where the images had different numbers
-    of them. row: how images lie in one row."""
+    of them. row: how images lie in one row. owner: the patch of that model. outer: entry and `left` of a forward in a
+    hook of which this one runs."""
 
     dense: tuple[int, ...]
     whole: bool
@@ -83,6 +90,8 @@ class Entry:
     front: int | None = None
     pack: Pack | None = None
     row: tuple[Stretch, ...] | None = None
+    owner: object = None
+    outer: tuple[Entry | None, Any] = (None, None)
 
 
 @dataclass(eq=False)
@@ -118,10 +127,18 @@ class Flow:
         self.bias = self.rope = self.front = None
         self.attended = True
 
+    def start(self, entry: Entry) -> None:
+        """An entry point is called; one of the same patch that is still there was interrupted."""
+        if entry.owner is not None and self.entry is not None and self.entry.owner is entry.owner:
+            self.end()
+        entry.outer = self.entry, self.left
+        self.entry, self.left = entry, None
+
     def end(self) -> None:
-        """Let go of everything: the entry point has returned, or was left by an exception in the middle of a block."""
+        """Let go of everything: the entry point has returned, or was left by an exception in the middle of a block. An
+        outer one goes on."""
         self.clear()
-        self.left = self.entry = None
+        self.entry, self.left = (None, None) if self.entry is None else self.entry.outer
 
 
 class _OfThread(threading.local):

@@ -29,6 +29,7 @@ def summarise(patch: Patch) -> dict[str, Any]:
         "paper": patch.method.paper,
         "family": patch.adapter,
         "budget": str(patch.budget),
+        "restore": patch.method.restoration,
         "tokens": tokens,
         "num_prefix_tokens": patch.num_prefix_tokens,
         "flops_before": round(before),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import get_args
+
 from torch import nn
 
 from tokenprune.budget import Budget
@@ -9,8 +12,9 @@ from tokenprune.counting import compute_prefix_only, corrected, count_costs, cou
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.host import Adapter, BlockHost, Host
-from tokenprune.method import Method
+from tokenprune.method import Method, Restore
 from tokenprune.patch import Patch, attach
+from tokenprune.schedule import BeforeLast
 from tokenprune.self_check import check_bias, check_blocks, check_packing
 
 
@@ -35,6 +39,7 @@ class Towers:
             raise UnsupportedMethod(
                 f"positions= is of the tokens of a prompt, and {type(model).__name__} has none; leave it out"
             )
+        method = _restoring(method, request.restore)
         return prepare(
             self.adapter.host(model), self.adapter, method, request.budget, prefix_only_last=request.prefix_only_last
         )
@@ -60,6 +65,8 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, pre
             " each place a module of its own (copy.deepcopy)"
         )
     patch = Patch(host, adapter.name, method, budget)
+    if patch.fuses:
+        _check_fusion(host, patch)
     if method.proportional:
         check_bias(host)
     if method.proportional and not all(block.takes_bias for block in host.blocks):
@@ -77,7 +84,7 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, pre
             )
     check_blocks(host)
     patch.costs = count_costs(host, adapter, patch)
-    if prefix_only_last and reads_prefix_only(host, patch):
+    if prefix_only_last and not patch.fuses and reads_prefix_only(host, patch):
         compute_prefix_only(host, adapter, patch)
     if patch.active:
         counts = patch.counts(host.tokens)
@@ -86,6 +93,38 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, pre
         elif not method.adaptive:  # what an image costs is known when it is there
             patch.counted = count_patched(host, adapter, patch)
     return patch
+
+
+def _restoring(method: Method, restore: str | None) -> Method:
+    """The method with what a user wants to stand for the tokens that leave, None for its own."""
+    known: tuple[Restore, ...] = get_args(Restore)
+    choice = next((name for name in known if name == restore), None)
+    if restore is not None and choice is None:
+        raise UnsupportedMethod(f"restore={restore!r} is none of {', '.join(map(repr, known))}")
+    if restore == "unmerge" and not method.merges:
+        raise UnsupportedMethod(
+            f"restore='unmerge' copies a group's value to its members, and {method.name} drops tokens; its own is"
+            f" restore={method.restoration!r}"
+        )
+    method = method if choice is None else replace(method, restore=choice)
+    if method.restoration == "fusion":
+        method = replace(method, schedule=BeforeLast(method.schedule))
+    return method
+
+
+def _check_fusion(host: Host, patch: Patch) -> None:
+    if host.row is not None:
+        raise UnsupportedMethod(
+            f"restore='fusion' is not known for a {type(host.model).__name__}, whose images lie in one row; use another"
+            " restore="
+        )
+    last = len(host.blocks) - 1
+    if not patch.places or last in patch.places:
+        raise BudgetError(
+            f"restore='fusion' brings all tokens back in front of block {last}, the last: tokens cannot be reduced in"
+            f" it{'' if patch.places else ' alone'}; name places before it, or use another restore="
+        )
+    patch.skipped[host.blocks[-1].name] = "all tokens come back in front of it (restore='fusion')"
 
 
 def _check_adaptive(host: Host, method: Method, budget: Budget) -> None:

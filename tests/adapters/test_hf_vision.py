@@ -90,11 +90,12 @@ def test_a_permuted_and_restored_order(name: str, attention: str) -> None:
     """ToMe's leaving order is the even tokens, then the odd ones: all that is indexed by token must follow."""
     model, x = build(name, attention).double(), images().double()
     plain = outputs(model, x, **ALL_STATES)
-    tokenprune.patch(model, "tome", schedule=EVERYWHERE)
-    mine, kept = kept_in(model, x, **ALL_STATES)
-    assert not torch.equal(kept[0], torch.arange(PATCHES))
-    for key, value in plain.items():
-        torch.testing.assert_close(mine[key], value, rtol=1e-6, atol=1e-6)
+    for restore, schedule in (("unmerge", EVERYWHERE), ("fusion", dict.fromkeys(range(DEPTH - 1), 1.0))):
+        tokenprune.patch(model, "tome", schedule=schedule, restore=restore)
+        mine, kept = kept_in(model, x, **ALL_STATES)
+        assert not torch.equal(kept[0], torch.arange(PATCHES))
+        for key, value in plain.items():
+            torch.testing.assert_close(mine[key], value, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", most_in_full(MODELS, "dinov2_backbone"))

@@ -274,7 +274,7 @@ def test_methods_of_many_kinds() -> None:
     names = {info.name for info in tokenprune.methods(model)}
     assert {"top_k", "zero_tprune", "uniform", "random"} <= names
     for name in sorted(names):
-        tokenprune.patch(model, name, keep=0.5)
+        tokenprune.patch(model, name, keep=0.5, **({"restore": "place"} if name == "uniform" else {}))
         mine = outputs(model, x)
         assert {key: value.shape for key, value in mine.items()} == {key: v.shape for key, v in plain.items()}
         assert all(value.isfinite().all() for value in mine.values()), name
@@ -284,6 +284,9 @@ def test_what_cannot_be_is_refused() -> None:
     model, x = build("qwen2_vl"), row()
     with pytest.raises(tokenprune.UnsupportedMethod, match="different number of tokens"):
         tokenprune.patch(model, "ats", keep=0.5)
+    with pytest.raises(tokenprune.UnsupportedMethod, match="in one row"):
+        tokenprune.patch(model, "top_k", keep=0.5, restore="fusion")
+    tokenprune.patch(model, "top_k", keep=0.5, restore="place")
     tokenprune.patch(model, "top_k", keep=0.5)
     with pytest.raises(tokenprune.UnsupportedModel, match="output_attentions"):
         model(**x, output_attentions=True)

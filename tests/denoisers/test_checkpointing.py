@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from denoisers_zoo import build, gradients
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tokenprune
@@ -99,3 +100,63 @@ def test_checkpointing_of_the_whole_model_is_refused(reentrant):
     )
     with pytest.raises(tokenprune.UnsupportedModel, match="enable_gradient_checkpointing"):
         out.sum().backward()
+
+
+class Grouped(nn.ModuleList):
+    """Blocks that a user checkpoints all at once: `mode` is use_reentrant, `between` what runs between two of them."""
+
+    mode = False
+    between = staticmethod(lambda x: x)
+
+    def __iter__(self):
+        blocks = list(self._modules.values())
+
+        def run(names, x, *values):
+            for block in blocks:
+                x = self.between(block(x, **dict(zip(names, values, strict=True))))
+            return x
+
+        return iter([lambda x, **kwargs: checkpoint(run, list(kwargs), x, *kwargs.values(), use_reentrant=self.mode)])
+
+
+def grouped(model, calls, mode, between=lambda x: x):
+    blocks, kind = model.transformer_blocks, type(model.transformer_blocks)
+    blocks.__class__ = type("Grouped", (Grouped,), {"mode": mode, "between": staticmethod(between)})
+    try:
+        return gradients(model, calls)
+    finally:
+        blocks.__class__ = kind
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("name", "method", "arguments"),
+    [
+        ("pixart", "at_edm", {"keep": 0.4, "steps": {}}),
+        ("dit", "tomesd", {"keep": 0.6, "merge_mlp": True}),
+        ("dit", "toma", {"schedule": {0: 0.6}}),
+        ("dit", "random", {"keep": 0.6}),
+        ("dit", "random", {"keep": 1.0}),
+    ],
+)
+def test_a_group_of_blocks_checkpointed_at_once(name, method, arguments, reentrant):
+    model, inputs = build(name)
+    calls = [inputs(1, 16, 16), inputs(2, 8, 8)]
+    plain = gradients(model, calls)
+    tokenprune.patch(model, method, **arguments)
+    expected = gradients(model, calls)
+    assert torch.equal(expected[0], plain[0]) == (arguments.get("keep") == 1.0)
+    for one, other in zip(grouped(model, calls, reentrant), expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_group_whose_blocks_are_not_known_again_is_refused(reentrant):
+    model, inputs = build("dit")
+    tokenprune.patch(model, "random", keep=0.6)
+    calls = [inputs(1, 16, 16)]
+    gradients(model, calls)
+    with pytest.raises(tokenprune.UnsupportedModel, match="checkpoint each block by itself"):
+        grouped(model, calls, reentrant, between=lambda x: x + 1.0)

@@ -11,9 +11,18 @@ from torch.nn import functional
 import tokenprune
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.denoisers import run as runs
+from tokenprune.evals.digits_checkpoints import trained
+from tokenprune.evals.digits_denoisers import DIT
+from tokenprune.evals.drawing_orders import drawing_orders
 from tokenprune.methods import toma, tomesd
 from tokenprune.scores.fixed import hashed_scores
-from tokenprune.selection.facility import attend_to_destinations, facility_destinations, greedy_facilities
+from tokenprune.selection.facility import (
+    attend_to_destinations,
+    attend_within_tiles,
+    facility_destinations,
+    greedy_facilities,
+)
+from tokenprune.selection.tiles import cut
 from tokenprune.selection.windows import keep_smaller_grid, merge_into_windows
 
 torch.set_num_threads(1)
@@ -204,7 +213,7 @@ def test_facilities_are_chosen_greedily():
 
 def test_every_tile_has_its_share_of_the_destinations():
     x = torch.randn(2, 35, 4, generator=torch.Generator().manual_seed(1))
-    found = facility_destinations(record_of(x, (5, 7)), 16, tiles=2)
+    found = facility_destinations(record_of(x, (5, 7)), cut((5, 7), 16, 2))
     assert found.shape == (2, 16)
     tiles = [
         [i * 7 + j for i in rows for j in columns]
@@ -216,8 +225,46 @@ def test_every_tile_has_its_share_of_the_destinations():
         quota = 16 * (done + len(tile)) // 35 - 16 * done // 35
         done += len(tile)
         for image in range(2):
-            expected = sorted(tile[p] for p in greedy_facilities(x[image : image + 1, tile], quota)[0])
+            expected = [tile[p] for p in greedy_facilities(x[image : image + 1, tile], quota)[0]]
             assert [p for p in found[image].tolist() if p in tile] == expected
+
+
+@pytest.mark.parametrize(("grid", "keep"), [((5, 7), 16), ((4, 6), 12), ((3, 2), 1)])
+def test_merging_within_tiles_is_merging_each_tile_alone(grid, keep):
+    g = torch.Generator().manual_seed(keep)
+    tokens = grid[0] * grid[1]
+    x, y = torch.randn(2, tokens, 4, generator=g), torch.randn(2, keep, 5, generator=g)
+    tiling = cut(grid, keep, 2)
+    destinations = facility_destinations(record_of(x, grid), tiling)
+    reduction = attend_within_tiles(destinations, record_of(x, grid), 0.3, tiling)
+    merged, back, twice = reduction(x), reduction.unmerge(y, tokens), reduction.tiled(2)
+    torch.testing.assert_close(twice.unmerge(twice(x.repeat(2, 1, 1)), tokens)[2:], reduction.unmerge(merged, tokens))
+    source, sizes = reduction.source(tokens), reduction.merged_sizes(torch.ones(2, tokens))
+    torch.testing.assert_close(sizes, torch.ones(2, keep))
+    across, edge = (1, (grid[0], grid[1])) if keep < 4 else (2, (grid[0] // 2, grid[1] // 2))
+    tile_of = [(p // grid[1] >= edge[0]) * across + (p % grid[1] >= edge[1]) for p in range(tokens)]
+    for image, tile in product(range(2), set(tile_of)):
+        inside = [p for p in range(tokens) if tile_of[p] == tile]
+        rows = [k for k in range(keep) if tile_of[destinations[image, k]] == tile]
+        local = torch.tensor([[inside.index(destinations[image, k]) for k in rows]])
+        alone = attend_to_destinations(local, record_of(x[image : image + 1, inside], (1, len(inside))), 0.3)
+        torch.testing.assert_close(merged[image, rows], alone(x[image : image + 1, inside])[0])
+        torch.testing.assert_close(back[image, inside], alone.unmerge(y[image : image + 1, rows], len(inside))[0])
+        assert [rows[k] for k in alone.source(len(inside))[0]] == source[image, inside].tolist()
+
+
+def test_toma_nears_the_unpatched_model_as_it_merges_less():
+    """On the small trained model, in the middle of its steps: weights over all tokens left none of it as it was."""
+    model = trained(DIT)
+    orders = drawing_orders(4, 3)
+    inputs = {"hidden_states": orders.noise, "timestep": torch.full((4,), 500), "class_labels": orders.labels}
+    plain = run(model, inputs)
+    error = {}
+    for keep in (0.98, 0.9, 0.7, 0.5):
+        tokenprune.patch(model, "toma", schedule={0: keep, 1: keep}, steps={})
+        error[keep] = float((run(model, inputs) - plain).norm() / plain.norm())
+    assert sorted(error.values()) == list(error.values())
+    assert error[0.98] < 0.1
 
 
 def test_merging_by_attention_and_back():
@@ -253,7 +300,7 @@ def test_destinations_and_weights_hold_over_steps(monkeypatch):
     events = []
     spy = lambda name, f: lambda *args, **kwargs: events.append(name) or f(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(toma, "facility_destinations", spy("select", toma.facility_destinations))
-    monkeypatch.setattr(toma, "weigh", spy("weigh", toma.weigh))
+    monkeypatch.setattr(toma.Tiles, "weigh", spy("weigh", toma.Tiles.weigh))
     stack = "mid_block.attentions.0"
     tokenprune.patch(model, "toma", schedule={stack: 0.5}, steps={}, select_every=4, weigh_every=2)
     run(model, {**x, "timestep": torch.tensor(5)})  # solves the budget
@@ -267,7 +314,7 @@ def test_destinations_and_weights_hold_over_steps(monkeypatch):
             told.append(tuple(events))
         held = next(reversed(runs._THREAD.runs.values())).held
         assert set(held) == {(stack, 0), (stack, 1)}
-        assert not torch.equal(held[stack, 0].matrix, held[stack, 1].matrix)
+        assert not torch.equal(held[stack, 0].tiles.weights, held[stack, 1].tiles.weights)
         run(model, {**x, "timestep": torch.tensor(5)})
     select, weigh, nothing = ("select",) * 2, ("weigh",) * 2, ()
     assert told == [select, nothing, weigh, nothing, select, nothing, weigh, nothing, select] * 2

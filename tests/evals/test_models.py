@@ -121,8 +121,9 @@ def test_shipped_models_take_no_other_weights():
         load_model("digits-vit", random_weights=True)
 
 
-def test_digits_come_with_fresh_test_pictures():
-    loaded = load_model("digits-vit")
+@pytest.mark.parametrize("name", ["digits-vit", "digits-swin"])
+def test_digits_come_with_fresh_test_pictures(name):
+    loaded = load_model(name)
     first, again, other = (loaded.data(6, seed) for seed in (1, 1, 2))
     images, labels = next(first.batches(6))
     assert labels is not None

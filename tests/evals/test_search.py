@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from families import build, images
 from torch import Tensor, nn
+from windows_zoo import build as build_windows
+from windows_zoo import images as windows_images
 
 import tokenprune
 from tokenprune import cli
@@ -18,6 +21,7 @@ from tokenprune.evals.candidates import Profile, at_cost, crossed, drawn, genes_
 from tokenprune.evals.models import load_model
 from tokenprune.evals.search import search
 from tokenprune.evals.searching import Goal, Search
+from tokenprune.evals.spaces import Tokens, Windows, space_of
 from tokenprune.schedule import Layout
 from tokenprune.stored_schedule import load_schedule
 
@@ -73,7 +77,7 @@ def test_the_first_candidate_is_the_methods_own_schedule_but_for_a_last_block_th
     places = tokenprune.report(model).to_dict()["places"]
     expected = {i: place["tokens_out"] for i, place in enumerate(places[:3])}
     assert {block: one.candidates[0].counts.get(block, 35) for block in range(3)} == pytest.approx(expected, abs=1)
-    assert one.depth == 3
+    assert one.space.depth == 3
 
 
 def test_candidates_are_distinct_and_all_at_the_budget(model: nn.Module) -> None:
@@ -165,6 +169,54 @@ def test_the_fastest_at_an_agreement_is_taken(model: nn.Module) -> None:
     assert agreement(model, x[:8], schedule=found) >= 0.7
 
 
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_windows_are_searched_too(name: str) -> None:
+    model = build_windows(name)
+    x = windows_images(batch=12)
+    found = search(model, x, "sparsevit", flops=0.6, candidates=5, seed=1)
+    assert agreement(model, x, schedule=found) == found.found["agreement"]
+    assert agreement(model, x, schedule=found) >= agreement(model, x, method="sparsevit", flops=0.6)
+    tokenprune.patch(model, schedule=found)
+    report = tokenprune.report(model).to_dict()
+    assert report["flops_ratio"] == found.found["flops_ratio"] == pytest.approx(0.6, abs=0.01)
+    places = report["places"]
+    assert [place["windows_out"] < place["windows_in"] for place in places] == [True] * len(found.schedule)
+
+
+def test_the_first_candidate_of_windows_is_the_same_share_in_every_block_and_the_others_are_not() -> None:
+    one = Search(build_windows(), windows_images(batch=4), "sparsevit", {}, Goal("flops", 0.6), evolves=True)
+    for _ in range(8):
+        one.advance()
+    model = tokenprune.patch(build_windows(), "sparsevit", flops=0.6)
+    places = tokenprune.report(model).to_dict()["places"]
+    assert one.candidates[0].counts == {i: place["windows_out"] for i, place in enumerate(places)}
+    assert len({tuple(sorted(c.counts.items())) for c in one.candidates}) == 8
+    assert all(abs(c.flops_ratio - 0.6) <= 0.01 for c in one.candidates), [c.flops_ratio for c in one.candidates]
+    assert any(len(c.counts) < 6 for c in one.candidates)
+
+
+def test_genes_and_shares_of_windows_give_their_counts_again() -> None:
+    """The rounding must not lose a window, and blocks of the grid between those of windows have numbers too."""
+    sam = timm.create_model("samvit_base_patch16", img_size=96, embed_dim=16, depth=4, num_heads=2, window_size=2)
+    generator = torch.Generator().manual_seed(0)
+    for model, numbers in ((build_windows(), (0, 1, 2, 3, 4, 5)), (sam.eval(), (0, 1, 3))):
+        space = space_of(model, "sparsevit", {})
+        assert isinstance(space, Windows)
+        layouts, grid = space.layouts, space.grid
+        for _ in range(10):
+            most = [layout.windows(grid) for layout in layouts]
+            counts = {i: 1 + int(torch.randint(n - 1, (1,), generator=generator)) for i, n in enumerate(most) if n > 1}
+            del counts[int(torch.randint(len(counts), (1,), generator=generator))]
+            genes = space.genes(counts)
+            assert {
+                i: round((1 - gene) * n) for i, (gene, n) in enumerate(zip(genes, most, strict=True)) if gene
+            } == counts
+            schedule = space.schedule(counts)
+            assert set(schedule) == {numbers[i] for i in counts}
+            patched = tokenprune.patch(model, "sparsevit", schedule=schedule)
+            assert space.own(patched) == counts
+
+
 def test_images_on_which_the_model_gives_nan_are_refused(model: nn.Module) -> None:
     x = images(model, 4)
     x[1] = float("nan")
@@ -186,6 +238,8 @@ def test_goals_and_methods_that_cannot_be(model: nn.Module) -> None:
         search(model, x[:0], "top_k", flops=0.6)
     with pytest.raises(tokenprune.UnsupportedMethod, match="different number of tokens"):
         search(model, x, "ats", flops=0.6)
+    with pytest.raises(tokenprune.UnsupportedModel, match="whole windows, and tome on SwinTransformer"):
+        search(build_windows(), windows_images(), "tome", flops=0.8)
     with pytest.raises(tokenprune.BudgetError, match=r"near flops=0\.01"):
         search(model, x, "top_k", flops=0.01, candidates=2)
 
@@ -193,23 +247,23 @@ def test_goals_and_methods_that_cannot_be(model: nn.Module) -> None:
 def test_shares_and_genes_give_their_counts_again() -> None:
     """The solver's rounding must not lose a token, for any counts."""
     generator = torch.Generator().manual_seed(0)
-    patch = search_of(build("class_token"), "top_k", "flops", 0.6).patch
+    space = search_of(build("class_token"), "top_k", "flops", 0.6).space
+    assert isinstance(space, Tokens)
     for _ in range(50):
         tokens = 35 + int(torch.randint(1000, (1,), generator=generator))
         genes = crossed(drawn(4, generator), mutated(drawn(4, generator), generator), generator)
-        profile, layout = Profile(genes, patch.method.schedule), Layout(4)
+        profile, layout = Profile(genes, space.method), Layout(4)
         counts = dict(zip(profile.places(layout), profile.counts(0.3, tokens, layout), strict=True))
         left = tokens
         for block, share in shares_of(counts, tokens).items():
             left = -(-int(share * left * 1e6) // 10**6) if share < 1 else left
             assert abs(left - counts[int(block)]) <= 1
             left = counts[int(block)]
-        again = Profile(genes_of(counts, tokens, 4), patch.method.schedule)
+        again = Profile(genes_of(counts, tokens, 4), space.method)
         assert again.counts(0.5, tokens, layout) == tuple(c for b, c in counts.items() if again.genes[b])
-    assert patch.costs is not None
-    counts = at_cost((0.5, 0.0, 0.2), patch.method.schedule, 0.6, 35, patch.layout, patch.costs)
+    counts = at_cost((0.5, 0.0, 0.2), space.method, 0.6, 35, space.layout, space.costs)
     assert set(counts) == {0, 2}
-    assert patch.costs.total(35, counts) / patch.costs.total(35) == pytest.approx(0.6, abs=0.02)
+    assert space.costs.total(35, counts) / space.costs.total(35) == pytest.approx(0.6, abs=0.02)
 
 
 def test_the_command_writes_what_patch_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

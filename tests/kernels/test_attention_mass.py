@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokenprune import TokenPruneError
 from tokenprune.kernels.attention_mass import attention_mass, eager, mass_and_log_sums
 from tokenprune.kernels.attention_mass.reference import attention_mass as naive
+from tokenprune.kernels.attention_mass.tiles import tiles
 
 PATHS = ["tiled", "matrix_free"]
 
@@ -220,6 +221,28 @@ def test_log_sums_are_those_of_the_logits(
         expected = logits.logsumexp(-1).float()
         expected[expected == float("-inf")] = float("inf")
         torch.testing.assert_close(log_sums, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("largest", [0.5, 74.0, 76.0, 700.0])
+def test_logits_of_any_size_in_a_map_that_exceeds_the_cache(largest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones are exponentiated as they are. One key points where the longest query does, and away from it."""
+    monkeypatch.setattr(eager, "CACHED", 2**12)
+    q, k, weights = attention_inputs(1, 2, 37, 20)
+    k[:, :, 3], k[:, :, 4] = 3 * q[:, :, 7], -3 * q[:, :, 7]
+    q[:, :, 7] *= 5
+    longest = (q.norm(dim=-1).amax(-1) * k.norm(dim=-1).amax(-1)).amax()
+    scale = largest / float(longest)
+    quick = next(iter(tiles(q, k, None, scale, 2, 48, q.dtype))).exponentials()
+    assert (quick is not None) == (largest < 75)
+    mass, log_sums = mass_and_log_sums(q, k, weights, iterations=2, scale=scale, backend="matrix_free")
+    logits = scale * q.double() @ k.double().transpose(2, 3)
+    torch.testing.assert_close(log_sums, logits.logsumexp(-1).float(), rtol=1e-5, atol=1e-5)
+    attention, expected = logits.softmax(-1), weights.double().unsqueeze(2)
+    for _ in range(2):
+        expected = expected @ attention
+    torch.testing.assert_close(mass, expected.squeeze(2).float(), rtol=1e-4, atol=1e-6)
+    louder = torch.cat([q, 100 * q]), k.repeat(2, 1, 1, 1), weights.repeat(2, 1, 1)
+    assert torch.equal(attention_mass(*louder, iterations=2, scale=scale, backend="matrix_free")[:1], mass)
 
 
 @pytest.mark.parametrize("training", [False, True])

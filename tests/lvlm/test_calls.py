@@ -521,7 +521,7 @@ def test_what_there_is() -> None:
         assert found - {"zero_tprune_uni"} == everywhere | more
     model = build("llava")
     tokenprune.patch(model, tokens=8)
-    assert tokenprune.report(model).to_dict()["method"] == "top_k"
+    assert tokenprune.report(model).to_dict()["method"] == "fopru"
     assert "solved at the first prompt" in str(tokenprune.report(model))
     model(**prompt("llava").inputs)
     assert tokenprune.report(model).to_dict()["places"] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import naive_clusters
@@ -13,6 +14,7 @@ from compared import assert_same, clear_oracle, recorded
 from constructed import constructed_place, same_rows
 
 import tokenprune
+from tokenprune.methods.dpc_knn import merge_around_peaks
 from tokenprune.selection.clusters import density_peaks, medoids, merge_clusters
 
 SHARES = {1: 0.6, 5: 0.5, 9: 0.4}
@@ -35,6 +37,20 @@ def test_agrees_with_the_oracle(method: str, variant: str) -> None:
     x, oracle = clear_oracle(model, reduce, schedule, after_block=True, **run)
     tokenprune.patch(model, method, schedule=SHARES, **options)
     assert_same(*recorded(model, x), oracle)
+
+
+def test_normalized_peaks_have_no_unit() -> None:
+    """As published no token of large hidden states is dense, so the first tokens are the peaks."""
+    x = torch.randn(2, 31, 12, generator=torch.Generator().manual_seed(3))
+
+    def kept(scale: float, normalize: bool) -> list[list[int]]:
+        record: Any = SimpleNamespace(hidden=scale * x, num_prefix_tokens=1)
+        return merge_around_peaks(None, record, 9, neighbours=5, normalize=normalize).kept.tolist()
+
+    assert kept(40.0, True) == kept(1.0, True) == kept(0.1, True)
+    assert kept(40.0, False) == [list(range(9))] * 2 != kept(1.0, False)
+    layer_normed = torch.nn.functional.layer_norm(x[:, 1:], (12,))
+    assert kept(1.0, True) == density_peaks(layer_normed, 9, 5).tolist()
 
 
 @pytest.mark.parametrize("count", [3, 7])

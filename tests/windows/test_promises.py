@@ -345,14 +345,6 @@ def test_what_is_refused() -> None:
         (tokenprune.BudgetError, "leaves no window out", model, "sparsevit", {"keep": 0.99}),
         (tokenprune.BudgetError, "the place '6'", model, "sparsevit", {"schedule": {6: 0.5}}),
         (tokenprune.BudgetError, "twice", model, "sparsevit", {"schedule": {0: 0.5, "layers.0.blocks.0": 0.5}}),
-        (
-            tokenprune.UnsupportedMethod,
-            "needs keys, queries, which windows do not",
-            model,
-            "zero_tprune",
-            {"keep": 0.5},
-        ),
-        (tokenprune.UnsupportedMethod, "merges tokens", model, "tome", {"keep": 0.5}),
         (tokenprune.BudgetError, "use schedule=", model, "random", {"rate": 0.5, "places": (1,)}),
         (tokenprune.UnsupportedMethod, "denoising", model, "sparsevit", {"keep": 0.5, "steps": "constant"}),
         (tokenprune.UnsupportedMethod, "needs windows", vit, "sparsevit", {"keep": 0.5}),
@@ -373,9 +365,8 @@ def test_what_is_refused() -> None:
     assert plain.shape == (2, 7)
 
 
-def test_methods_of_a_swin() -> None:
+def test_the_default_of_a_swin() -> None:
     model = build()
-    assert [info.name for info in tokenprune.methods(model)] == ["random", "sparsevit", "uniform"]
     assert tokenprune.report(tokenprune.patch(model, keep=0.5)).to_dict()["method"] == "sparsevit"
 
 

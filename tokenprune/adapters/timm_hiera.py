@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokenprune.adapters.swapping import named_as
 from tokenprune.adapters.timm_windows import Windowed, example_of, swapped_for
 from tokenprune.errors import UnsupportedModel
+from tokenprune.narrow.host import Captured, NarrowBlock, NarrowHost
 from tokenprune.registry import register_adapter
 from tokenprune.windows.here import attended_here, windows_here
 from tokenprune.windows.host import Block, Layout, WindowsHost
@@ -83,6 +84,41 @@ class TimmHiera(Windowed):
             check=_small,
             skipped=skipped,
         )
+
+    @staticmethod
+    def describe_tokens(model: nn.Module) -> NarrowHost:
+        """The facts of a Hiera of which the MLPs run on fewer tokens: of each unit, or of the whole grid."""
+        host = TimmHiera.describe(model)
+        parts: Any = model
+        rows, columns = parts.tokens_spatial_shape
+        units = {block.layout.number: block.layout for block in host.blocks}
+        blocks: list[NarrowBlock] = []
+        skipped, stage, grid = {}, 0, (rows, columns)
+        for i, block in enumerate(parts.blocks):
+            name, attention = f"blocks.{i}", block.attn
+            if attention.q_stride > 1:
+                stage, grid = stage + 1, (grid[0] // parts.q_stride[0], grid[1] // parts.q_stride[1])
+                skipped[name] = host.skipped[name]
+                continue
+            layout = units.get(i)
+            if layout is None:
+                scale = rows * columns // (grid[0] * grid[1]), 1
+                unrolled = parts.mu_size // scale[0], host.grid[1]
+                layout = Layout(name, i, stage, scale, Tiling(unrolled), _order(parts.reroll, i, grid), grid)
+            blocks.append(NarrowBlock(layout, block, (block.norm2, block.mlp), attention.qkv, read_hiera))
+        return NarrowHost(
+            model, blocks, host.depth, host.entry, host.grid, host.example, image=host.image, skipped=skipped
+        )
+
+
+def read_hiera(block: Any, caught: Tensor, index: Tensor, grid: Grid, needs: frozenset[str]) -> Captured:
+    """From the output [B, N, 3 C] of `qkv`, in the order of the tokens."""
+    attention = block.attn
+    windows = caught.index_select(1, index.flatten()).reshape(
+        -1, index.shape[1], 3, attention.heads, attention.head_dim
+    )
+    q, k, v = windows.permute(2, 0, 3, 1, 4).unbind(0)
+    return Captured(q, k, v, scale=attention.scale)
 
 
 def _order(reroll: Any, index: int, grid: Grid) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from tokenprune.adapters.swapping import named_as
 from tokenprune.adapters.timm_windows import Windowed, example_of, swapped_for
+from tokenprune.errors import UnsupportedMethod
+from tokenprune.narrow.host import NarrowHost
 from tokenprune.registry import register_adapter
 from tokenprune.windows.here import attended_here, windows_here
 from tokenprune.windows.host import Block, Layout, WindowsHost
@@ -69,6 +71,14 @@ class TimmSam(Windowed):
             check=_small,
             outside=not skipped,
             skipped=skipped,
+        )
+
+    @staticmethod
+    def describe_tokens(model: nn.Module) -> NarrowHost:
+        """None: its windows do not divide the grid of any usual size, and so hold padding."""
+        raise UnsupportedMethod(
+            f"windows of {type(model).__name__} hold padding, in which no method for tokens chooses; 'sparsevit',"
+            " 'random' and 'uniform' leave out whole windows"
         )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from timm.models import swin_transformer, swin_transformer_v2
 from timm.models._features import FeatureDictNet
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tokenprune.adapters.swapping import named_as
 from tokenprune.adapters.timm_windows import Windowed, example_of, swapped_for
+from tokenprune.errors import UnsupportedModel
+from tokenprune.narrow.host import Captured, NarrowBlock, NarrowHost
 from tokenprune.registry import register_adapter
 from tokenprune.windows.here import attended_here, windows_here
 from tokenprune.windows.host import Block, Layout, WindowsHost
@@ -113,6 +117,71 @@ class TimmSwin(Windowed):
             example=example_of(model, parts.patch_embed.img_size),
             check=_small,
         )
+
+    @staticmethod
+    def describe_tokens(model: nn.Module) -> NarrowHost:
+        """The facts of a Swin of which the MLPs run on fewer tokens."""
+        host = TimmSwin.describe(model)
+        blocks = [_narrow(block.layout, block.module) for block in host.blocks]
+        return NarrowHost(model, blocks, host.depth, host.entry, host.grid, host.example)
+
+
+def _narrow(layout: Layout, block: Any) -> NarrowBlock:
+    if isinstance(block, swin_transformer_v2.SwinTransformerV2Block):  # its attention does not run `qkv`
+        return NarrowBlock(layout, block, (block.mlp, block.norm2), block.attn, read_swin_v2, tap_input=True)
+    return NarrowBlock(layout, block, (block.norm2, block.mlp), block.attn.qkv, read_swin)
+
+
+def read_swin(block: Any, caught: Tensor, index: Tensor, grid: Grid, needs: frozenset[str]) -> Captured:
+    """From the output [B W, T, 3 C] of `qkv`."""
+    attention = block.attn
+    _check_windows(caught, index)
+    q, k, v = caught.view(*caught.shape[:2], 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    bias = None
+    if "queries" in needs:
+        bias = _apart(block, attention._get_rel_pos_bias(), grid, caught.shape[0] // index.shape[0])
+    return Captured(q, k, v, bias, attention.scale)
+
+
+def read_swin_v2(block: Any, caught: Tensor, index: Tensor, grid: Grid, needs: frozenset[str]) -> Captured:
+    """From the input [B W, T, C] of the attention, whose logits are cosines: those of queries and keys as they are
+    used, queries times the logits' scale."""
+    attention = block.attn
+    _check_windows(caught, index)
+    found: dict[str, Tensor] = {}
+    for number, kind in enumerate(("queries", "keys", "values")):
+        if kind in needs:
+            rows = slice(number * attention.dim, (number + 1) * attention.dim)
+            bias = (attention.q_bias, attention.k_bias, attention.v_bias)[number]
+            heads = functional.linear(caught, attention.qkv.weight[rows], bias)
+            found[kind] = heads.view(*heads.shape[:2], attention.num_heads, -1).transpose(1, 2)
+            if kind != "values":
+                found[kind] = functional.normalize(found[kind], dim=-1)
+    queries, keys, values = (found.get(kind) for kind in ("queries", "keys", "values"))
+    if queries is None:
+        return Captured(None, keys, values)
+    queries = queries * attention.logit_scale.clamp(max=math.log(100.0)).exp()
+    table = attention.cpb_mlp(attention.relative_coords_table).view(-1, attention.num_heads)
+    area = index.shape[1]
+    bias = 16 * table[attention.relative_position_index.flatten()].view(area, area, -1).permute(2, 0, 1).sigmoid()
+    bias = _apart(block, bias.unsqueeze(0), grid, caught.shape[0] // index.shape[0])
+    return Captured(queries, keys, values, bias)
+
+
+def _check_windows(caught: Tensor, index: Tensor) -> None:
+    if caught.shape[1] != index.shape[1] or caught.shape[0] % index.shape[0]:
+        raise UnsupportedModel(
+            "the windows of this model have changed since it was patched (set_input_size?); patch the model again"
+        )
+
+
+def _apart(block: Any, bias: Tensor, grid: Grid, images: int) -> Tensor:
+    """bias [1, H, T, T] with what keeps tokens apart that have met by rolling the grid: [1 or B W, H, T, T]."""
+    if not any(block.shift_size):
+        return bias
+    dynamic = getattr(block, "dynamic_mask", False)
+    mask = block.get_attn_mask(bias.new_empty(1, *grid, 1)) if dynamic else block.attn_mask
+    return (bias + mask.unsqueeze(1)).repeat(images, 1, 1, 1)
 
 
 def _small(block: nn.Module) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ class DenseOutputs(Mixin):
 
 
 def _dense(model: nn.Module, blocks: tuple[int, ...], run: Any, *args: Any, **kwargs: Any) -> Any:
-    flow().entry = Entry(blocks, whole=False, grid=_grid_of(model, *args, **kwargs))
+    flow().start(Entry(blocks, whole=False, grid=_grid_of(model, *args, **kwargs)))
     try:
         return run(*args, **kwargs)
     finally:

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedModel, unknown_module
 from tokenprune.family import Request
 from tokenprune.method import Method
+from tokenprune.narrow import patch as narrow
+from tokenprune.narrow.host import NarrowHost
+from tokenprune.narrow.patch import NarrowPatch
+from tokenprune.narrow.prepare import prepare as prepare_narrow
 from tokenprune.windows.host import WindowsHost
 from tokenprune.windows.patch import WindowsPatch, attach
-from tokenprune.windows.prepare import prepare
+from tokenprune.windows.prepare import chooses_windows, prepare
 
 
 class Windowed:
@@ -32,6 +36,16 @@ class Windowed:
         """
         raise NotImplementedError
 
+    @staticmethod
+    def describe_tokens(model: nn.Module) -> NarrowHost:
+        """The facts of a model for methods that choose tokens within windows.
+
+        Raises:
+            UnsupportedModel: a block in it is not known.
+            UnsupportedMethod: there is no such method for this family.
+        """
+        raise NotImplementedError
+
     def find(self, target: object) -> nn.Module | None:
         """The model of this family that is `target` or inside it, or None."""
         assert isinstance(target, nn.Module)
@@ -41,13 +55,18 @@ class Windowed:
             raise UnsupportedModel(f"{type(target).__name__} holds {len(found)} of {kind}; patch each by itself")
         return found[0] if found else None
 
-    def prepare(self, model: nn.Module, method: Method, request: Request) -> WindowsPatch:
+    def prepare(self, model: nn.Module, method: Method, request: Request) -> WindowsPatch | NarrowPatch:
         """The patch, its budget solved at the model's usual input; nothing is attached yet."""
-        return prepare(self.describe, model, self.name, method, request)
+        if chooses_windows(method):
+            return prepare(self.describe, model, self.name, method, request)
+        return prepare_narrow(self.describe_tokens, model, self.name, method, request)
 
-    def attach(self, model: nn.Module, patch: WindowsPatch) -> None:
+    def attach(self, model: nn.Module, patch: WindowsPatch | NarrowPatch) -> None:
         """Put a prepared patch on the model."""
-        attach(self.describe(model), patch)
+        if isinstance(patch, NarrowPatch):
+            narrow.attach(self.describe_tokens(model), patch)
+        else:
+            attach(self.describe(model), patch)
 
 
 def swapped_for(block: nn.Module, known: Mapping[type[nn.Module], type[nn.Module]]) -> type[nn.Module]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokenprune.attention_record import AttentionRecord
@@ -23,7 +22,6 @@ from tokenprune.denoisers.stacks import FUSED
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.method import Method
 from tokenprune.reduction import Reduction
-from tokenprune.state import remember
 from tokenprune.tables import positions
 
 
@@ -83,10 +81,8 @@ class PartsSite(BlockSite):
 
     def _pruned(self, module: nn.Module, forward: Callable[..., Any], bound: Arguments, one: Pass, keep: int) -> Any:
         x: Tensor = bound[self.hidden]
-        chosen = Chosen(self._reduction(one, keep, x.detach()), None, x.shape[1])
+        chosen = one.blocks[self.name] = Chosen(self._reduction(one, keep, x.detach()), None, x.shape[1])
         self._note(one, self.name, chosen.reduction, x)
-        if torch.is_grad_enabled() or x.requires_grad:
-            remember(x, chosen)
         return self._on_chosen(forward, bound, chosen)
 
     def _on_chosen(self, forward: Callable[..., Any], bound: Arguments, chosen: Chosen) -> Any:

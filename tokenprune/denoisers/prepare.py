@@ -26,6 +26,8 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
     host = describe(model)
     if request.positions is not None:
         raise UnsupportedMethod("positions= is of the tokens of a prompt, and a denoiser has none; leave it out")
+    if request.restore is not None:
+        raise UnsupportedMethod("restore= is of image towers; behind a stack of a denoiser all tokens are back")
     if method.adaptive:
         raise UnsupportedMethod(
             f"{method.name} keeps a different number of tokens in each image, which no denoiser runs"

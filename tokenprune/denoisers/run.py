@@ -88,9 +88,9 @@ class Run:
 @dataclass(eq=False)
 class Pass:
     """One forward of the denoiser. keep: {stack: how many tokens it computes}, those left whole are not in it. sets:
-    {stack: the tokens}. grid: (rows, columns) of the latents. step: see AttentionRecord. due: what a method that holds
-    a choice over steps is to do at this one. tokens: {stack: how many enter it}. forward: the recording of it, where
-    one is wanted."""
+    {stack: the tokens}, blocks: {block: the tokens} of those that compute fewer. grid: (rows, columns) of the latents.
+    step: see AttentionRecord. due: what a method that holds a choice over steps is to do at this one. tokens: {stack:
+    how many enter it}. forward: the recording of it, where one is wanted."""
 
     patch: Any
     run: Run
@@ -102,6 +102,7 @@ class Pass:
     tokens: Mapping[str, int] = field(default_factory=dict)
     forward: Forward | None = None
     sets: dict[str, Chosen] = field(default_factory=dict)
+    blocks: dict[str, Chosen] = field(default_factory=dict)
 
 
 class _OfThread(threading.local):

@@ -84,8 +84,7 @@ class BlockSite:
         bound = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         x: Tensor = bound[self.hidden]
         if in_backward():
-            chosen: Chosen | None = recall(x)
-            return forward(**bound) if chosen is None else self._on_chosen(forward, bound, chosen)
+            return self._again(forward, bound)
         one = running()
         keep = one.keep.get(self.stack) if one is not None and one.patch is self.patch else None
         if one is not None and self.first:
@@ -96,6 +95,23 @@ class BlockSite:
             output = self._pruned(module, forward, bound, one, keep)
         if one is not None and self.last:
             self.patch.mark(self.stack, "leave", x)
+        if torch.is_grad_enabled() or any(isinstance(v, Tensor) and v.requires_grad for v in bound.values()):
+            remember(x, {} if one is None else one.blocks)
+        return output
+
+    def _again(self, forward: Callable[..., Any], bound: Arguments) -> Any:
+        """The block when gradient checkpointing runs it once more: on what it computed in the forward."""
+        x: Tensor = bound[self.hidden]
+        blocks: dict[str, Chosen] | None = recall(x)
+        if blocks is None and self.patch.active:
+            raise UnsupportedModel(
+                f"gradient checkpointing runs {self.name} once more without knowing which tokens it computed;"
+                " checkpoint each block by itself (enable_gradient_checkpointing), or blocks with nothing between them"
+            )
+        chosen = (blocks or {}).get(self.name)
+        output = forward(**bound) if chosen is None else self._on_chosen(forward, bound, chosen)
+        if blocks is not None:
+            remember(self._image(output), blocks)  # a block behind it in a group that is checkpointed at once
         return output
 
     def _pruned(self, module: nn.Module, forward: Callable[..., Any], bound: Arguments, one: Pass, keep: int) -> Any:
@@ -112,10 +128,8 @@ class BlockSite:
             self._choose(one, keep, x, bound, queries, keys)
         if self.first and self.depth > 1:
             return forward(**bound)
-        chosen = one.sets[self.stack]
+        chosen = one.blocks[self.name] = one.sets[self.stack]
         self._note(one, self.stack, chosen.reduction, x)
-        if torch.is_grad_enabled() or x.requires_grad:
-            remember(x, chosen)
         return self._on_chosen(forward, bound, chosen)
 
     def _note(self, one: Pass, name: str, reduction: Reduction, x: Tensor) -> None:
@@ -124,7 +138,7 @@ class BlockSite:
             return
         batch, tokens = x.shape[:2]
         origin = positions(tokens, x).expand(batch, -1)
-        merged = reduction.moved is not None or reduction.matrix is not None
+        merged = reduction.moved is not None or reduction.mixes
         one.forward.places.append(
             PlaceRecord(
                 name,

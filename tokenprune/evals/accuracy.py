@@ -59,7 +59,7 @@ def evaluate(
     images = open_data(
         data, transform or model_transform(model), split=split, num_classes=getattr(model, "num_classes", None)
     )
-    device, dtype = _placement(model)
+    device, dtype = placement(model)
     example, _ = next(images.batches(2, samples=samples, seed=seed))
     arms = build_arms(
         model, example.to(device, dtype), methods, budgets, baselines=baselines, dense=saliency is not None
@@ -90,7 +90,7 @@ def evaluate_arms(
     """The table of `evaluate` for arms that are built already, the unpatched one first."""
     base = arms[0].model
     assert base is not None
-    device, dtype = _placement(base)
+    device, dtype = placement(base)
     chosen = images.chosen(samples, seed)
     scores = [_Scores() for _ in arms]
     answers: list[Tensor] = []
@@ -103,7 +103,7 @@ def evaluate_arms(
         with torch.inference_mode():
             _score_batch(arms, scores, batch.to(device, dtype), labels, saliency)
     groups = None if images.groups is None else images.groups[chosen]
-    if answers and not _classifies(base):
+    if answers and not classifies(base):
         is_test = _split(images, chosen, seed)
         for _, _, score in runnable(arms, scores):
             score.classify_by_neighbours(torch.cat(answers), is_test)
@@ -147,7 +147,7 @@ def _score_batch(
     for arm, model, score in runnable(arms, scores):
         inputs = arm.prepare(images)
         seen = reference if model is base else observe(model, inputs)
-        if _classifies(base):
+        if classifies(base):
             score.add("agreement", agreement(seen.logits, reference.logits))
             if labels is not None:
                 score.add("top1", correct(seen.logits.cpu(), labels))
@@ -195,11 +195,11 @@ def _split(images: ImageData, chosen: Tensor, seed: int) -> Tensor:
     return torch.rand(len(chosen), generator=torch.Generator().manual_seed(seed)) < 0.3
 
 
-def _classifies(model: nn.Module) -> bool:
+def classifies(model: nn.Module) -> bool:
     """Whether the output is one score a class; timm's models without a classifier have num_classes 0."""
     return getattr(model, "num_classes", None) != 0
 
 
-def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     parameter = next(model.parameters())
     return parameter.device, parameter.dtype

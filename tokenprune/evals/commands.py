@@ -20,7 +20,7 @@ from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 from tokenprune.evals.digits_lvlm import LVLM
 from tokenprune.evals.latency_profile import profile_latency
-from tokenprune.evals.models import DIGITS, LoadedModel, load_model, noise
+from tokenprune.evals.models import DIGITS, SWIN, LoadedModel, load_model, noise
 from tokenprune.evals.sources import openclipart_data
 from tokenprune.evals.table import SUFFIXES, Row, Table, checked_path
 from tokenprune.evals.transforms import denormalize, input_size
@@ -34,6 +34,8 @@ DEFAULT_BUDGET: Budget = {"flops": 0.6}
 
 def methods(options: argparse.Namespace) -> int:
     """`tokenprune methods`"""
+    if options.table:
+        return _method_table(options)
     check_output(options)
     model: object = None
     if options.model in DIFFUSION:
@@ -59,6 +61,20 @@ def methods(options: argparse.Namespace) -> int:
         for info in tokenprune.methods(model)
     ]
     emit(Table(rows), options)
+    return 0
+
+
+def _method_table(options: argparse.Namespace) -> int:
+    """`tokenprune methods --table`"""
+    from tokenprune.evals.method_table import method_table, to_markdown
+
+    if options.model is not None or options.format == "csv":
+        raise TokenPruneError("--table is of all families, as Markdown or JSON: leave out --model and --csv")
+    path = None if options.output is None else checked_path(options.output, (".md", ".json"))
+    table = method_table()
+    print(table.to_json() if options.format == "json" else to_markdown(table), end="")
+    if path is not None:
+        path.write_text(table.to_json() if path.suffix == ".json" else to_markdown(table), encoding="utf-8")
     return 0
 
 
@@ -155,21 +171,24 @@ def kept_rows(loaded: LoadedModel, inputs: Tensor, arms: Sequence[Arm], *, place
 
 def train(options: argparse.Namespace) -> int:
     """`tokenprune train`"""
-    from tokenprune.evals import train_diffusion, train_digits, train_lvlm, train_reader
+    from tokenprune.evals import train_diffusion, train_digits, train_lvlm, train_masks, train_reader, train_swin
 
-    if options.model in (*DIFFUSION, LVLM) and options.steps is not None:
-        raise TokenPruneError(f"--steps is for digits-vit and digit-reader; {options.model} is trained by its recipe")
+    if options.model in (*DIFFUSION, LVLM, SWIN) and options.steps is not None:
+        raise TokenPruneError(
+            f"--steps is for digits-vit, digit-reader and digit-masks; {options.model} is trained by its recipe"
+        )
     if options.model in DIFFUSION:
         train_diffusion.main([options.model, "--output", options.output, "--threads", str(options.threads)])
         return 0
     torch.set_num_threads(options.threads)
-    if options.model == LVLM:
-        record = train_lvlm.train(Path(options.output))
+    if options.model in (LVLM, SWIN):
+        record = (train_lvlm if options.model == LVLM else train_swin).train(Path(options.output))
         print(f"{record['training_cpu_seconds']} s of CPU time, written to {options.output}")
         return 0
-    recipe = train_digits if options.model == DIGITS else train_reader
+    recipe = {DIGITS: train_digits, "digit-masks": train_masks}.get(options.model, train_reader)
     record = recipe.train(Path(options.output), options.steps or recipe.STEPS)
-    print(f"test {record['test_accuracy']:.3f}, written to {options.output}")
+    score = next(value for name, value in record.items() if name in ("test_accuracy", "test_mean_iou"))
+    print(f"test {score:.3f}, written to {options.output}")
     return 0
 
 

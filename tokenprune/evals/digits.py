@@ -109,7 +109,8 @@ def _line(rng: np.random.Generator, size: int) -> Floats:
     return ink
 
 
-def _canvas(rng: np.random.Generator, allowed: NDArray[np.int64], size: int) -> tuple[NDArray[np.uint8], int]:
+def _canvas(rng: np.random.Generator, allowed: NDArray[np.int64], size: int) -> tuple[NDArray[np.uint8], int, Floats]:
+    """A picture [size, size, 3], the digit to be read on it, and where that has its ink, [size, size] in [0, 1]."""
     ink, labels = scans()
     answer, *others = allowed[rng.integers(len(allowed), size=1 + STRIPS[1])]
     canvas = _background(rng, size)
@@ -129,8 +130,10 @@ def _canvas(rng: np.random.Generator, allowed: NDArray[np.int64], size: int) -> 
         beside = y >= top + height or y + piece.shape[0] <= top or x >= left + width or x + piece.shape[1] <= left
         if beside:
             paint(canvas, piece, y, x, rng)
-    paint(canvas, enlarge(ink[answer], height, width, rng.uniform(-TILT, TILT)), top, left, rng)
-    return (canvas.clip(0, 1) * 255).round().astype(np.uint8), int(labels[answer])
+    strokes, inked = enlarge(ink[answer], height, width, rng.uniform(-TILT, TILT)), np.zeros((size, size), np.float32)
+    inked[top : top + height, left : left + width] = strokes
+    paint(canvas, strokes, top, left, rng)
+    return (canvas.clip(0, 1) * 255).round().astype(np.uint8), int(labels[answer]), inked
 
 
 def cluttered_digit_pictures(
@@ -140,12 +143,21 @@ def cluttered_digit_pictures(
 
     Picture i depends on (split, seed, i, size) alone. Answer and clutter come from the split's own scans only.
     """
+    pictures, labels, _ = inked_digit_pictures(split, count, seed, start, size)
+    return pictures, labels
+
+
+def inked_digit_pictures(
+    split: Split, count: int, seed: int = 0, start: int = 0, size: int = IMAGE_SIZE
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], Floats]:
+    """The same, and where the digit to be read has its ink: [count, size, size] in [0, 1]."""
     allowed, place = scan_indices(split), list(_SPLIT_ENDS).index(split)
     pictures = np.empty((count, size, size, 3), np.uint8)
-    labels = np.empty(count, np.int64)
+    labels, inked = np.empty(count, np.int64), np.empty((count, size, size), np.float32)
     for i in range(count):
-        pictures[i], labels[i] = _canvas(np.random.default_rng((place, seed, start + i)), allowed, size)
-    return pictures, labels
+        rng = np.random.default_rng((place, seed, start + i))
+        pictures[i], labels[i], inked[i] = _canvas(rng, allowed, size)
+    return pictures, labels, inked
 
 
 def normalise(pictures: NDArray[np.uint8]) -> Tensor:
@@ -153,7 +165,9 @@ def normalise(pictures: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(255).sub(PIXEL_MEAN).div(PIXEL_STD).contiguous()
 
 
-def cluttered_digits(split: Split, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Normalised images [count, 3, 80, 80] and labels [count] of :func:`cluttered_digit_pictures`."""
-    pictures, labels = cluttered_digit_pictures(split, count, seed)
+def cluttered_digits(
+    split: Split, count: int, seed: int = 0, start: int = 0, size: int = IMAGE_SIZE
+) -> tuple[Tensor, Tensor]:
+    """Normalised images [count, 3, size, size] and labels [count] of :func:`cluttered_digit_pictures`."""
+    pictures, labels = cluttered_digit_pictures(split, count, seed, start, size)
     return normalise(pictures), torch.from_numpy(labels)

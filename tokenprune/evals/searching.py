@@ -14,25 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
-from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
-from tokenprune.evals.candidates import (
-    Genes,
-    at_cost,
-    crossed,
-    drawn,
-    genes_of,
-    mutated,
-    picked,
-    shares_of,
-    without_idle,
-)
+from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedModel
+from tokenprune.evals.candidates import Genes, crossed, drawn, mutated, picked
 from tokenprune.evals.fidelity import Observation, agreement, observe
 from tokenprune.evals.resumable import write_state
 from tokenprune.evals.saliency import feature_cosine
 from tokenprune.evals.shared_copy import shared_copy
+from tokenprune.evals.spaces import space_of
 from tokenprune.evals.throughput import measure, measure_together
-from tokenprune.family import active_patches
-from tokenprune.patch import Patch
 from tokenprune.solver import Counts
 from tokenprune.stored_schedule import StoredSchedule
 
@@ -106,10 +95,7 @@ class Search:
         self.generator = torch.Generator().manual_seed(seed)
         self.candidates: list[Candidate] = []
         self.step, self.log, self.seconds = 0, list[dict[str, float]](), 0.0
-        self.patch = self._probed()
-        assert self.patch.costs is not None
-        self.costs, self.tokens = self.patch.costs, self.patch.tokens
-        self.depth = self.patch.depth - self.patch.prefix_only_last  # behind that block no tokens are read
+        self.space = space_of(self.base, method, self.options)
         with torch.inference_mode():
             self.reference = self._observed(self.base)
         if not self.reference.features.isfinite().all():
@@ -162,7 +148,7 @@ class Search:
         }
         if self.goal.timed:
             found |= {"speedup": best.speedup, "batch_size": self.batch_size}
-        return StoredSchedule(self.method, shares_of(best.counts, self.tokens), self.options, found)
+        return StoredSchedule(self.method, self.space.schedule(best.counts), self.options, found)
 
     def save(self, path: Path) -> None:
         """Writes the state in one piece."""
@@ -192,26 +178,6 @@ class Search:
         if self.candidates:
             self.log = [{"step": self.step, "agreement": self.best().agreement}]
 
-    def _probed(self) -> Patch:
-        """A patch that reduces in every block, for what each costs."""
-        depth = 1
-        probe = tokenprune.patch(shared_copy(self.base), self.method, keep=1.0, **self.options)
-        for found in active_patches(probe).values():
-            if not isinstance(found, Patch):
-                raise UnsupportedModel(
-                    f"search is of image towers, and {type(self.base).__name__} is none; name schedule= yourself"
-                )
-            if found.method.adaptive:
-                raise UnsupportedMethod(
-                    f"{self.method} keeps a different number of tokens in each image, so no schedule says what it"
-                    " costs; search for one of a method with a fixed number, such as 'top_k'"
-                )
-            depth = found.depth
-        tokenprune.patch(probe, self.method, schedule=dict.fromkeys(range(depth), 0.9), **self.options)
-        [patch] = active_patches(probe).values()
-        assert isinstance(patch, Patch)
-        return patch
-
     def _observed(self, model: nn.Module) -> Observation:
         seen = [observe(model, part) for part in torch.split(self.images, 64)]
         if not isinstance(seen[0].logits, Tensor):
@@ -228,7 +194,8 @@ class Search:
         for attempt in range(TRIES):
             aim = self._aim()
             try:
-                counts = self._own(aim) if not self.candidates and not attempt else self._solved(self._genes(), aim)
+                first = not self.candidates and not attempt
+                counts = self._own(aim) if first else self.space.solved(self._genes(), aim)
             except BudgetError:
                 continue
             if tuple(sorted(counts.items())) not in known:
@@ -253,19 +220,11 @@ class Search:
 
     def _own(self, aim: float) -> Counts:
         """The method's own schedule."""
-        model = tokenprune.patch(shared_copy(self.base), self.method, flops=aim, **self.options)
-        [patch] = active_patches(model).values()
-        assert isinstance(patch, Patch)
-        counts = patch.counts(patch.tokens)
-        return without_idle({block: counts[block] for block in counts if block < self.depth}, self.tokens)
-
-    def _solved(self, genes: Genes, aim: float) -> Counts:
-        schedule, layout = self.patch.method.schedule, self.patch.layout
-        return without_idle(at_cost(genes, schedule, aim, self.tokens, layout, self.costs), self.tokens)
+        return self.space.own(tokenprune.patch(shared_copy(self.base), self.method, flops=aim, **self.options))
 
     def _genes(self) -> Genes:
         if not self.evolves or len(self.candidates) < WARM_UP:
-            return drawn(self.depth, self.generator)
+            return drawn(self.space.depth, self.generator)
         ranked = sorted(self.candidates, key=lambda one: one.rank(self.goal), reverse=True)
         parents = [one.genes for one in ranked[:PARENTS]]
         first = picked(parents, self.generator)
@@ -276,10 +235,10 @@ class Search:
     def _tried(self, counts: Counts, aim: float) -> Candidate:
         model = self._patched(counts)
         ratio = tokenprune.report(model).to_dict()["flops_ratio"]
-        genes = genes_of(counts, self.tokens, self.depth)
+        genes = self.space.genes(counts)
         if abs(ratio - aim) > NEARLY:  # the cost of a schedule is a model; aim once more by what was counted
             try:
-                counts = self._solved(genes, 2 * aim - ratio)
+                counts = self.space.solved(genes, 2 * aim - ratio)
             except BudgetError:
                 pass
             else:
@@ -295,7 +254,7 @@ class Search:
         return Candidate(genes, counts, same, closeness, ratio, speedup)
 
     def _patched(self, counts: Counts) -> nn.Module:
-        schedule = shares_of(counts, self.tokens)
+        schedule = self.space.schedule(counts)
         return tokenprune.patch(shared_copy(self.base), self.method, schedule=schedule, **self.options)
 
     def _speedup(self, model: nn.Module) -> float:

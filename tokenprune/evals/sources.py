@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from tokenprune.evals.digits import Split
 
 
-def digits_data(count: int, seed: int, split: Split = "test") -> ImageData:
-    """`count` pictures of the shipped digits task, drawn anew for each `seed`, as `digits-vit` takes them."""
-    from tokenprune.evals.digits import NUM_CLASSES, cluttered_digits
+def digits_data(count: int, seed: int, split: Split = "test", size: int | None = None) -> ImageData:
+    """`count` pictures of the shipped digits task, drawn anew for each `seed`, normalised, of `size` pixels; None for
+    those that `digits-vit` takes."""
+    from tokenprune.evals.digits import IMAGE_SIZE, NUM_CLASSES, cluttered_digits
 
-    data = open_data(cluttered_digits(split, count, seed))
+    data = open_data(cluttered_digits(split, count, seed, size=size or IMAGE_SIZE))
     return ImageData(f"cluttered digits ({split})", data.items, data.size, NUM_CLASSES)
 
 

@@ -42,7 +42,9 @@ def bootstrap_mean(
     count = int(member.max()) + 1 if len(data) else 0
     sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, member, torch.ones_like(data))
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, member, data)
-    interval = _bootstrap(count, lambda draw: sums[draw].sum(1) / sizes[draw].sum(1), seed, resamples, level)
+    interval = bootstrap(
+        count, lambda draw: sums[draw].sum(1) / sizes[draw].sum(1), seed=seed, resamples=resamples, level=level
+    )
     if support is None or count == 0 or data.amin() < data.amax():
         return interval
     reach, mean = 1.0 - ((1.0 - level) / 2.0) ** (1.0 / count), interval.estimate
@@ -54,11 +56,51 @@ def bootstrap_median(
 ) -> Interval:
     """Median of `values` [n] (mean of the two middle ones for even n) with a percentile bootstrap interval."""
     data = torch.as_tensor(values, dtype=torch.float64).cpu()
-    return _bootstrap(len(data), lambda draw: data[draw].quantile(0.5, dim=1), seed, resamples, level)
+    return bootstrap(
+        len(data), lambda draw: data[draw].quantile(0.5, dim=1), seed=seed, resamples=resamples, level=level
+    )
 
 
-def _bootstrap(count: int, statistic: Callable[[Tensor], Tensor], seed: int, resamples: int, level: float) -> Interval:
-    """The statistic of rows of indices [rows, count] into the sample, once as it is and over the resamples."""
+def resample_weights(count: int, *, groups: Tensor | None = None, seed: int = 0, resamples: int = 1000) -> Tensor:
+    """How often each of `count` values is in each bootstrap sample: [1 + resamples, count], float64.
+
+    The first row is the sample as it is. For statistics that take weights, and where several are to be computed on the
+    same samples. groups: as in `bootstrap_mean`.
+    """
+    labels = torch.arange(count) if groups is None else groups.cpu()
+    _, member = torch.unique(labels, return_inverse=True)
+    size = int(member.max()) + 1
+    times = [torch.ones(1, size, dtype=torch.float64)]
+    for index in _resample(size, resamples, torch.Generator().manual_seed(seed)):
+        rows = torch.zeros(len(index), size, dtype=torch.float64)
+        times.append(rows.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64)))
+    return torch.cat(times)[:, member]
+
+
+def percentile_ends(draws: Tensor, *, centred: bool = False, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Lower and upper end of the percentile interval of a statistic: draws [1 + resamples, ...], in the order of
+    `resample_weights`, to two of [...]. Where a resample gives no number (NaN) the ends are NaN.
+
+    centred: both ends moved so that the median resample is at the estimate, for statistics that any noise pushes to one
+    side, such as a divergence: resampling adds noise, and the plain interval would lie beside the estimate.
+    """
+    tail = (1.0 - level) / 2.0
+    places = torch.tensor([tail, 0.5, 1.0 - tail], dtype=torch.float64)
+    low, median, high = draws[1:].double().quantile(places, dim=0)
+    shift = draws[0] - median if centred else torch.zeros_like(median)
+    return low + shift, high + shift
+
+
+def bootstrap(
+    count: int,
+    statistic: Callable[[Tensor], Tensor],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """A statistic of a sample of `count` with a percentile bootstrap interval. statistic: rows of indices [rows, count]
+    into the sample -> its values [rows]."""
     if count == 0:
         return Interval(float("nan"), float("nan"), float("nan"))
     generator = torch.Generator().manual_seed(seed)

@@ -24,6 +24,14 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
     host = describe(model)
     if request.steps is not None:
         raise UnsupportedMethod(f"steps= is for denoising runs, and {type(host.outer).__name__} has none")
+    if request.restore is not None:
+        raise UnsupportedMethod("restore= is of image towers, and no grid is read behind one here; leave it out")
+    foreign = method.needs & {"steps", "stacks", "windows"}
+    if foreign:
+        raise UnsupportedMethod(
+            f"{method.name} needs {', '.join(sorted(foreign))}, which {type(host.outer).__name__} does not have;"
+            " 'top_k' and others that work behind the tower take it"
+        )
     if method.after_tower is None and method.inside_model is None:
         raise UnsupportedMethod(
             f"{method.name} works inside an image tower; patch(model.{_name(host.outer, host.tower)}, {method.name!r},"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.budget import is_number
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.method import Method
@@ -41,7 +42,7 @@ def adaptive_tome(
     images, "tome", flops=0.5)` finds the one that meets a budget. proportional: as in tome. rate: the most that stay at
     a place as a share of those at the place before; 1.0 sets no bound. keep= and tokens= bound what the last leaves.
     """
-    if not -1 < threshold <= 1:
+    if not (is_number(threshold) and -1 < threshold <= 1):
         raise UnsupportedMethod(f"threshold is a cosine in (-1, 1], got {threshold!r}; for example threshold=0.9")
     return Method(
         name="adaptive_tome",

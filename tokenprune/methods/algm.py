@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.budget import is_number
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.method import Method
@@ -67,7 +68,7 @@ def algm(*, rate: float = 1.0, threshold: float = 0.88, places: tuple[int, ...] 
     places: the first is that of the windows. rate: the most that stay at a later place as a share of those before; 1.0,
     the paper's, sets no bound. keep= and tokens= bound what the last place leaves.
     """
-    if not -1 < threshold <= 1:
+    if not (is_number(threshold) and -1 < threshold <= 1):
         raise UnsupportedMethod(f"threshold is a cosine in (-1, 1], got {threshold!r}; the paper's is threshold=0.88")
     schedule = LocalThenGlobal(rate, places)
     return Method(

@@ -41,10 +41,10 @@ class LearnedRates:
     kept: Kept = DEIT_SMALL_2_9_GFLOPS
 
     def __post_init__(self) -> None:
-        lists = self.kept if len(self.kept) == 2 else ((), ())
-        counts = [count for one in lists for count in one]
-        whole = all(isinstance(count, int) and 2 <= count <= counts[0] for count in counts)
-        if not counts or len(lists[0]) != len(lists[1]) or not whole:
+        lists = self.kept if isinstance(self.kept, tuple) and len(self.kept) == 2 else ((), ())
+        counts = [count for one in lists if isinstance(one, tuple) for count in one]
+        whole = all(isinstance(count, int) for count in counts) and all(2 <= count <= counts[0] for count in counts)
+        if not counts or 2 * len(lists[0]) != len(counts) or not whole:
             raise BudgetError(
                 f"kept={self.kept!r} must be two lists, of the tokens that pruning and merging leave in each block, the"
                 " class token counted, the first number that of all tokens; for example"
@@ -116,7 +116,7 @@ def diffrate(*, kept: tuple[Sequence[int], Sequence[int]] | None = None, proport
     a block prunes of what it removes is theirs. proportional: add log(that count) to the attention logits. A mean over
     patches is taken over the full grid, on which dropped ones are estimated.
     """
-    rates = LearnedRates() if kept is None else LearnedRates(tuple(tuple(one) for one in kept))  # type: ignore[arg-type]
+    rates = LearnedRates() if kept is None else LearnedRates(_frozen(kept))  # type: ignore[arg-type]
     return Method(
         name="diffrate",
         paper="Chen et al., DiffRate, ICCV 2023",
@@ -128,3 +128,8 @@ def diffrate(*, kept: tuple[Sequence[int], Sequence[int]] | None = None, proport
         proportional=proportional,
         needs=frozenset({"queries", "keys"}),
     )
+
+
+def _frozen(value: object) -> object:
+    """Rows as tuples, anything else as it is."""
+    return tuple(map(_frozen, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value

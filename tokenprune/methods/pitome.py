@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.budget import is_number
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
@@ -34,7 +35,7 @@ def pitome(
     starts). margin: in the first block; it falls to 0 behind the last (the published code's; the paper prints 0.9).
     proportional: add log(size) to the attention logits of a merged token; published versions differ in that.
     """
-    if not margin >= 0:
+    if not (is_number(margin) and margin >= 0):
         raise UnsupportedMethod(f"margin is a cosine of 0 or more, got {margin!r}; for example margin=0.75")
     return Method(
         name="pitome",

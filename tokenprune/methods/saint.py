@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
-from tokenprune.budget import checked_count
+from tokenprune.budget import checked_count, is_number
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.kernels.pairwise import neighbours as near_neighbours
 from tokenprune.method import Method
@@ -68,7 +68,7 @@ def saint(
     rate: the most that stay at a place as a share of those at the place before; 1.0, the paper's, sets no bound. keep=
     and tokens= bound what the last place leaves. places: blocks, all of the first half by default.
     """
-    if not -1 < threshold < 1 or not gamma >= 0:
+    if not (is_number(threshold) and -1 < threshold < 1 and is_number(gamma) and gamma >= 0):
         raise UnsupportedMethod(
             f"threshold is a cosine in (-1, 1) and gamma 0 or more, got threshold={threshold!r}, gamma={gamma!r}; the"
             " paper's are threshold=0.75, gamma=10.0"

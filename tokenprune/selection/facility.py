@@ -9,11 +9,14 @@ from torch.nn import functional
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.kernels.merge import gather
 from tokenprune.reduction import Reduction
+from tokenprune.selection.tiles import Tiling
+from tokenprune.tile_matrix import TileMatrix
 
 
-def greedy_facilities(x: Tensor, count: int) -> Tensor:
+def greedy_facilities(x: Tensor, count: int, outside: Tensor | None = None) -> Tensor:
     """`count` of the tokens x [B, n, C], as [B, count] in the order of choice: each is the one that adds most to
-    f(D) = sum_i max_{j in D} cos(x_i, x_j). The map of similarities is held, so n is a tile's.
+    f(D) = sum_i max_{j in D} cos(x_i, x_j). The map of similarities is held, so n is a tile's. outside: [B, n] what is
+    no token, neither chosen nor to be represented while there are others.
 
     Two tokens that cover nothing but each other add the same, so gains are rounded (to 1/1024): without that the last
     bit of a product, which depends on the batch, would decide.
@@ -22,6 +25,9 @@ def greedy_facilities(x: Tensor, count: int) -> Tensor:
     similarity = unit @ unit.transpose(1, 2)
     covered = similarity.new_full(x.shape[:2], -1.0)  # the least cosine
     taken = torch.zeros_like(covered)
+    if outside is not None:
+        covered = covered.masked_fill(outside, 2.0)  # more than any cosine
+        taken = taken.masked_fill(outside, float("inf"))
     chosen = []
     for _ in range(count):
         gain = (similarity - covered.unsqueeze(-1)).relu_().sum(1).mul_(1024).round_() - taken
@@ -32,37 +38,14 @@ def greedy_facilities(x: Tensor, count: int) -> Tensor:
     return torch.cat(chosen, 1)
 
 
-def tiles_of(grid: tuple[int, int], down: int, across: int, device: torch.device) -> list[Tensor]:
-    """Positions of the tokens of each of down x across tiles of a grid, as equal as it goes."""
-    rows, columns = grid
-    place = torch.arange(rows * columns, device=device).view(rows, columns)
-    return [
-        place[i * rows // down : (i + 1) * rows // down, j * columns // across : (j + 1) * columns // across].flatten()
-        for i in range(down)
-        for j in range(across)
-    ]
-
-
-def facility_destinations(record: AttentionRecord, keep: int, tiles: int) -> Tensor:
-    """[B, keep] positions, rising: the facilities of each of tiles x tiles parts of the grid, in proportion to its
-    size."""
-    assert record.grid is not None
-    batch, rows, columns = record.hidden.shape[0], *record.grid
-    parts = tiles_of(record.grid, min(tiles, rows), min(tiles, columns), record.hidden.device)
-    alike: dict[tuple[int, int], list[Tensor]] = {}  # by size and destinations: these are one batch
-    done, before = 0, 0
-    for part in parts:
-        done += part.shape[0]
-        quota = keep * done // record.tokens - before
-        before += quota
-        alike.setdefault((part.shape[0], quota), []).append(part)
-    chosen = []
-    for (size, quota), tiles_alike in alike.items():
-        place = torch.stack(tiles_alike)
-        x = record.hidden[:, place.flatten()].reshape(batch * len(place), size, -1)
-        found = greedy_facilities(x, quota) if quota else place.new_empty(len(x), 0)
-        chosen.append(gather(place.repeat(batch, 1), found).view(batch, -1))
-    return torch.cat(chosen, 1).sort(dim=1).values
+def facility_destinations(record: AttentionRecord, tiling: Tiling) -> Tensor:
+    """[B, K] positions: the facilities of each tile, one tile's after the other's."""
+    members, outside = tiling.members(record.origin), tiling.outside(record.origin)
+    batch, (tiles, m) = record.hidden.shape[0], members.shape
+    x = record.hidden.index_select(1, members.flatten()).view(batch * tiles, m, -1)
+    found = greedy_facilities(x, max(tiling.quotas), outside.repeat(batch, 1))
+    places = members.repeat(batch, 1).gather(1, found).view(batch, -1)
+    return places.index_select(1, tiling.rows(record.origin))
 
 
 def attend_to_destinations(destinations: Tensor, record: AttentionRecord, temperature: float) -> Reduction:
@@ -71,3 +54,20 @@ def attend_to_destinations(destinations: Tensor, record: AttentionRecord, temper
     unit = functional.normalize(record.hidden.float(), dim=-1)
     shares = (gather(unit, destinations) @ unit.transpose(1, 2) / temperature).softmax(1)
     return Reduction(destinations, matrix=shares / shares.sum(-1, keepdim=True).clamp_min(1e-12))
+
+
+def attend_within_tiles(destinations: Tensor, record: AttentionRecord, temperature: float, tiling: Tiling) -> Reduction:
+    """The same with every token shared out over the destinations of its own tile alone, as `facility_destinations`
+    chose them."""
+    like = record.origin
+    members, slots, rows, filled = tiling.members(like), tiling.slots(like), tiling.rows(like), tiling.filled(like)
+    batch, (tiles, m), k = record.hidden.shape[0], members.shape, max(tiling.quotas)
+    unit = functional.normalize(record.hidden.float(), dim=-1)
+    inside = unit.index_select(1, members.flatten()).view(batch * tiles, m, -1)
+    chosen = gather(unit, destinations).index_select(1, filled).view(batch * tiles, k, -1)
+    logits = (chosen @ inside.transpose(1, 2)).view(batch, tiles, k, m) / temperature
+    missing = torch.ones_like(filled, dtype=torch.bool).index_fill(0, rows, False).view(tiles, k, 1)
+    shares = logits.masked_fill(missing, float("-inf")).softmax(2)
+    shares = shares.masked_fill(tiling.outside(like).unsqueeze(1), 0.0)
+    weights = shares / shares.sum(-1, keepdim=True).clamp_min(1e-12)
+    return Reduction(destinations, tiles=TileMatrix(weights, members.flatten(), slots, rows, filled))

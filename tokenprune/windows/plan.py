@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tokenprune.budget import Budget
@@ -69,23 +69,33 @@ def by_ratios(ratios: Sequence[float], costs: WindowCosts, grid: Grid) -> Plan:
 
 def by_share(share: float, costs: WindowCosts, grid: Grid) -> Plan:
     """The plan that computes the same share in each block."""
-    counts = {index: kept_count(share, layout.windows(grid)) for index, layout in enumerate(costs.layouts)}
-    return _worthwhile(counts, costs, grid)
+    return _worthwhile(_even(share, costs, grid), costs, grid)
 
 
-def by_cost(budget: Budget, costs: WindowCosts, grid: Grid) -> Plan:
+def by_cost(
+    budget: Budget,
+    costs: WindowCosts,
+    grid: Grid,
+    counts_at: Callable[[float, WindowCosts, Grid], Counts] | None = None,
+) -> Plan:
     """The plan whose cost is nearest to a flops budget: the same share in each block, and single windows more.
+
+    counts_at: windows of each block at a strength in (0, 1], of which more compute no fewer, in place of that share.
 
     Raises:
         BudgetError: it cannot be met within 1%; the message names what can.
     """
+    counts_at = counts_at or _even
     total = costs.total(grid, {})
     aim = budget.value * total
+
+    def plan(strength: float) -> Plan:
+        return _worthwhile(counts_at(max(strength, 1e-9), costs, grid), costs, grid)
 
     def cost(plan: Plan) -> float:
         return costs.total(grid, plan.keep)
 
-    floor = cost(by_share(1e-9, costs, grid)) / total
+    floor = cost(plan(0.0)) / total
     if floor > budget.value + 0.005:
         raise BudgetError(
             f"{budget} cannot be met: with one window left in each block the forward still costs {floor:.2f} of the"
@@ -94,11 +104,11 @@ def by_cost(budget: Budget, costs: WindowCosts, grid: Grid) -> Plan:
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        if cost(by_share(max(middle, 1e-9), costs, grid)) <= aim:
+        if cost(plan(middle)) <= aim:
             low = middle
         else:
             high = middle
-    found = _filled(by_share(max(low, 1e-9), costs, grid), costs, grid, aim)
+    found = _filled(plan(low), costs, grid, aim)
     if abs(cost(found) - aim) > 0.01 * total:
         raise BudgetError(
             f"{budget} falls between whole windows of this model; flops={cost(found) / total:.3f} can be met"
@@ -130,6 +140,10 @@ def _filled(plan: Plan, costs: WindowCosts, grid: Grid, aim: float) -> Plan:
             if costs.total(grid, more.keep) <= aim:
                 plan, grown = more, True
     return plan
+
+
+def _even(share: float, costs: WindowCosts, grid: Grid) -> Counts:
+    return {index: kept_count(share, layout.windows(grid)) for index, layout in enumerate(costs.layouts)}
 
 
 def _all(costs: WindowCosts, grid: Grid) -> Counts:

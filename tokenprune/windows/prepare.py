@@ -21,12 +21,18 @@ from tokenprune.windows.tiling import Chosen, Tiling, choose
 Describe = Callable[[nn.Module], WindowsHost]
 
 
+def chooses_windows(method: Method) -> bool:
+    """Whether a method works on whole windows as it does on tokens: one that merges none and does not look at
+    attention, all of which stays in a window."""
+    return not (method.adaptive or method.merges or method.proportional or method.needs - {"windows"})
+
+
 def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, request: Request) -> WindowsPatch:
     """The patch of a model of windows, its budget solved at the usual input; nothing is attached yet.
 
     Raises:
         UnsupportedModel: a block's forward is replaced, or run through its own parts it gives another output.
-        UnsupportedMethod: the method does not drop whole windows.
+        UnsupportedMethod: the request is of another kind of model.
         BudgetError: the budget cannot be met.
     """
     host = describe(model)
@@ -48,21 +54,19 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
     return patch
 
 
-def _check_request(method: Method, request: Request, model: nn.Module) -> None:
-    name = type(model).__name__
+def refuse_runs(request: Request, name: str) -> None:
+    """Raise UnsupportedMethod for what a model of windows has not: steps and a prompt."""
     if request.steps is not None:
         raise UnsupportedMethod(f"steps= is for denoising runs, and {name} has none; use schedule={{block: share}}")
     if request.positions is not None:
         raise UnsupportedMethod(f"positions= is of the tokens of a prompt, and {name} has none; leave it out")
-    why = None
-    if method.adaptive:
-        why = "keeps a different number of tokens in each image"
-    elif method.merges or method.proportional:
-        why = "merges tokens, and these blocks leave whole windows out"
-    elif method.needs - {"windows"}:
-        why = f"needs {', '.join(sorted(method.needs - {'windows'}))}, which windows do not expose"
-    if why is not None:
-        raise UnsupportedMethod(f"{method.name} {why}; 'sparsevit' works on {name}")
+    if request.restore is not None:
+        raise UnsupportedMethod(f"restore= is for tokens that left, and those of {name} are all there; leave it out")
+
+
+def _check_request(method: Method, request: Request, model: nn.Module) -> None:
+    name = type(model).__name__
+    refuse_runs(request, name)
     budget = request.budget
     if budget.kind == "tokens":
         raise BudgetError(f"{budget}: behind each block all tokens are there again; use keep= or flops=")

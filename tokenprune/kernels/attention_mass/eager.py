@@ -1,8 +1,8 @@
 """Attention mass in plain torch on any device, without the full map: `tiled` and `matrix_free`.
 
 On a CPU the work goes through a buffer that stays in the cache, which is worth more than any operation saved: a fresh
-map is written to memory page by page. A block of whole rows needs no log-sum-exp, and torch's softmax is as fast as the
-exponential alone, so the matrix-free path computes it anew in each iteration.
+map is written to memory page by page. A block of whole rows needs no log-sum-exp, so the matrix-free path computes the
+map anew in each iteration; where logits are known to be small, the exponential alone, which takes half of the softmax.
 
 Both take q [B, H, M, D], k [B, H, N, D], weights [B, H, M], a bias [1|B, 1|H, 1|M, N], a mask or None, the rising
 `counts` of iterations after which the mass is wanted, and the `tolerance`, the L1 change below which a pair has settled
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.kernels.attention_mass.iterate import iterate
-from tokenprune.kernels.attention_mass.tiles import Tile, flat, tiles
+from tokenprune.kernels.attention_mass.tiles import Exponentials, Tile, flat, tiles
 from tokenprune.kernels.inputs import additive, precision, product
 
 # Bytes of the map that a thread works on at a time: measured best from 1 to 1.5 MiB at 257 tokens with 2 MiB of
@@ -113,14 +113,24 @@ def matrix_free(
     out = q.new_empty(len(counts), *q.shape[:2], keys, dtype=dtype)
     for tile in tiles(q, k, bias, scale, pairs, columns, dtype):
         sums = _sums(log_sums, tile)
+        # Of a tile that may hold several images, another one would decide how this one is computed.
+        quick = tile.exponentials() if pairs < 2 * q.shape[1] else None
 
-        def push(mass: Tensor, tile: Tile = tile, sums: Tensor | None = sums) -> Tensor:
+        def push(
+            mass: Tensor, tile: Tile = tile, sums: Tensor | None = sums, quick: Exponentials | None = quick
+        ) -> Tensor:
             total = mass.new_zeros(len(tile.q), 1, columns)
             for start in range(0, rows, block):
                 weight = mass[..., start : start + block]
                 attention = buffer[: len(tile.q) * weight.shape[2] * columns].view(len(tile.q), -1, columns)
                 part = slice(start, start + block)
-                tile.attention(part, attention, None if sums is None else sums[:, part])
+                if quick is None:
+                    tile.attention(part, attention, None if sums is None else sums[:, part])
+                else:
+                    each = quick.of(part, attention)
+                    weight = weight / each.unsqueeze(1)
+                    if sums is not None:
+                        torch.log(each, out=sums[:, part])
                 torch.baddbmm(total, weight, attention, out=total)
             return total[..., :keys]
 
