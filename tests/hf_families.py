@@ -72,6 +72,21 @@ TOWERS: dict[str, tuple[str, Any, int]] = {
         lambda: transformers.DINOv3ViTConfig(**SHAPE, **MLP, num_register_tokens=4),
         5,
     ),
+    "internvl": (
+        "InternVLVisionModel",
+        lambda: transformers.InternVLVisionConfig(**SHAPE, **MLP, use_qk_norm=True),
+        1,
+    ),
+    "idefics3": (
+        "Idefics3VisionTransformer",
+        lambda: transformers.models.idefics3.Idefics3VisionConfig(**SHAPE, **MLP),
+        0,
+    ),
+    "smolvlm": (
+        "SmolVLMVisionTransformer",
+        lambda: transformers.models.smolvlm.SmolVLMVisionConfig(**SHAPE, **MLP),
+        0,
+    ),
 }
 HOLDERS: dict[str, tuple[str, Any, int]] = {
     "clip_projection": ("CLIPVisionModelWithProjection", lambda: transformers.CLIPVisionConfig(**SHAPE, **MLP), 1),

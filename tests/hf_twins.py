@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 OBLONG = {**tiny_models.SHAPE, "depth": 4}
 SQUARE = {**OBLONG, "img_size": 24}
-PAIRS = ("vit", "clip", "siglip", "dinov2_registers", "beit")
+PAIRS = ("vit", "clip", "siglip", "dinov2_registers", "beit", "internvl", "idefics3")
 
 
 def _config(shape: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -37,15 +37,24 @@ def _empty(kind: str) -> tuple[nn.Module, nn.Module]:
         config = transformers.CLIPVisionConfig(**_config(SQUARE, **wide))
         original: nn.Module = VisionTransformer(**SQUARE, pre_norm=True, act_layer="quick_gelu")
         return original, transformers.CLIPVisionModel(config)
-    if kind == "siglip":
-        config = transformers.SiglipVisionConfig(**_config(SQUARE, vision_use_head=False, **wide))
+    if kind in ("siglip", "idefics3"):
         kwargs: dict[str, Any] = {
             "class_token": False,
             "global_pool": "avg",
             "fc_norm": False,
             "act_layer": "gelu_tanh",
         }
-        return VisionTransformer(**SQUARE, **kwargs), transformers.SiglipVisionModel(config)
+        original = VisionTransformer(**SQUARE, **kwargs)
+        if kind == "idefics3":
+            config = transformers.models.idefics3.Idefics3VisionConfig(**_config(SQUARE, **wide))
+            return original, transformers.Idefics3VisionTransformer(config)
+        config = transformers.SiglipVisionConfig(**_config(SQUARE, vision_use_head=False, **wide))
+        return original, transformers.SiglipVisionModel(config)
+    if kind == "internvl":
+        config = transformers.InternVLVisionConfig(
+            **_config(SQUARE, use_mean_pooling=False, attention_bias=True, **wide)
+        )
+        return VisionTransformer(**SQUARE, init_values=1.0), transformers.InternVLVisionModel(config)
     if kind == "dinov2_registers":
         config = transformers.Dinov2WithRegistersConfig(**_config(SQUARE, num_register_tokens=4, mlp_ratio=2))
         kwargs = {"reg_tokens": 4, "no_embed_class": True, "init_values": 1.0}
@@ -112,7 +121,8 @@ def _copy_block(block: Any, layer: Any) -> None:
         projection.weight.copy_(weight)
         if bias is not None:
             projection.bias.copy_(bias)
-    _set(attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj, block.attn.proj)
+    outputs = ("o_proj", "out_proj", "projection_layer")
+    _set(next(getattr(attention, name) for name in outputs if hasattr(attention, name)), block.attn.proj)
     norms = ("norm1", "norm2"), ("layer_norm1", "layer_norm2"), ("layernorm_before", "layernorm_after")
     first, second = next(pair for pair in norms if hasattr(layer, pair[0]))
     _set(getattr(layer, first), block.norm1)
@@ -122,9 +132,11 @@ def _copy_block(block: Any, layer: Any) -> None:
     if hasattr(layer, "layer_scale1"):
         layer.layer_scale1.lambda1.copy_(block.ls1.gamma)
         layer.layer_scale2.lambda1.copy_(block.ls2.gamma)
+    if hasattr(layer, "lambda_1"):
+        scales = (block.gamma_1, block.gamma_2) if hasattr(block, "gamma_1") else (block.ls1.gamma, block.ls2.gamma)
+        layer.lambda_1.copy_(scales[0])
+        layer.lambda_2.copy_(scales[1])
     if hasattr(layer, "relative_position_bias"):
-        layer.lambda_1.copy_(block.gamma_1)
-        layer.lambda_2.copy_(block.gamma_2)
         layer.relative_position_bias.relative_position_bias_table.copy_(block.attn.relative_position_bias_table)
 
 

@@ -285,8 +285,9 @@ def _find_in(module: nn.Module) -> tuple[nn.Module, Family]:
         f"no adapter knows {type(module).__name__} or a module inside it; supported: timm vision transformers"
         " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT) and its models of windows"
         " (SwinTransformer, SwinTransformerV2, VisionTransformerSAM, Hiera), transformers' image towers"
-        " (CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2, DINOv3) and vision-language models (Llava, LlavaNext, LlavaOnevision,"
-        " Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Gemma3, PaliGemma, Idefics3, SmolVLM) and diffusers'"
+        " (CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2, DINOv3, and those of InternVL, Idefics3, SmolVLM and Qwen-VL) and"
+        " vision-language models (Llava, LlavaNext, LlavaOnevision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Gemma3,"
+        " PaliGemma, Idefics3, SmolVLM) and diffusers'"
         " denoisers (UNet2DConditionModel, transformers); others through tokenprune.register_adapter"
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,13 +109,16 @@ class Probe:
 
 
 def count_flops(model: nn.Module, example: Callable[[], Any], probe: Probe | None = None) -> int:
-    """Multiply-adds of model(example()); both must be on the meta device."""
+    """Multiply-adds of model(example()), or of model(**example()); both must be on the meta device."""
     with torch.no_grad():
         inputs = example()
         with (count := FlopCount()):
             if probe is not None:
                 probe.count = count
-            model(inputs)
+            if isinstance(inputs, dict):
+                model(**inputs)
+            else:
+                model(inputs)
     return count.multiply_adds
 
 
@@ -150,7 +154,9 @@ def cost_model(
         BlockCost(Curve(tuple(b)), Curve(tuple(s)), Curve(tuple(a)))
         for b, s, a in zip(before, score, behind, strict=True)
     )
-    stem = runs[0][0].marks[0][2]
+    marks = runs[0][0].marks
+    between = pairwise(marks)  # what reads the grid there is computed on all tokens
+    stem = marks[0][2] + sum(b[2] - a[2] for a, b in between if a[1] == "leave")
     return CostModel(tokens, stem, blocks, Curve(tuple(head)), head_sees_all, restoring, last_whole)
 
 

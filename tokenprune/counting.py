@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -49,23 +50,28 @@ def count_costs(host: Host, adapter: Adapter, patch: Patch) -> CostModel:
         bare = adapter.host(ghost(host.model, on_meta=True))
         total = count_flops(bare.model, bare.example)
         return CostModel(host.tokens, total, (), Curve(((host.tokens, 0),)), head_sees_all=True)
-    restored = bool(patch.restored_blocks(host.model, {}))
+    restored = patch.restored_blocks(host.model, {})
+    restoring = partial(_restoring, patch.method, patch.depth, host.blocks[-1].width, restored)
     return cost_model(
         host.tokens,
         len(host.blocks),
         _probed(host, adapter, patch),
-        head_sees_all=restored,
-        restoring=partial(_restoring, patch.method, patch.depth, host.blocks[-1].width) if restored else None,
+        head_sees_all=bool(restored),
+        restoring=restoring if restored else None,
         last_whole=patch.method.restoration == "fusion",
     )
 
 
-def _restoring(method: Method, depth: int, width: int, block: int, entering: int, leaving: int) -> float:
-    """Multiply-adds of bringing an image's tokens of `width` channels back to the `entering` ones of a block."""
+def _restoring(
+    method: Method, depth: int, width: int, restored: Sequence[int], block: int, entering: int, leaving: int
+) -> float:
+    """Multiply-adds of bringing an image's tokens of `width` channels back to the `entering` ones of a block, behind
+    those of the blocks `restored` that follow it."""
     lost, choice = entering - leaving, method.restoration
     if choice == "unmerge":  # what is merged is only copied
         lost = method.drops(block, depth, lost) if method.drops is not None else 0
-    return restoration_cost(choice, lost, leaving, width) if lost else 0.0
+    times = max(sum(behind >= block for behind in restored), 1)
+    return restoration_cost(choice, lost, leaving, width, times) if lost else 0.0
 
 
 def _probed(host: Host, adapter: Adapter, patch: Patch, *, last_alone: bool = False) -> list[tuple[Probe, int]]:

@@ -46,6 +46,12 @@ def _site_of(block: nn.Module) -> Site | None:
     return next((owner for owner in owners if isinstance(owner, Site)), None)
 
 
+def bias_here() -> Tensor | None:
+    """The bias of the attention logits in the block that runs now in this thread, where its layer does not hand it
+    on."""
+    return flow().bias
+
+
 def own_bias_here(bias: Tensor) -> Tensor:
     """The bias that an attention computed for itself, re-indexed for the block that runs now in this thread."""
     site = flow().site

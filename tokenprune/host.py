@@ -33,6 +33,21 @@ def tokens_first(queries: Tensor | None, keys: Tensor | None, _: Caught | None) 
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """Images of one size that lie side by side in a row. images: how many. grid: (rows, columns) of each. order: [n]
+    the original patch, counted row by row, that each token of an image is."""
+
+    images: int
+    grid: tuple[int, int]
+    order: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Of each image, n."""
+        return self.grid[0] * self.grid[1]
+
+
 @dataclass
 class BlockHost:
     """One block that tokens pass through.
@@ -57,6 +72,10 @@ class BlockHost:
     `tokenprune.ragged_attention.attend_here` (empty: such methods are refused). values: (module, what a tap for values
     caught there) -> values [B, H, N, D]. rope_identity: rotary table [..., D] -> the row [D] that rotates nothing.
     intercepts: whether the attentions may run once on a packed sequence (found out when a model is patched).
+
+    in_row: whether the block is given the tokens of all images in one row [T, C], with rotary tables [T, D], and an
+    argument `lengths_argument` [segments + 1] that says where the segments of the row start that attend to themselves
+    (`longest_argument`: the longest of them, or None).
     """
 
     name: str
@@ -84,6 +103,9 @@ class BlockHost:
     values: Callable[[nn.Module, Tensor], Tensor] | None = None
     rope_identity: Callable[[Tensor], Tensor] | None = None
     intercepts: bool = False
+    in_row: bool = False
+    lengths_argument: str = ""
+    longest_argument: str = ""
 
 
 @dataclass
@@ -91,14 +113,16 @@ class Host:
     """One model: blocks in order, the tokens of the model's usual input, and what its outputs need.
 
     num_prefix_tokens: tokens in front that are never dropped. tokens: prunable tokens at the usual input. grid: (rows,
-    columns) of them. example: () -> the usual input of one image, on the model's device. grid_of: (model, then what
+    columns) of them. example: () -> the usual input of one image, on the model's device (several
+    arguments: a dictionary of them). grid_of: (model, then what
     its forward is called with) -> grid of that input, or None where it has none. restored: (model, whether tokens are
     merged, the forward's keyword arguments) -> the blocks behind which that forward reads the patch tokens as the full
     grid (None: never any). prefix_tail: model -> the modules that the last block's output passes, those of the block
     included, where nothing but its prefix tokens is read in a forward; None where more is (None instead of a function:
     always). refused: (model, whether the method adds a bias, then what its forward is called with) -> why tokens cannot
     be reduced in that forward, empty where they can. swaps: as in BlockHost. ragged_head: whether the model's tail
-    reads the full grid or goes through `tokenprune.ragged_blocks.head_by_length`.
+    reads the full grid or goes through `tokenprune.ragged_blocks.head_by_length`. row: of a model whose images lie in
+    one row (`BlockHost.in_row`), (model, then what its forward is called with) -> how they lie there.
     """
 
     model: nn.Module
@@ -113,6 +137,7 @@ class Host:
     refused: Callable[..., str] | None = None
     has_class_token: bool = True
     ragged_head: bool = False
+    row: Callable[..., tuple[Stretch, ...]] | None = None
     swaps: tuple[tuple[nn.Module, type[nn.Module]], ...] = ()
     notes: list[str] = field(default_factory=list)
 

@@ -18,6 +18,7 @@ from tokenprune.host import Host
 from tokenprune.latency import LatencyTable
 from tokenprune.method import Method
 from tokenprune.recording import Forward, Recording
+from tokenprune.rows import RowSite
 from tokenprune.schedule import Layout
 from tokenprune.site import Site
 from tokenprune.solver import Counts, follow_shares, solve
@@ -52,6 +53,7 @@ class Patch(Portable):
         self.restored = host.restored
         self.refused = host.refused
         self.grid_of = host.grid_of
+        self.row = host.row
         self.prefix_tail = host.prefix_tail
         self.prefix_only_last = False
         self.names = tuple(block.name for block in host.blocks)
@@ -122,6 +124,8 @@ class Patch(Portable):
         if self.grid_of is not None and not torch.compiler.is_compiling():  # there it would be a graph for each size
             entry.grid = self.grid_of(model, *args, **kwargs)
         entry.front = self._front(model)
+        if self.active and self.row is not None:
+            entry.row = self.row(model, *args, **kwargs)
         if self.method.adaptive:
             entry.last = max(index for index, name in enumerate(self.names) if _has(model, name))
 
@@ -177,7 +181,8 @@ def attach(host: Host, patch: Patch) -> list[Site]:
     sites = []
     for index, block in enumerate(host.blocks):
         mid = block.mid is not None and (patch.method.position == "mid" or not patch.active)
-        site = Site(patch, index, block, reduces=index in reducing, mid=mid)
+        kind = RowSite if block.in_row else Site
+        site = kind(patch, index, block, reduces=index in reducing, mid=mid)
         if block.mid_refused and patch.method.position == "mid" and index in reducing:
             patch.skipped[block.name] = f"reduced behind the block: {block.mid_refused}"
         site.attach(block)

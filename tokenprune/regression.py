@@ -26,12 +26,12 @@ def stride(kept: int) -> int:
     return max(1, -(-kept // MOST))
 
 
-def regression_cost(lost: int, kept: int, width: int) -> float:
+def regression_cost(lost: int, kept: int, width: int, times: int = 1) -> float:
     """Multiply-adds of an image, whose `lost` tokens of `width` channels are regressed from `kept` ones: similarities,
-    weights and, where the grid is restored, values."""
+    weights and, each of the `times` that the grid is restored, values."""
     taken = -(-kept // stride(kept))
     similarities = (taken + lost) * taken * (width + 4)  # behind the channels four of the place
-    return similarities + taken**3 / 6 + lost * taken**2 + lost * taken * width
+    return similarities + taken**3 / 6 + lost * taken**2 + times * lost * taken * width
 
 
 def estimate(lost: Tensor, kept: Tensor) -> Tensor:

@@ -133,13 +133,14 @@ def most_alike(choice: Restore, lost: Tensor, kept: Tensor) -> Tensor:
     return nearest(torch.cat([lost, torch.full_like(lost, -1.0)], -1), kept, metric="dot")[1]
 
 
-def restoration_cost(choice: Restore, lost: int, kept: int, width: int) -> float:
-    """Multiply-adds of an image, of which `lost` tokens of `width` channels are brought back from `kept` ones."""
+def restoration_cost(choice: Restore, lost: int, kept: int, width: int, times: int = 1) -> float:
+    """Multiply-adds of an image, of which `lost` tokens of `width` channels are brought back `times` from `kept`
+    ones."""
     if choice == "feature":
         return lost * kept * (width + 4)
     if choice == "place":
         return lost * kept * 4
-    return 0.0 if choice == "fusion" else regression_cost(lost, kept, width)
+    return 0.0 if choice == "fusion" else regression_cost(lost, kept, width, times)
 
 
 def stand_ins(state: TokenState, reduction: Reduction, x: Tensor) -> Tensor:

@@ -29,6 +29,29 @@ def check_blocks(host: Host) -> None:
             block.mid, block.mid_refused = None, "run through its own parts it gives another output"
 
 
+def check_bias(host: Host) -> None:
+    """Say that a block takes no bias where it takes one by running its attention by parts, and a bias of zeros gives
+    another output."""
+    for block in host.blocks:
+        if block.in_row and block.takes_bias:
+            block.takes_bias = _same_with_zeros(host, block)
+
+
+def _same_with_zeros(host: Host, block: BlockHost) -> bool:
+    weight, copies = _weight(host, block), dict[int, nn.Module]()
+    if weight.device.type == "meta":
+        return True
+    plain, swapped = ghost(block.module), ghost(block.module, memo=copies)
+    for module, cls in block.swaps:
+        copies[id(module)].__class__ = cls
+    x = _noise(weight, block.check_tokens, block.width)[0]
+    arguments = block.check_arguments(x) if block.check_arguments is not None else {}
+    assert block.key_bias is not None
+    zeros = {block.key_bias: x.new_zeros(1, 1, 1, len(x))}
+    with torch.no_grad():
+        return _close(swapped(x, **arguments, **zeros), plain(x, **arguments))
+
+
 def _weight(host: Host, block: BlockHost) -> nn.Parameter:
     """A parameter of the block, or of the model, that says device and dtype."""
     parameters = chain(block.module.parameters(), host.model.parameters())
@@ -42,6 +65,7 @@ def _equal(host: Host, block: BlockHost, mid: type[nn.Module]) -> bool:
     plain, swapped = ghost(block.module), ghost(block.module)
     swapped.__class__ = mid
     x = _noise(weight, host.num_prefix_tokens + block.check_tokens, block.width)
+    x = x[0] if block.in_row else x
     arguments = block.check_arguments(x) if block.check_arguments is not None else {}
     with torch.no_grad():
         return bool(torch.equal(plain(x, **arguments), swapped(x, **arguments)))

@@ -21,7 +21,7 @@ from tokenprune.recording import PlaceRecord
 from tokenprune.reduction import Reduction
 from tokenprune.reindexing import reindexed
 from tokenprune.restore import follow_source, restore_tokens, undo
-from tokenprune.state import TokenState, flow, in_backward, recall, remember, times_written
+from tokenprune.state import Entry, TokenState, flow, in_backward, recall, remember, times_written
 from tokenprune.taps import Taps
 
 if TYPE_CHECKING:
@@ -96,10 +96,9 @@ class Site:
             if torch.is_grad_enabled():
                 remember(args[0] if args else next(iter(kwargs.values())), state)  # as in `_incoming`
         elif self.patch.probe is not None and self.index == 0:
-            left = self.patch.probe.tokens
-            origin = torch.arange(left, device=x.device).expand(x.shape[0], -1)
-            now.state = state = replace(state, tokens=left, origin=origin)
-            args, kwargs = _with_hidden(x[:, : self.patch.num_prefix_tokens + left], args, kwargs)
+            first, now.state = self._first_tokens(x, state, self.patch.probe.tokens)
+            state = now.state
+            args, kwargs = _with_hidden(first, args, kwargs)
         if state.undo and self.patch.fuses and self.index == self.patch.depth - 1:
             full, state = self._all_tokens(args[0] if args else next(iter(kwargs.values())), state)
             args, kwargs, now.state = *_with_hidden(full, args, kwargs), state
@@ -108,7 +107,15 @@ class Site:
             return args, kwargs
         if self.reduces and "block_input" in self.patch.method.needs:
             now.before = args[0] if args else next(iter(kwargs.values()))
-        return args, reindexed(self, kwargs, state, x.dtype)
+        return args, self._reindexed(kwargs, state, x.dtype)
+
+    def _first_tokens(self, x: Tensor, state: TokenState, count: int) -> tuple[Tensor, TokenState]:
+        """The first `count` of the prunable tokens of x, which alone are counted."""
+        origin = torch.arange(count, device=x.device).expand(x.shape[0], -1)
+        return x[:, : self.patch.num_prefix_tokens + count], replace(state, tokens=count, origin=origin)
+
+    def _reindexed(self, kwargs: dict[str, Any], state: TokenState, dtype: torch.dtype) -> dict[str, Any]:
+        return reindexed(self, kwargs, state, dtype)
 
     def resume(self, x: Tensor, kwargs: dict[str, Any]) -> None:
         """Take up again the block that `enter` has given x and the arguments `kwargs`, to run it once more."""
@@ -140,24 +147,27 @@ class Site:
             if site.patch is self.patch and site.index == self.index - 1 and shape == x.shape[:2]:
                 state = left
         if state is None:
-            tokens = x.shape[1] - self.patch.num_prefix_tokens
-            entry = now.entry
-            dense = entry.dense if entry is not None else ()
-            grid = entry.grid if entry is not None else self.patch.grid
-            if grid is not None and grid[0] * grid[1] != tokens:  # some were dropped before the first block
-                grid = None
-            forward = None
-            if self.index == 0:
-                self.patch.entered = tokens
-                forward = self.patch.new_forward(grid)
-            last = entry.last if entry is not None and entry.last is not None else self.patch.depth - 1
-            if entry is None and self.patch.method.adaptive:  # a loop of the user's own over the blocks
-                dense = (last,)
-            front = entry.front if entry is not None else None
-            state = TokenState(tokens, tokens, grid=grid, forward=forward, dense=dense, last=last, front=front)
+            state = self._entered(x, now.entry)
             if torch.is_grad_enabled() or x.requires_grad:
                 remember(x, state)  # found again when checkpointing re-runs the first block
         return state
+
+    def _entered(self, x: Tensor, entry: Entry | None) -> TokenState:
+        """Of x in front of the first block, or behind a tensor that nothing is known of."""
+        tokens = x.shape[1] - self.patch.num_prefix_tokens
+        dense = entry.dense if entry is not None else ()
+        grid = entry.grid if entry is not None else self.patch.grid
+        if grid is not None and grid[0] * grid[1] != tokens:  # some were dropped before the first block
+            grid = None
+        forward = None
+        if self.index == 0:
+            self.patch.entered = tokens
+            forward = self.patch.new_forward(grid)
+        last = entry.last if entry is not None and entry.last is not None else self.patch.depth - 1
+        if entry is None and self.patch.method.adaptive:  # a loop of the user's own over the blocks
+            dense = (last,)
+        front = entry.front if entry is not None else None
+        return TokenState(tokens, tokens, grid=grid, forward=forward, dense=dense, last=last, front=front)
 
     def _all_tokens(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """All tokens [B, P + entering, C] behind those that are left, x [B, P + n, C], and their state."""
@@ -191,8 +201,13 @@ class Site:
         self.patch.mark(self, "score")
         if self.patch.method.adaptive:
             return reduce_ragged(self, x, state, keep)
+        leaving, flow().state = self._reduced(x, state, keep)
+        return leaving
+
+    def _reduced(self, x: Tensor, state: TokenState, keep: int, captured: Any = None) -> tuple[Tensor, TokenState]:
+        """The `keep` tokens that leave of x [B, P + n, C], and their state; `captured` as in `Taps.record`."""
         with torch.no_grad():
-            record = self.taps.record(x, state)
+            record = self.taps.record(x, state, captured)
             reduction = self.patch.method.reduce(record, keep)
         if reduction.tokens != keep:
             raise UnsupportedMethod(
@@ -211,9 +226,8 @@ class Site:
             state.forward.places.append(PlaceRecord(self.name, origin, source, own))  # type: ignore[union-attr]
         if self.patch.probe is not None:  # counted, not removed
             self.patch.mark(self, "reduced")
-            return x
-        flow().state = replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
-        return leaving
+            return x, state
+        return leaving, replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After the block: hand the state to the next one, and restore the full grid where it is read here."""
@@ -235,17 +249,21 @@ class Site:
         self.patch.mark(self, "leave")
         last = self.index == self.patch.depth - 1
         now.left = None if last else (self, state, (output.shape[0], output.shape[1]))
-        if last and self.patch.probe is not None and state.dense:
-            return pad_tokens(output, self.patch.num_prefix_tokens + state.entering)
         if state.pack is not None:
             return self._leave_packed(output, state, state.pack)
-        if state.undo and (self.index in state.dense or (last and -1 in state.dense and state.sizes is not None)):
-            full = restore_tokens(output, state, self.patch.num_prefix_tokens)
-            if not last:
-                remember(full, replace(state, reduced=output, version=times_written(full)))
-            return full
-        if not last:
+        full = self._full(output, state, last=last)
+        if full is not None and not last:
+            remember(full, replace(state, reduced=output, version=times_written(full)))
+        elif not last:
             remember(output, state)
+        return full
+
+    def _full(self, output: Tensor, state: TokenState, *, last: bool) -> Tensor | None:
+        """The block's output on the full grid, where that is read behind it and not all tokens are there."""
+        if last and self.patch.probe is not None and state.dense:
+            return pad_tokens(output, self.patch.num_prefix_tokens + state.entering)
+        if state.undo and (self.index in state.dense or (last and -1 in state.dense and state.sizes is not None)):
+            return restore_tokens(output, state, self.patch.num_prefix_tokens)
         return None
 
     def _leave_packed(self, output: Tensor, state: TokenState, pack: Pack) -> Tensor | None:

@@ -19,9 +19,10 @@ from torch import Tensor
 from tokenprune.tables import is_wrapped, positions
 
 if TYPE_CHECKING:
-    from tokenprune.host import Caught, RopeTable
+    from tokenprune.host import Caught, RopeTable, Stretch
     from tokenprune.ragged import Pack
     from tokenprune.recording import Forward
+    from tokenprune.row_parts import Part
     from tokenprune.site import Site
 
 
@@ -41,6 +42,8 @@ class TokenState:
     pack: where the images keep different numbers of tokens, which then holds origin and sizes; tokens is the largest
     number, source holds rows of the pack, and undo leads from pack to pack. counts: (block, tokens that left it of
     each image).
+    parts: of images that lie in one row, those of each size, which then hold all but dense, last and reduced; entering
+    and tokens are those of the row.
     """
 
     entering: int
@@ -59,6 +62,7 @@ class TokenState:
     recorded: bool = True
     pack: Pack | None = None
     counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    parts: tuple[Part, ...] = ()
 
     def undone_by(self, back: Callable[[Tensor], Tensor]) -> TokenState:
         """The same behind one place more, that `back` undoes."""
@@ -76,7 +80,8 @@ class Entry:
     """How the model was entered. dense: blocks whose output is restored. whole: by its forward, and not yet passed on
     to its features. grid: (rows, columns) of the input, None where it has none. last: the last block that the model
     has. front: as in TokenState. pack: how the tokens lay behind the last block, where the images had different numbers
-    of them. owner: the patch of that model. outer: entry and `left` of a forward in a hook of which this one runs."""
+    of them. row: how images lie in one row. owner: the patch of that model. outer: entry and `left` of a forward in a
+    hook of which this one runs."""
 
     dense: tuple[int, ...]
     whole: bool
@@ -84,6 +89,7 @@ class Entry:
     last: int | None = None
     front: int | None = None
     pack: Pack | None = None
+    row: tuple[Stretch, ...] | None = None
     owner: object = None
     outer: tuple[Entry | None, Any] = (None, None)
 

@@ -15,7 +15,7 @@ from tokenprune.host import Adapter, BlockHost, Host
 from tokenprune.method import Method, Restore
 from tokenprune.patch import Patch, attach
 from tokenprune.schedule import BeforeLast
-from tokenprune.self_check import check_blocks, check_packing
+from tokenprune.self_check import check_bias, check_blocks, check_packing
 
 
 class Towers:
@@ -67,6 +67,8 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, pre
     patch = Patch(host, adapter.name, method, budget)
     if patch.fuses:
         _check_fusion(host, patch)
+    if method.proportional:
+        check_bias(host)
     if method.proportional and not all(block.takes_bias for block in host.blocks):
         raise UnsupportedMethod(
             f"{method.name} adds log(size) to the attention logits, and {type(host.blocks[0].module).__name__} takes no"
@@ -111,6 +113,11 @@ def _restoring(method: Method, restore: str | None) -> Method:
 
 
 def _check_fusion(host: Host, patch: Patch) -> None:
+    if host.row is not None:
+        raise UnsupportedMethod(
+            f"restore='fusion' is not known for a {type(host.model).__name__}, whose images lie in one row; use another"
+            " restore="
+        )
     last = len(host.blocks) - 1
     if not patch.places or last in patch.places:
         raise BudgetError(

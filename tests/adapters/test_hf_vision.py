@@ -349,7 +349,7 @@ def test_threads_share_a_model() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("name", most_in_full(["clip", "beit", "dinov3"], "clip"))
+@pytest.mark.parametrize("name", most_in_full(["clip", "beit", "dinov3", "internvl"], "clip"))
 def test_compiles_in_one_graph(name: str) -> None:
     model, x = build(name), images()
     for method in ("tome", "top_k"):
@@ -524,4 +524,5 @@ def test_the_supported_classes_are_counted(record_property: pytest.FixtureReques
 
     assert COUNTS["version"] == transformers.__version__
     assert sorted(hf_vision.TOWERS) == COUNTS["towers"]
+    assert sorted(hf_vision.ROW_TOWERS) == COUNTS["towers of rows"]
     assert sorted(cls for cls, _, _ in HOLDERS.values()) == COUNTS["held by"]

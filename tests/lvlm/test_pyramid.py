@@ -396,6 +396,8 @@ def test_refusals() -> None:
         ask(model, Drawn(224, 224), max_tiles=8)
     with pytest.raises(tokenprune.BudgetError, match=r"shrink must be a whole number of at least 1, got 1\.5"):
         ask(model, image, shrink=1.5)
+    with pytest.raises(tokenprune.BudgetError, match=r"shrink=9 of a tile's 4 x 4 tokens .* use shrink=4 or less"):
+        ask(model, image, shrink=9)
     with pytest.raises(tokenprune.TokenPruneError, match=r"returned \[1, 576\]"):
         ask(model, image, focus=lambda seen: torch.zeros(1, len(seen.tokens)), shrink=1, max_tiles=40)
     with pytest.raises(tokenprune.TokenPruneError, match="NaN for 1 of"):

@@ -106,6 +106,7 @@ def _row_records(index: int, heads: int, scale: float, call: TowerCall) -> list[
     cos, sin = inputs["position_embeddings"]
     lengths = inputs["cu_seqlens"].diff().tolist()
     state = call.caught["hidden"] if call.output is None else call.output.last_hidden_state
+    state = state[: len(qkv)]  # where fewer tokens are left of a tower that is patched itself, the caller refuses it
     parts = zip(*(x.split(lengths, dim=-2) for x in (q, k, cos, sin)), state.split(lengths), strict=True)
     return [
         AttentionRecord(

@@ -1,4 +1,5 @@
-"""transformers' image towers: CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2 (with registers), DINOv3, alone or inside a model.
+"""transformers' image towers: CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2 (with registers), DINOv3 and those of InternVL,
+Idefics3, SmolVLM and the Qwen-VL models, alone or inside a model.
 
 Classes are known by name, so that nothing of transformers is imported for a model that is not there.
 """
@@ -14,10 +15,16 @@ from torch import Tensor, nn
 
 from tokenprune.adapters.hf_vision_blocks import (
     MID_LAYERS,
+    BiasedAttention,
     Layer,
     RaggedTowerAttention,
     ReindexedRelativeBias,
+    UnmaskedLayer,
+    asked_layers,
+    refused_in_towers,
+    takes_bias,
 )
+from tokenprune.adapters.hf_vision_rows import ROW_TOWERS, row_host
 from tokenprune.adapters.ragged import RaggedDropPath
 from tokenprune.adapters.swapping import mixed
 from tokenprune.errors import UnsupportedModel, unknown_module
@@ -37,8 +44,11 @@ TOWERS = {
     "dinov2_with_registers.Dinov2WithRegistersBackbone": ("encoder.layer", 1),
     "dinov3_vit.DINOv3ViTModel": ("model.layer", 1),
     "dinov3_vit.DINOv3ViTBackbone": ("model.layer", 1),
+    "internvl.InternVLVisionModel": ("encoder.layer", 1),
+    "idefics3.Idefics3VisionTransformer": ("encoder.layers", 0),
+    "smolvlm.SmolVLMVisionTransformer": ("encoder.layers", 0),
 }
-_TAKE_BIAS = ("eager", "sdpa")
+_LOOK_FOR_PADDING = dict.fromkeys(("idefics3.Idefics3VisionTransformer", "smolvlm.SmolVLMVisionTransformer"), True)
 _BEIT_MASK = 3  # where BeitModel takes the caller's attention mask
 Fact = TypeVar("Fact")
 
@@ -49,9 +59,13 @@ def entry_of(cls: type, table: Mapping[str, Fact]) -> Fact | None:
     return table.get(f"{model}.{cls.__qualname__}") if library == "transformers" else None
 
 
-def _facts(module: nn.Module) -> tuple[str, int] | None:
-    known = (entry_of(cls, TOWERS) for cls in type(module).__mro__)
+def _known(module: nn.Module, table: Mapping[str, Fact]) -> Fact | None:
+    known = (entry_of(cls, table) for cls in type(module).__mro__)
     return next((facts for facts in known if facts is not None), None)
+
+
+def _facts(module: nn.Module) -> tuple[str, int] | None:
+    return _known(module, TOWERS)
 
 
 @register_adapter
@@ -62,7 +76,8 @@ class TransformersVisionTower:
 
     def find(self, target: object) -> nn.Module | None:
         assert isinstance(target, nn.Module)
-        found = {name: module for name, module in target.named_modules() if _facts(module) is not None}
+        towers = {**TOWERS, **ROW_TOWERS}
+        found = {name: module for name, module in target.named_modules() if _known(module, towers) is not None}
         if not found:
             _refuse_naflex(target)
             return None
@@ -81,6 +96,9 @@ class TransformersVisionTower:
 
     def host(self, model: nn.Module) -> Host:
         parts: Any = model
+        block = _known(model, ROW_TOWERS)
+        if block is not None:
+            return row_host(model, block, _records)
         facts = _facts(model)
         assert facts is not None
         path, prefix = facts
@@ -106,7 +124,7 @@ class TransformersVisionTower:
 
 def _refuse_naflex(target: nn.Module) -> None:
     naflex = {"siglip2.Siglip2VisionModel": True}
-    if any(entry_of(cls, naflex) for module in target.modules() for cls in type(module).__mro__):
+    if any(_known(module, naflex) for module in target.modules()):
         raise UnsupportedModel(
             "a Siglip2VisionModel pads images of different sizes under a mask, and tokens cannot be reduced under one;"
             " SigLIP 2 checkpoints of a fixed size load as SiglipModel, which works"
@@ -147,37 +165,40 @@ def _grid_of(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[int, int] | N
     return _grid_at(model, (image.shape[-2], image.shape[-1]))
 
 
-def _example(model: nn.Module, size: tuple[int, int]) -> Tensor:
+class _NoPadding(Tensor):
+    """A mask of patches, all of them there, that says so on the meta device, where a model cannot look."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.all:
+            return True
+        out = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        still_mask = func in (Tensor.view, Tensor.to) or not isinstance(out, Tensor)
+        return out if still_mask else out.as_subclass(Tensor)
+
+
+def _example(model: nn.Module, size: tuple[int, int]) -> Tensor | dict[str, Tensor]:
     conv = _patching(model)
-    return torch.empty(1, conv.in_channels, *size, device=conv.weight.device, dtype=conv.weight.dtype)
+    image = torch.empty(1, conv.in_channels, *size, device=conv.weight.device, dtype=conv.weight.dtype)
+    if not _known(model, _LOOK_FOR_PADDING):
+        return image
+    there = torch.ones(1, *_grid_at(model, size), dtype=torch.bool, device=conv.weight.device)
+    return {"pixel_values": image, "patch_attention_mask": there.as_subclass(_NoPadding)}
 
 
 def _restored(model: Any, _: bool, kwargs: dict[str, Any]) -> tuple[int, ...]:
     """The last layer, whose output every tower returns, and those whose hidden states are asked for."""
-    depth = int(model.config.num_hidden_layers)
-    asked = kwargs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
-    states: list[int] = []
-    if asked is True:
-        states = list(range(depth + 1))
-    elif isinstance(asked, int | list | tuple):
-        states = [state % (depth + 1) for state in ([asked] if isinstance(asked, int) else asked)]
+    read = asked_layers(model.config, int(model.config.num_hidden_layers), kwargs)
     if hasattr(model, "stage_names"):  # a backbone
-        states += [model.stage_names.index(stage) for stage in model.out_features]
-    return tuple({len(_layers(model)) - 1} | {state - 1 for state in states if state > 0})
+        stages = (model.stage_names.index(stage) for stage in model.out_features)
+        read |= {stage - 1 for stage in stages if stage > 0}
+    return tuple({len(_layers(model)) - 1} | read)
 
 
 def _refused(model: Any, biased: bool, *args: Any, **kwargs: Any) -> str:
-    if kwargs.get("output_attentions", getattr(model.config, "output_attentions", False)):
-        return (
-            "attention maps of reduced tokens are not those of the image; call the model without output_attentions, or"
-            " unpatch it first"
-        )
-    if biased and not _takes_bias(_attention(_layers(model)[0])):
-        return (
-            f"log(size) is added to the attention logits, and the attention implementation has been changed to"
-            f" {model.config._attn_implementation!r}, which takes no bias; patch the model again with"
-            " proportional=False, or use 'sdpa'"
-        )
+    reason = refused_in_towers(_attention(_layers(model)[0]).config, biased, kwargs)
+    if reason:
+        return reason
     if kwargs.get("attention_mask", args[_BEIT_MASK] if len(args) > _BEIT_MASK else None) is not None:
         return "tokens cannot be reduced under an attention mask; call the model without one, or unpatch it first"
     return ""
@@ -185,10 +206,6 @@ def _refused(model: Any, biased: bool, *args: Any, **kwargs: Any) -> str:
 
 def _attention(layer: Any) -> Any:
     return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
-
-
-def _takes_bias(attention: Any) -> bool:
-    return attention.config._attn_implementation in _TAKE_BIAS
 
 
 def _block(name: str, layer: nn.Module, prefix: int, size: tuple[int, int], tokens: int) -> BlockHost:
@@ -202,12 +219,16 @@ def _block(name: str, layer: nn.Module, prefix: int, size: tuple[int, int], toke
         name,
         layer,
         arguments=("attention_mask",),
-        taps=(("queries", attention.q_proj), ("keys", attention.k_proj), ("values", attention.v_proj)),
+        taps=(
+            ("queries", getattr(attention, "q_norm", attention.q_proj)),
+            ("keys", getattr(attention, "k_norm", attention.k_proj)),
+            ("values", attention.v_proj),
+        ),
         read=partial(_queries_and_keys, attention.head_dim),
         values=by_head,
         scale=float(attention.scaling if hasattr(attention, "scaling") else attention.scale),
         key_bias="attention_mask",
-        takes_bias=_takes_bias(attention),
+        takes_bias=takes_bias(attention.config),
         mask_argument="attention_mask",
         mid=mixed(mid, type(layer)),
         width=int(attention.config.hidden_size),
@@ -222,6 +243,12 @@ def _block(name: str, layer: nn.Module, prefix: int, size: tuple[int, int], toke
         if inner.relative_position_bias is not None:
             bias = inner.relative_position_bias
             facts.swaps += ((bias, mixed(ReindexedRelativeBias, type(bias))),)
+    if mid.__name__ == "MidInternVLLayer":
+        facts.check_arguments = None
+        facts.swaps = (
+            (layer, mixed(UnmaskedLayer, type(layer))),
+            (attention, mixed(BiasedAttention, type(attention))),
+        )
     if mid.__name__ == "MidDinoLayer" and "dinov3" in type(layer).__module__:
         facts.rope_argument = "position_embeddings"
         facts.rotate = partial(_rotate, prefix)

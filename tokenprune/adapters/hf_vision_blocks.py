@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.adapters.swapping import Mixin
-from tokenprune.here import own_bias_here, reduce_here, run_here
+from tokenprune.here import bias_here, own_bias_here, reduce_here, run_here
 from tokenprune.ragged_attention import attend_here, attended
 
 
@@ -37,7 +37,7 @@ class MidLayer(Mixin):
 
 
 class MidClipLayer(MidLayer):
-    """CLIP's and SigLIP's layer."""
+    """The layer of CLIP, SigLIP, Idefics3 and SmolVLM."""
 
     def by_parts(self, x: Tensor, **kwargs: Any) -> Tensor:
         layer: Any = self
@@ -89,6 +89,34 @@ class MidBeitLayer(MidLayer):
         return layer.drop_path(layer.lambda_2 * layer.dropout(layer.mlp(layer.layernorm_after(x)))) + x
 
 
+class MidInternVLLayer(MidLayer):
+    """InternVL's layer."""
+
+    def by_parts(self, x: Tensor, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        x = layer.lambda_1 * layer.attention(layer.layernorm_before(x))[0] + x
+        x = reduce_here(x)
+        return layer.lambda_2 * layer.dropout(layer.mlp(layer.layernorm_after(x))) + x
+
+
+class UnmaskedLayer(Mixin):
+    """A layer that hands its attention no mask, as it is: a `BiasedAttention` finds the bias by itself."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return run_here(self, self._alone, hidden_states, attention_mask=attention_mask)
+
+    def _alone(self, x: Tensor, **kwargs: Any) -> Tensor:
+        tokens: Tensor = super().forward(x)
+        return tokens
+
+
+class BiasedAttention(Mixin):
+    """The attention of an `UnmaskedLayer`."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, attention_mask=bias_here(), **kwargs)
+
+
 class ReindexedRelativeBias(Mixin):
     """BEiT's relative position bias of one layer, taken at the tokens that are left. It is made for the image's grid,
     and so is the number of tokens that it is interpolated to."""
@@ -113,6 +141,41 @@ def _tokens(attention: Any, *args: Any, **kwargs: Any) -> Tensor:
     return attended(attention(*args, **kwargs))
 
 
+_TAKE_BIAS = ("eager", "sdpa")
+
+
+def takes_bias(config: Any) -> bool:
+    """Whether the attention implementation of a model takes a bias of the keys."""
+    return config._attn_implementation in _TAKE_BIAS
+
+
+def asked_layers(config: Any, depth: int, kwargs: dict[str, Any]) -> set[int]:
+    """The layers whose output is asked for as hidden states, in a call of a tower with these arguments."""
+    asked = kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+    states: list[int] = []
+    if asked is True:
+        states = list(range(depth + 1))
+    elif isinstance(asked, int | list | tuple):
+        states = [state % (depth + 1) for state in ([asked] if isinstance(asked, int) else asked)]
+    return {state - 1 for state in states if state > 0}
+
+
+def refused_in_towers(config: Any, biased: bool, kwargs: dict[str, Any]) -> str:
+    """Why tokens cannot be reduced in any tower in a call with these arguments; biased: whether a bias is added."""
+    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+        return (
+            "attention maps of reduced tokens are not those of the image; call the model without output_attentions, or"
+            " unpatch it first"
+        )
+    if biased and not takes_bias(config):
+        return (
+            f"log(size) is added to the attention logits, and the attention implementation has been changed to"
+            f" {config._attn_implementation!r}, which takes no bias; patch the model again with"
+            " proportional=False, or use 'sdpa'"
+        )
+    return ""
+
+
 MID_LAYERS: dict[str, type[MidLayer]] = {
     "clip.CLIPEncoderLayer": MidClipLayer,
     "siglip.SiglipEncoderLayer": MidClipLayer,
@@ -122,5 +185,8 @@ MID_LAYERS: dict[str, type[MidLayer]] = {
     "dinov2_with_registers.Dinov2WithRegistersLayer": MidDinoLayer,
     "dinov3_vit.DINOv3ViTLayer": MidDinoLayer,
     "beit.BeitLayer": MidBeitLayer,
+    "internvl.InternVLVisionLayer": MidInternVLLayer,
+    "idefics3.Idefics3EncoderLayer": MidClipLayer,
+    "smolvlm.SmolVLMEncoderLayer": MidClipLayer,
 }
 """Layers that are known, by model and class."""

@@ -1,4 +1,4 @@
-"""What the cache of a pruned prompt remembers: which tokens of the prompt its entries are.
+"""What the cache of a pruned prompt remembers: which tokens of the prompt its entries are, or those of its layers.
 
 It is kept by the cache itself, so that it lives as long, and follows it when it is copied. Outside of the language
 model a cache says how many tokens it has seen, as generation slices prompts and counts positions by that; masks are
@@ -7,8 +7,9 @@ made for the entries that it has.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,19 +67,43 @@ def identity_map(batch: int, entries: int, device: torch.device) -> CacheMap:
     return CacheMap(index, torch.ones_like(index, dtype=torch.bool), entries)
 
 
-class _PrunedCache:
-    """In front of a cache class."""
+@dataclass(frozen=True)
+class StageMap:
+    """What the caches of the layers from `place` on hold of a prompt of `length` tokens: index [B, P], False in valid
+    [B, P] where an entry is padding (padded: anywhere)."""
 
-    _tokenprune_map: CacheMap
+    place: int
+    index: Tensor
+    valid: Tensor
+    length: int
+    padded: bool
+
+    def rows(self, index: Tensor) -> StageMap:
+        """The map of other samples, rows of this one."""
+        index = index.to(self.index.device)
+        return replace(self, index=self.index[index], valid=self.valid[index])
+
+
+class _PrunedCache:
+    """In front of a cache class. Of a cache that lost tokens behind the tower it holds a map, of one that lost tokens
+    between layers stages, and which of the two the forward follows that runs now."""
+
+    _tokenprune_map: CacheMap | None = None
+    _tokenprune_stages: Sequence[StageMap] = ()
     _tokenprune_original: type
-    _tokenprune_followed = False
+    _tokenprune_followed: Literal["map", "stages"] | None = None
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         known = self._tokenprune_map
-        if not self._tokenprune_followed and (known.padded or known.shift is not None):
+        if self._tokenprune_followed != "map" and known is not None and (known.padded or known.shift is not None):
             raise UnsupportedModel(
                 "this cache was made under a patch behind the image tower, and goes on without it: masks and positions"
                 " would be those of the whole prompt; patch the model again, or run the prompt anew"
+            )
+        if self._tokenprune_followed != "stages" and self._tokenprune_stages:
+            raise UnsupportedModel(
+                "this cache was made under a patch between layers, and goes on without it: masks would be those of the"
+                " first layer, which has more entries than others; patch the model again, or run the prompt anew"
             )
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
@@ -88,33 +113,46 @@ class _PrunedCache:
         return (_blank, (self._tokenprune_original,), *reduced[2:])
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        entries = super().get_seq_length(layer_idx)  # type: ignore[misc]
-        return entries + self._tokenprune_map.removed if _holds(entries, self._tokenprune_map) else entries
+        entries, known = super().get_seq_length(layer_idx), self._tokenprune_map  # type: ignore[misc]
+        return entries + known.removed if known is not None and _holds(entries, known) else entries
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         return super().get_seq_length(layer_idx)  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        batch = self._tokenprune_map.index.shape[0]
-        index = torch.arange(batch, device=self._tokenprune_map.index.device).repeat_interleave(repeats)
-        self._tokenprune_map = self._tokenprune_map.rows(index)
+        self._take(lambda batch: torch.arange(batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self._tokenprune_map = self._tokenprune_map.rows(indices.to(self._tokenprune_map.index.device))
+        self._take(lambda batch: indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._take(lambda batch: beam_idx)
+
+    def _take(self, rows: Callable[[int], Tensor]) -> None:
+        """Go on with other samples: rows of this batch, by its size."""
+        known = self._tokenprune_map
+        if known is not None:
+            self._tokenprune_map = known.rows(rows(len(known.index)).to(known.index.device))
+        if self._tokenprune_stages:
+            index = rows(len(self._tokenprune_stages[0].index))
+            self._tokenprune_stages = [stage.rows(index) for stage in self._tokenprune_stages]
 
     def crop(self, tokens_to_remove: int) -> None:
         known = self._tokenprune_map
-        gone = abs(tokens_to_remove) - (super().get_seq_length() - known.entries)  # type: ignore[misc]
-        if gone > 0:
-            self._tokenprune_map = known.without_last(gone)
+        if known is not None:
+            gone = abs(tokens_to_remove) - (super().get_seq_length() - known.entries)  # type: ignore[misc]
+            if gone > 0:
+                self._tokenprune_map = known.without_last(gone)
         super().crop(tokens_to_remove)  # type: ignore[misc]
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         self.__class__ = self._tokenprune_original
-        del self._tokenprune_map
+        for name in ("_tokenprune_map", "_tokenprune_stages", "_tokenprune_followed"):
+            self.__dict__.pop(name, None)
 
 
 _CLASSES: dict[type, type] = {}
@@ -134,15 +172,39 @@ def _blank(original: type) -> Any:
 
 def remember_map(cache: Any, known: CacheMap) -> None:
     """Tie a map to a cache."""
+    _made_pruned(cache)._tokenprune_map = known
+
+
+def remember_stages(cache: Any, stages: Sequence[StageMap]) -> None:
+    """Tie stages to a cache."""
+    _made_pruned(cache)._tokenprune_stages = list(stages)
+
+
+def _made_pruned(cache: Any) -> Any:
     if not isinstance(cache, _PrunedCache):
         cache.__class__ = _pruned(type(cache))
-    cache._tokenprune_map = known
+    return cache
 
 
-def follow(cache: Any, now: bool) -> None:
-    """Say of a cache whether its map is followed from here on."""
+def follow(cache: Any, now: Literal["map", "stages"] | None) -> None:
+    """Say of a cache what is followed of it from here on."""
     if isinstance(cache, _PrunedCache):
         cache._tokenprune_followed = now
+
+
+def stages_of(cache: Any) -> Sequence[StageMap]:
+    """What a cache says of its prompt; nothing where the prompt is not in it any more."""
+    stages: Sequence[StageMap] = getattr(cache, "_tokenprune_stages", ())
+    seen = int(cache.get_seq_length())
+    if stages and 0 < seen < stages[0].length:
+        raise UnsupportedModel(
+            f"the cache was cropped to {seen} of its prompt's {stages[0].length} tokens (assisted generation and prompt"
+            " lookup do so), which layers that have lost tokens cannot follow; generate without, or use a method that"
+            " works behind the tower, such as 'top_k'"
+        )
+    if not seen and stages:
+        cache._tokenprune_stages = ()
+    return stages if seen else ()
 
 
 def map_of(cache: Any) -> CacheMap | None:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import UnsupportedModel
 from tokenprune.kernels.class_attention import class_attention
 from tokenprune.kernels.merge import gather
+from tokenprune.lvlm.cache import StageMap
 from tokenprune.lvlm.funnel import causal_mask, narrow_mask, narrow_positions, pack_left
 from tokenprune.lvlm.host import LayerFacts
 from tokenprune.lvlm.recipe import InsideModel
@@ -25,20 +25,6 @@ from tokenprune.selection.top_k import ranked
 
 if TYPE_CHECKING:
     from tokenprune.lvlm.patch import LvlmPatch
-
-_ATTRIBUTE = "_tokenprune_stages"
-
-
-@dataclass(frozen=True)
-class StageMap:
-    """What the caches of the layers from `place` on hold of a prompt of `length` tokens: index [B, P], False in valid
-    [B, P] where an entry is padding (padded: anywhere)."""
-
-    place: int
-    index: Tensor
-    valid: Tensor
-    length: int
-    padded: bool
 
 
 @dataclass(eq=False)
@@ -67,26 +53,6 @@ class Inside:
     forwards: Sequence[Forward] = ()
     scored: list[list[int]] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
-
-
-def stages_of(cache: Any) -> list[StageMap]:
-    """What a cache says of its prompt; nothing where the prompt is not in it any more."""
-    stages: list[StageMap] = getattr(cache, _ATTRIBUTE, [])
-    seen = int(cache.get_seq_length())
-    if stages and 0 < seen < stages[0].length:
-        raise UnsupportedModel(
-            f"the cache was cropped to {seen} of its prompt's {stages[0].length} tokens (assisted generation and prompt"
-            " lookup do so), which layers that have lost tokens cannot follow; generate without, or use a method that"
-            " works behind the tower, such as 'top_k'"
-        )
-    if not seen and stages:
-        delattr(cache, _ATTRIBUTE)
-    return stages if seen else []
-
-
-def remember_stages(cache: Any, stages: list[StageMap]) -> None:
-    """Tie the stages to a cache."""
-    setattr(cache, _ATTRIBUTE, stages)
 
 
 class LayerSite:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModel
-from tokenprune.lvlm.cache import CacheMap, follow, identity_map, remember_map
+from tokenprune.lvlm.cache import CacheMap, follow, identity_map, remember_map, remember_stages, stages_of
 from tokenprune.lvlm.funnel import causal_mask, narrow_mask, narrow_positions, pack_left, renumber, spread
-from tokenprune.lvlm.inside import Inside, remember_stages, stages_of
+from tokenprune.lvlm.inside import Inside
 from tokenprune.lvlm.local import Call, bind, mask_of_entries, shape_of
 from tokenprune.lvlm.prefill import prefills, record_left
 from tokenprune.lvlm.prompt import choose, find_images
@@ -35,9 +35,10 @@ class TextSite:
         bound = bind(self.patch.names.text, args, kwargs)
         if self.patch.inside is not None:
             self.patch.local.inside = self._between_layers(text, call, bound)
+            follow(bound.get("past_key_values"), "stages")
             return None
         changed = self._continue(call, bound) if call.visual is None else ((), self._prune(call, bound))
-        follow(bound.get("past_key_values"), True)
+        follow(bound.get("past_key_values"), "map")
         return changed
 
     def _continue(self, call: Call, bound: dict[str, Any]) -> Any:
@@ -67,7 +68,13 @@ class TextSite:
         cache = bound.get("past_key_values")
         if call.visual is None:
             stages = stages_of(cache) if cache is not None else []
-            return Inside(stages, call.entries) if stages else None
+            if stages and stages[0].place < self.patch.places[0]:
+                raise UnsupportedModel(
+                    f"this cache lost tokens in front of layer {stages[0].place}, under another patch than this one,"
+                    f" whose first place is layer {self.patch.places[0]}; continue it under that patch, or run the"
+                    " prompt anew"
+                )
+            return Inside(list(stages), call.entries) if stages else None
         refuse_inside(text, cache, call.entries, bound.get("deepstack_visual_embeds"), self.patch.places)
         visual = torch.stack(list(call.visual.values())).any(0)
         real = torch.ones_like(visual) if call.padding is None else call.padding
@@ -168,7 +175,7 @@ class TextSite:
         """Hook: it has ended. Its last hidden state gets the prompt's length back."""
         call, self.patch.local.call = self.patch.local.call, None
         inside, self.patch.local.inside = self.patch.local.inside, None
-        follow(getattr(output, "past_key_values", None), False)
+        follow(getattr(output, "past_key_values", None), None)
         if inside is not None and call is not None and call.visual is not None and output is not None:
             return self._behind_layers(inside, call, output)
         if call is None or call.prompt is None or call.map is None or output is None:

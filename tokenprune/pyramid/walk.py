@@ -133,6 +133,10 @@ def _encode(host: LvlmHost, crops: Crops, pixels: Tensor, shrink: int) -> Tensor
     if shrink == 1:
         return features
     side = round(features.shape[1] ** 0.5)
+    if shrink > side:
+        raise BudgetError(
+            f"shrink={shrink} of a tile's {side} x {side} tokens would leave less than one; use shrink={side} or less"
+        )
     maps = features.transpose(1, 2).reshape(len(features), -1, side, side)
     small = torch.nn.functional.interpolate(maps, (-(-side // shrink),) * 2, mode="bilinear", align_corners=False)
     return small.flatten(2).transpose(1, 2)
