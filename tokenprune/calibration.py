@@ -50,7 +50,7 @@ def calibrate(
     low, high, tried = -LARGEST, LARGEST, list[tuple[float, float, float, tuple[int, ...]]]()
     for _ in range(ROUNDS):
         threshold = (low + high) / 2
-        ratio, places = _mean_flops(model, images, name, batch_size, {**options, "threshold": threshold})
+        ratio, places = mean_flops(model, images, name, batch_size, {**options, "threshold": threshold})
         tried.append((abs(ratio - aim), ratio, threshold, places))
         if abs(ratio - aim) <= NEAR:
             break
@@ -70,7 +70,7 @@ def _has_threshold(name: str) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode: dropout would blur what a threshold leaves, and statistics of batches would be moved."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -81,11 +81,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _mean_flops(
+def mean_flops(
     model: nn.Module, images: Tensor, method: str, batch_size: int, options: dict[str, Any]
 ) -> tuple[float, tuple[int, ...]]:
     """What the patched model costs in the mean over the images, and where it reduces."""
-    with patched(model, method, **options), _evaluating(model), torch.no_grad():
+    with patched(model, method, **options), evaluating(model), torch.no_grad():
         found = [one for one in active_patches(model).values() if isinstance(one, Patch)]
         if len(found) != 1:
             raise UnsupportedModel(f"calibrate is of one image tower, and {type(model).__name__} is none")

@@ -66,21 +66,23 @@ class CostModel:
     drops: Callable[[int, int, int], int] | None = None
     unpatched: CostModel | None = None
 
-    def total(self, tokens: int, leaving: Mapping[int, int] | None = None, *, adaptive: bool = False) -> float:
+    def total(self, tokens: int, leaving: Mapping[int, float] | None = None, *, adaptive: bool = False) -> float:
         """Multiply-adds with `tokens` entering the first block and leaving[block] leaving each place; unpatched
         without `leaving`. adaptive: a place that keeps every token has scored them all the same."""
         if leaving is None and self.unpatched is not None:
             return self.unpatched.total(tokens)
         cost = self.stem * tokens / self.tokens
-        left = tokens
+        left: float = tokens
         for index, block in enumerate(self.blocks):
             cost += block.before(left)
             keep = left if leaving is None else leaving.get(index, left)
             if keep < left or (adaptive and leaving is not None and index in leaving):
                 cost += block.score(left)
-                lost = left - keep if self.drops is None else self.drops(index, len(self.blocks), left - keep)
+                lost = round(left - keep)
+                if self.drops is not None:
+                    lost = self.drops(index, len(self.blocks), lost)
                 if self.regressed and lost:
-                    cost += regression_cost(lost, keep, self.regressed)
+                    cost += regression_cost(lost, round(keep), self.regressed)
                 left = keep
             cost += block.behind(left)
         if self.head_sees_all:  # counted with all tokens of its size, and linear in them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ def ghosted(host: Host, adapter: Adapter, patch: Patch, probe: Probe | None, *, 
             block.front_swaps = ()
     shadow = Patch(copy, patch.adapter, patch.method, patch.budget)
     shadow.costs, shadow.solved, shadow.probe = patch.costs, dict(patch.solved), probe
+    shadow.learned = None if patch.learned is None else deepcopy(patch.learned).to("meta")
     shadow.active, shadow.prefix_only_last = patch.active, patch.prefix_only_last
     sites = attach(copy, shadow)
     if last_alone:

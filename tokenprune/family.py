@@ -28,13 +28,14 @@ from tokenprune.recording import Recording
 class Request:
     """What `patch` was asked for, beside the method. steps: over the steps of a denoising run, as given. target: what
     the caller patched, a module or a pipeline. prefix_only_last: see `tokenprune.patch`, of image towers. positions: of
-    the visual tokens that a vision-language model keeps, None for its default."""
+    the visual tokens that a vision-language model keeps, None for its default. weights: learned parts, as given."""
 
     budget: Budget
     steps: Any = None
     target: object = None
     prefix_only_last: bool = True
     positions: str | None = None
+    weights: object = None
 
 
 class AppliedPatch(Protocol):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tokenprune.costs import pad_tokens
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.host import BlockHost
+from tokenprune.masking import mask_tokens, stand_ins
 from tokenprune.ragged_blocks import reduce_ragged, restore_packed, unpack_for_head
 from tokenprune.recording import PlaceRecord
 from tokenprune.reduction import Reduction
@@ -165,6 +166,8 @@ class Site:
         state = flow().state
         if not self.reduces or state is None or flow().front is not None:  # nobody would see which tokens leave
             return x
+        if self.patch.lesson is not None:
+            return mask_tokens(self, x, state)
         keep = self.patch.leaving(self.index, state)
         if keep is None:
             return x
@@ -219,6 +222,11 @@ class Site:
             return pad_tokens(output, self.patch.num_prefix_tokens + state.entering)
         if state.pack is not None:
             return self._leave_packed(output, state, state.pack)
+        if state.alive is not None and self.index in state.dense:
+            full = stand_ins(output, state, self.patch.num_prefix_tokens)
+            if not last:
+                remember(full, replace(state, reduced=output, version=times_written(full)))
+            return full
         if state.undo and (self.index in state.dense or (last and -1 in state.dense and state.sizes is not None)):
             full = restore_tokens(output, state, self.patch.num_prefix_tokens)
             if not last:

@@ -39,7 +39,8 @@ class TokenState:
     of how many tokens in front alone the last block's output is computed, None for all.
     pack: where the images keep different numbers of tokens, which then holds origin and sizes; tokens is the largest
     number, source holds rows of the pack, and undo leads from pack to pack. counts: (block, tokens that left it of
-    each image).
+    each image). alive: [B, n] masks of a training forward in which all tokens stay (see `tokenprune.masking`); source
+    is then the position whose value a merged token takes.
     """
 
     entering: int
@@ -57,6 +58,7 @@ class TokenState:
     front: int | None = None
     pack: Pack | None = None
     counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    alive: Tensor | None = None
 
     def origins(self, x: Tensor) -> Tensor:
         """[B, n] original patch of each token of x [B, N, C]."""

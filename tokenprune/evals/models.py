@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tokenprune.errors import TokenPruneError, UnsupportedModel
 from tokenprune.evals.accuracy import Dense
 from tokenprune.evals.data import ImageData, Transform
-from tokenprune.evals.sources import digits_data, photographs_data
+from tokenprune.evals.sources import digits_data, digits_training, photographs_data
 from tokenprune.evals.transforms import input_size, model_transform, normalization, square_transform
+from tokenprune.learned_parts import require_safetensors
 
 DIGITS = "digits-vit"
 DINOV2 = "dinov2-small-wheel"
@@ -30,7 +31,7 @@ class LoadedModel:
 
     transform: from an RGB PIL image to the model's input [C, H, W]. mean, std: of the normalisation in it. data: the
     images (count, seed) to evaluate on where none are named, None for models that have none of their own. unlabelled:
-    others, to search or calibrate on. saliency: as in `tokenprune.evals.evaluate`.
+    others, to search or calibrate on. training: those to train on. saliency: as in `tokenprune.evals.evaluate`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LoadedModel:
     data: Callable[[int, int], ImageData] | None = None
     saliency: Dense | None = None
     unlabelled: Callable[[int, int], ImageData] | None = None
+    training: Callable[[int, int], ImageData] | None = None
 
 
 def load_model(name: str, *, checkpoint: str | Path | None = None, random_weights: bool = False) -> LoadedModel:
@@ -86,7 +88,9 @@ def _digits() -> LoadedModel:
 
     mean, std = (PIXEL_MEAN,) * 3, (PIXEL_STD,) * 3
     transform, held_out = square_transform(IMAGE_SIZE, mean, std), partial(digits_data, split="val")
-    return LoadedModel(DIGITS, digits_vit(), transform, mean, std, digits_data, unlabelled=held_out)
+    return LoadedModel(
+        DIGITS, digits_vit(), transform, mean, std, digits_data, unlabelled=held_out, training=digits_training
+    )
 
 
 def _dinov2() -> LoadedModel:
@@ -138,24 +142,6 @@ def _from_function(name: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise UnsupportedModel(f"{name} gave a {type(made).__name__}, not a torch module")
     return made
-
-
-def require_safetensors(path: Path) -> None:
-    """Raises TokenPruneError for a file that is not there or no safetensors."""
-    if not path.is_file():
-        raise TokenPruneError(f"there is no checkpoint {path}")
-    if path.suffix != ".safetensors":
-        raise TokenPruneError(
-            f"{path} is refused: only .safetensors are read, a pickle can run any code. Convert it where you trust it: "
-            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
-        )
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise TokenPruneError(f"{path} is no safetensors file, whatever its name: {error}") from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
