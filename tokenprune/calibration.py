@@ -33,15 +33,23 @@ def calibrate(
     `model`, which is left as it is; each image keeps as many tokens as it has that differ.
 
     images: [N, C, H, W] on the model's device, without labels. method: one with a threshold: "saint", "algm", or "tome"
-    for "adaptive_tome". batch_size: of the forwards. options: of the method. `patch(model, schedule=...)` takes what is
-    returned; the report's FLOPs are then the mean over the images of the last forward, and its places say the fewest
-    and the most tokens that left an image.
+    for "adaptive_tome". Of "ltmp", whose thresholds are learned (`weights=`, or the shipped ones), the number of tokens
+    that they leave in the mean, as a schedule with the same number in every image, of "ltmp_fixed". batch_size: of the
+    forwards. options: of the method. `patch(model, schedule=...)` takes what is returned; the report's FLOPs are then
+    the mean over the images of the last forward, and its places say the fewest and the most tokens that left an image.
 
     Raises:
         UnsupportedMethod: the method has no threshold. UnsupportedModel: no image tower.
         BudgetError: the budget is malformed, or no threshold meets it within 1%.
     """
     name, aim = ADAPTIVE.get(method, method), checked_share("flops", flops)
+    learns = name in method_names() and make_method(name, {}).learned is not None
+    if learns and f"{name}_fixed" in method_names():
+        from tokenprune.fixed_counts import fixed_counts
+
+        checked_count("images", len(images), smallest=1, example=64)
+        with evaluating(model):
+            return fixed_counts(model, images, name, flops=aim, batch_size=batch_size, **options)
     if not _has_threshold(name) or "threshold" in options:
         known = ", ".join(["tome", *(one for one in method_names() if _has_threshold(one))])
         raise UnsupportedMethod(f"calibrate finds the threshold of a method that has one, not {method!r}: {known}")

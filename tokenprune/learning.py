@@ -78,7 +78,8 @@ class Learned:
     part: (Shape) -> the learned part of one place, as it starts; scores and selections find it in
     `AttentionRecord.learned`. penalty: (lesson, share of the multiply-adds) -> what is added to the loss of the task.
     rate: (name of a parameter in a part, steps of the training) -> its peak learning rate. settle: done to each part
-    after each step.
+    after each step. weaken: (part, factor) changes a part so that it removes less below a factor of one, and more above
+    it, by which the budget is met in the end; None where its counts are what it is.
     """
 
     part: Callable[[Shape], nn.Module]
@@ -86,3 +87,4 @@ class Learned:
     rate: Callable[[str, int], float]
     recipe: Recipe
     settle: Callable[[nn.Module], None] | None = None
+    weaken: Callable[[nn.Module, float], None] | None = None

@@ -20,6 +20,7 @@ from tokenprune.learning import Lesson
 from tokenprune.method import Method
 from tokenprune.recording import Forward, Recording
 from tokenprune.schedule import Layout
+from tokenprune.self_check import Verdict
 from tokenprune.site import Site
 from tokenprune.solver import Counts, follow_shares, solve
 from tokenprune.state import Entry, TokenState, constant_in_graphs, flow
@@ -33,7 +34,8 @@ class Patch(Portable):
     active: whether anything is reduced (not at a budget of 1.0). prefix_only_last: whether the last block's output is
     computed for the prefix tokens alone in forwards where no other is read. seen: of an adaptive method, (block, tokens
     that left it of each image) of the last forward. learned: the learned parts by block, None for a method that learns
-    nothing; they stay in their own precision. lesson: of a training forward.
+    nothing; they stay in their own precision. lesson: of a training forward. verdicts: of the blocks, see
+    `tokenprune.self_check`.
     """
 
     def __init__(self, host: Host, adapter: str, method: Method, budget: Budget) -> None:
@@ -54,6 +56,7 @@ class Patch(Portable):
         self.grid_of = host.grid_of
         self.prefix_tail = host.prefix_tail
         self.prefix_only_last = False
+        self.verdicts: tuple[Verdict, ...] = ()
         self.names = tuple(block.name for block in host.blocks)
         self.skipped: dict[str, str] = {}
         self.notes = list(host.notes)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import UnsupportedMethod
+from tokenprune.kernels.merge import gather
 from tokenprune.ragged import Group, Pack, RaggedReduction, Repacking, pack_batch, repack, repack_rows
 from tokenprune.ragged_attention import of_images, state_of
 from tokenprune.recording import PlaceRecord
@@ -111,12 +112,10 @@ def _target_rows(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor:
     now = flow()
     now.bias = now.rope = None
     reindexed(site, now.kwargs or {}, own, x.dtype)
-    parts = tuple(
-        part if part is None else part[0].transpose(0, 1)[rows].transpose(1, 2) for part in site.taps.captured()
-    )
+    parts = tuple(None if part is None else gather(part, rows, dim=2) for part in site.taps.captured())
     outside = torch.zeros(real.shape, dtype=x.dtype, device=x.device).masked_fill(~real, float("-inf"))[:, None, None]
     record = replace(
-        site.taps.record(x[0][rows], own, parts),
+        site.taps.record(gather(x, rows), own, parts),
         bias=outside if now.bias is None else now.bias + outside,
         alive=real[:, prefix:].to(x.dtype),
     )

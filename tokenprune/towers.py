@@ -17,7 +17,7 @@ from tokenprune.learning import Shape
 from tokenprune.method import Method
 from tokenprune.patch import Patch, attach
 from tokenprune.schedule import Layout
-from tokenprune.self_check import check_blocks, check_packing
+from tokenprune.self_check import check_blocks, check_packing, follow, verdicts
 
 
 class Towers:
@@ -52,7 +52,7 @@ class Towers:
 
     def attach(self, model: nn.Module, patch: Patch) -> None:
         """Put a patch on the tower."""
-        attach(self.adapter.host(model), patch)
+        attach(follow(self.adapter.host(model), patch.verdicts), patch)
 
 
 def prepare(
@@ -104,6 +104,7 @@ def prepare(
             patch.solved[host.tokens], patch.counted = corrected(host, adapter, patch, counts)
         elif not method.adaptive:  # what an image costs is known when it is there
             patch.counted = count_patched(host, adapter, patch)
+    patch.verdicts = verdicts(host)
     return patch
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +26,28 @@ TEMPERATURE = 0.1
 PENALTY = 10.0
 MERGE_START, PRUNE_START = 0.9, 0.0
 MERGE_RATE, PRUNE_RATE = 5e-3, 5e-6
+LEAST_PRUNED = 1e-4
+"""A prune threshold below which hardly a token is: importance is one over the number of tokens in the mean."""
 PUBLISHED_STEPS = 10009
 """An epoch of ImageNet-1k in batches of 128, for which these rates are published."""
 
 
 class Thresholds(nn.Module):
-    """What a block learns: the cosine from which on a pair is merged, and the importance up to which a token goes."""
+    """What a block learns: the cosine from which on a pair is merged, and the importance up to which a token goes.
+
+    prunes: whether the second is above zero, as loaded; importance is positive, and where nothing can be below the
+    threshold it need not be known.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.merge = nn.Parameter(torch.tensor(MERGE_START))
         self.prune = nn.Parameter(torch.tensor(PRUNE_START))
+        self.prunes = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.prunes = bool(self.prune > 0)
 
 
 def importance(record: AttentionRecord) -> Tensor:
@@ -73,7 +85,9 @@ def merge_and_prune(record: AttentionRecord, keep: int) -> Masking:
     """
     thresholds = record.learned
     assert isinstance(thresholds, Thresholds)
-    scores, metric = importance(record), record.metric
+    metric, learning = record.metric, thresholds.prune.requires_grad
+    some = thresholds.prunes or learning or keep < record.tokens
+    scores = importance(record) if some else metric.new_ones(metric.shape[:2], dtype=torch.float32)
     there = torch.ones_like(scores) if record.alive is None else record.alive.to(scores.dtype)
     own = torch.arange(record.tokens, device=scores.device).expand_as(record.origin)
     unmerged, target = torch.ones_like(scores), own
@@ -122,6 +136,17 @@ def rate(name: str, steps: int) -> float:
 
 
 @torch.no_grad()
+def weaken(thresholds: nn.Module, factor: float) -> None:
+    """How far each threshold is from that at which nothing goes, times a factor; below LEAST_PRUNED a block is spared
+    the importance."""
+    assert isinstance(thresholds, Thresholds)
+    thresholds.merge.copy_(1 - factor * (1 - thresholds.merge))
+    thresholds.prune.mul_(factor)
+    if thresholds.prune < LEAST_PRUNED:
+        thresholds.prune.zero_()
+
+
+@torch.no_grad()
 def into_range(thresholds: nn.Module) -> None:
     """Thresholds stay in [0, 1]."""
     for threshold in thresholds.parameters():
@@ -142,6 +167,7 @@ LEARNED = Learned(
     rate=rate,
     recipe=Recipe(epochs=1, batch_size=128, smoothing=0.1),
     settle=into_range,
+    weaken=weaken,
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.api import bare, find_models, patched
 from tokenprune.budget import checked_count, checked_share
-from tokenprune.calibration import evaluating, mean_flops
+from tokenprune.calibration import evaluating
 from tokenprune.errors import TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.evals.data import ImageData, Transform, open_data
 from tokenprune.family import active_patches
@@ -24,13 +23,15 @@ from tokenprune.learning import Recipe
 from tokenprune.patch import Patch
 from tokenprune.registry import make_method
 from tokenprune.towers import Towers, untrained
+from tokenprune.training.budget import on_budget
 from tokenprune.training.sampling import ByTurn, Order, loader
 from tokenprune.training.state import FILE, generators, set_generators
 from tokenprune.training.taught import Taught
 from tokenprune.training.work import Work
 
 MEASURED = 256
-"""Images of the training data on which the multiply-adds with the learned parts are counted in the end."""
+"""Images of the training data on which the multiply-adds with the learned parts are counted in the end, and by which
+they are brought to the budget where they are not."""
 
 
 def train(
@@ -140,8 +141,7 @@ def train(
         parts = work.parts()
     items = ByTurn(data.items, seed)
     sample = torch.stack([items[epochs - 1, image][0] for image in range(min(data.size, MEASURED))])
-    ratio, _ = mean_flops(model, sample.to(_device(model)), method, batch, {**options, "weights": parts})
-    parts = replace(parts, found={**parts.found, "flops_ratio": ratio})
+    parts = on_budget(model, parts, sample.to(_device(model)), batch)
     if output is not None and accelerator.is_main_process:
         parts.save(output)
     accelerator.wait_for_everyone()
