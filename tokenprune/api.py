@@ -200,6 +200,20 @@ def record(target: object) -> Iterator[Recording]:
                 one.recordings.remove(recording)
 
 
+def learned(target: object) -> nn.Module:
+    """The learned parts of the patch on `target`, by block. They are none of the model's submodules, follow its device
+    and are copied and pickled with it.
+
+    Raises:
+        UnsupportedModel: `target` is not patched, or by a method that learns nothing.
+    """
+    found = [parts for one in _active(target) if (parts := getattr(one, "learned", None)) is not None]
+    if len(found) != 1:
+        raise UnsupportedModel(f"{len(found)} patches here have learned parts, such as patch(model, 'ltmp') loads")
+    parts: nn.Module = found[0]
+    return parts
+
+
 def methods(target: object | None = None) -> list[MethodInfo]:
     """The methods, or those that work on `target`: name, paper, what each needs, families and options.
 

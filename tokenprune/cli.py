@@ -41,8 +41,6 @@ EXAMPLES = {
         "tokenprune train lvlm-digits --output lvlm-run",
         "tokenprune train digits-vit --method ltmp --flops 0.6 --output digits-ltmp",
         "tokenprune train deit_small_patch16_224 --method ltmp --data imagenet/train --flops 0.75 --output deit-ltmp",
-        "accelerate launch -m tokenprune.cli train deit_small_patch16_224 --method ltmp --data imagenet/train"
-        " --flops 0.75 --output deit-ltmp",
     ],
 }
 
@@ -52,6 +50,8 @@ RECIPES = ("digits-vit", "dit-digits", "unet-digits", "lvlm-digits", "digit-read
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0 for success, 1 for a failure told in one line on standard error, 2 for wrong usage."""
     options = parser().parse_args(arguments)
+    if options.command == "train" and options.method is None and options.model not in RECIPES:
+        parser().error(f"recipes are for {', '.join(RECIPES)}; for what a method learns for a model add --method ltmp")
     from tokenprune.errors import TokenPruneError
 
     try:

@@ -47,7 +47,6 @@ def test_what_is_refused(pictures: Path, two_classes: str, tmp_path: Path, capsy
     empty.mkdir()
     common = ["--output", str(tmp_path / "out")]
     for arguments, told in (
-        (["train", "deit_tiny_patch16_224"], "recipes are for digits-vit"),
         (["train", "digits-vit", "--flops", "0.6"], "--method ltmp"),
         (["train", "digits-vit", "--method", "ltmp"], "--flops"),
         (["train", two_classes, "--method", "ltmp", "--flops", "0.6"], "no images of its own"),
