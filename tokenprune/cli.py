@@ -39,7 +39,7 @@ EXAMPLES = {
         "tokenprune train digits-vit --output digits-run",
         "tokenprune train dit-digits --output dit-run",
         "tokenprune train lvlm-digits --output lvlm-run",
-        "tokenprune train digits-vit --method ltmp --flops 0.6 --output digits-ltmp",
+        "tokenprune train digits-vit --method ltmp --flops 0.6 --batch-size 32 --output digits-ltmp",
         "tokenprune train deit_small_patch16_224 --method ltmp --data imagenet/train --flops 0.75 --output deit-ltmp",
     ],
 }
@@ -267,7 +267,7 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     options.add_argument("--method", metavar="NAME", help="one that learns, see tokenprune methods")
     options.add_argument("--flops", type=float, metavar="SHARE", help="of the multiply-adds, of the mean image")
     _add_data(options, "labelled images to train on (default: the model's own)")
-    options.add_argument("--samples", type=_positive, help="of digits-vit's own images (default: 20000)")
+    options.add_argument("--samples", type=_positive, help="of digits-vit's own images (default: 6400)")
     options.add_argument("--checkpoint", metavar="FILE", help="weights of the model, safetensors only")
     options.add_argument("--random-weights", action="store_true", help="download none: to try the command out")
     options.add_argument("--epochs", type=_positive, help="(default: the paper's)")

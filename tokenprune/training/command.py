@@ -10,7 +10,7 @@ from tokenprune.errors import TokenPruneError
 from tokenprune.evals.models import DIGITS, load_model
 from tokenprune.training.trainer import train
 
-OWN_SAMPLES = 20000
+OWN_SAMPLES = 6400
 
 
 def run(options: argparse.Namespace) -> int:
