@@ -210,7 +210,7 @@ def learned(target: object) -> nn.Module:
     found = [parts for one in _active(target) if (parts := getattr(one, "learned", None)) is not None]
     if len(found) != 1:
         raise UnsupportedModel(f"{len(found)} patches here have learned parts, such as patch(model, 'ltmp') loads")
-    learned_parts: nn.Module = found[0]  # type: ignore[assignment]  # not None, as was asked
+    learned_parts: nn.Module = found[0]
     return learned_parts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,13 +35,21 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    # Without MPI accelerate's launcher starts one process on CPUs; told by the environment, it is one of several.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     for processes, batch in ((1, 8), (2, 4)):
-        output = tmp_path / str(processes)
-        command = [*launch, "--num_processes", str(processes), "--main_process_port", "29517"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += [str(tmp_path / "script.py"), str(batch), str(output)]
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+        command = [*launch, str(tmp_path / "script.py"), str(batch), str(tmp_path / str(processes))]
+        running = []
+        for rank in range(processes):
+            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            own = {**environment, **{name: str(value) for name, value in told.items()}}
+            running.append(subprocess.Popen(command, env=own if processes > 1 else environment))
+        assert [process.wait(timeout=300) for process in running] == [0] * processes
     one, two = (load_file(tmp_path / str(processes) / FILE) for processes in (1, 2))
     assert one[".history"].shape == (6, 3)
     torch.testing.assert_close(two[".history"], one[".history"], rtol=1e-5, atol=1e-6)
