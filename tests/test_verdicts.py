@@ -68,3 +68,14 @@ def test_a_packed_batch_goes_through_an_attention_at_once() -> None:
     with tokenprune.patched(model, "top_k", keep=0.9):
         pass
     assert all(site.intercepts for site in sites(model))
+
+
+def test_a_model_is_checked_by_itself_behind_a_checkpointed_backward() -> None:
+    """Where gradient checkpointing stops in the middle of a block, nothing of it is left for the next one."""
+    model, other = build("class_token"), build("rotary_registers")
+    model.set_grad_checkpointing(True)
+    tokenprune.patch(model, "top_k", schedule={0: 0.5, 1: 0.5, 2: 0.5, 3: 0.5}, prefix_only_last=False).train()
+    model(images(model)).sum().backward()
+    tokenprune.patch(other, "top_k", keep=0.5)
+    assert not tokenprune.report(other).to_dict()["skipped"]
+    assert all(site.mid for site in sites(other))

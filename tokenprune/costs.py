@@ -78,11 +78,10 @@ class CostModel:
             keep = left if leaving is None else leaving.get(index, left)
             if keep < left or (adaptive and leaving is not None and index in leaving):
                 cost += block.score(left)
-                lost = round(left - keep)
-                if self.drops is not None:
-                    lost = self.drops(index, len(self.blocks), lost)
-                if self.regressed and lost:
-                    cost += regression_cost(lost, round(keep), self.regressed)
+                if self.regressed and keep < left:
+                    lost = round(left - keep)
+                    lost = lost if self.drops is None else self.drops(index, len(self.blocks), lost)
+                    cost += regression_cost(lost, round(keep), self.regressed) if lost else 0.0
                 left = keep
             cost += block.behind(left)
         if self.head_sees_all:  # counted with all tokens of its size, and linear in them

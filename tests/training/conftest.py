@@ -5,6 +5,8 @@ import torch
 from families import build, images
 from torch import Tensor, nn
 
+from tokenprune.training import budget
+
 
 @pytest.fixture
 def model() -> nn.Module:
@@ -16,3 +18,9 @@ def data() -> tuple[Tensor, Tensor]:
     """24 images and labels."""
     vit = build("class_token")
     return images(vit, 24), torch.arange(24) % vit.num_classes
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings of a few steps are not brought to their budget in the end."""
+    monkeypatch.setattr(budget, "ROUNDS", 0)

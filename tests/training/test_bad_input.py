@@ -19,6 +19,7 @@ from tokenprune.training import train
 from tokenprune.training.state import FILE
 
 Data = tuple[Tensor, Tensor]
+pytestmark = [pytest.mark.filterwarnings("ignore:what was learned costs"), pytest.mark.usefixtures("short")]
 QUICK = {"flops": 0.6, "batch_size": 4, "learning_rate": 0.02, "save_every": 2}
 
 

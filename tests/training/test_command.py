@@ -31,6 +31,8 @@ def two_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "two_classes:build"
 
 
+@pytest.mark.filterwarnings("ignore:what was learned costs")
+@pytest.mark.usefixtures("short")
 def test_a_folder_of_pictures(pictures: Path, two_classes: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """With timm's training transform; what is written is what `patch` takes."""
     arguments = ["train", two_classes, "--method", "ltmp", "--data", str(pictures), "--flops", "0.8", "--quiet"]

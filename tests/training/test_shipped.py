@@ -18,12 +18,12 @@ NAME = "digits-vit-ltmp-0.6"
 def test_it_works_out_of_the_box_on_the_model_that_it_is_of() -> None:
     loaded = load_model("digits-vit")
     assert loaded.unlabelled is not None
-    x, _ = next(loaded.unlabelled(96, 7).batches(96))
+    x, _ = next(loaded.unlabelled(48, 7).batches(48))
     tokenprune.patch(loaded.model, "ltmp", flops=0.6)
     with torch.no_grad():
         loaded.model(x)
     told = tokenprune.report(loaded.model).to_dict()
-    assert told["flops_ratio"] == pytest.approx(0.6, abs=0.03)  # of 96 images
+    assert told["flops_ratio"] == pytest.approx(0.6, abs=0.04)  # of 48 images
     assert told["places"][-1]["most"] >= told["places"][-1]["fewest"] + 10
     with pytest.raises(tokenprune.UntrainedMethod, match=r"for this model there is flops=0\.6"):
         tokenprune.patch(loaded.model, "ltmp", flops=0.5)
