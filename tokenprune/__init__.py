@@ -4,14 +4,22 @@ from typing import TYPE_CHECKING, Any
 
 # The subpackage first: loaded later, it would take the place of the verb of the same name.
 import tokenprune.methods  # noqa: F401  # isort: skip
-from tokenprune.api import methods, patch, patched, record, report, unpatch
+from tokenprune.api import learned, methods, patch, patched, record, report, unpatch
 from tokenprune.calibration import calibrate
-from tokenprune.errors import BudgetError, SlowdownError, TokenPruneError, UnsupportedMethod, UnsupportedModel
+from tokenprune.errors import (
+    BudgetError,
+    SlowdownError,
+    TokenPruneError,
+    UnsupportedMethod,
+    UnsupportedModel,
+    UntrainedMethod,
+)
 from tokenprune.pyramid.answer import coarse_to_fine
 from tokenprune.registry import register_adapter, register_method
 
 if TYPE_CHECKING:
     from tokenprune.evals.search import search
+    from tokenprune.training import train
 
 __version__ = "0.1.0"
 
@@ -21,8 +29,10 @@ __all__ = [
     "TokenPruneError",
     "UnsupportedMethod",
     "UnsupportedModel",
+    "UntrainedMethod",
     "calibrate",
     "coarse_to_fine",
+    "learned",
     "methods",
     "patch",
     "patched",
@@ -31,14 +41,19 @@ __all__ = [
     "register_method",
     "report",
     "search",
+    "train",
     "unpatch",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`search`, imported when it is asked for: what it measures with is more than patching needs."""
+    """`search` and `train`, imported when they are asked for: what they need is more than patching does."""
     if name == "search":
         from tokenprune.evals.search import search
 
         return search
+    if name == "train":
+        from tokenprune.training import train
+
+        return train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

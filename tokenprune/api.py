@@ -15,9 +15,10 @@ from torch import nn
 from tokenprune import registry
 from tokenprune.budget import parse_budget
 from tokenprune.defaults import default_choices
-from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
+from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel, UntrainedMethod
 from tokenprune.family import AppliedPatch, Family, Request, active_patches, composes, detach, replaced_by
 from tokenprune.latency import load_table, told_speed
+from tokenprune.learned_parts import LearnedParts, load_learned
 from tokenprune.method_families import shipped_table
 from tokenprune.recording import Recording
 from tokenprune.registry import MethodInfo
@@ -43,6 +44,7 @@ def patch(
     steps: Any = None,
     positions: str | None = None,
     require_speedup: bool = False,
+    weights: LearnedParts | str | PathLike[str] | None = None,
     **options: Any,
 ) -> Target:
     """Make `target` compute fewer tokens, in place, and return it.
@@ -85,6 +87,9 @@ def patch(
     predicts no speed-up at one of its batch sizes and resolutions, or where there is none. Without it that is a
     warning, and without a table the report says "speed not checked here"; nothing is timed here.
 
+    weights: what a method that learns has learned for this model: what `tokenprune.train` returns, its folder or file
+    (safetensors with JSON beside it), or the name of shipped ones. None takes the shipped ones of this very model.
+
     options: of the method, see `methods()`; one of them is a budget of its own (`r` of tome, `rate` of the others), and
     then the only one. An earlier patch of the same model is replaced. At another input size the
     budget is solved anew, at the first forward of that size.
@@ -94,7 +99,12 @@ def patch(
         UnsupportedMethod: the method, an option or its value is unknown, or the model lacks what the method needs.
         BudgetError: the budget is malformed or cannot be met; the message names what can be.
         SlowdownError: a speed-up was required, and is not predicted.
+        TokenPruneError: learned parts that cannot be read, or are of another method or architecture.
     """
+    if weights is not None:
+        weights = load_learned(weights)
+        method = weights.method if method is None else method
+        options = {**weights.options, **options} if method == weights.method else options
     if schedule is not None and not isinstance(schedule, Mapping):
         method, options, schedule = _found(schedule, method, options)
     named = registry.make_method(method, options) if method is not None else None
@@ -102,10 +112,12 @@ def patch(
         raise UnsupportedMethod(f"options {sorted(options)} need a method to belong to; name one")
     own = (named.schedule.option, options.get(named.schedule.option)) if named is not None else None
     budget = parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule, own=own)
+    if weights is not None and (named is None or named.learned is None):
+        raise UnsupportedMethod(f"weights= are learned parts, and {method} learns nothing; leave them out")
     if schedule is not None and options.get("places") is not None:
         raise BudgetError("schedule= names the places itself; leave out places=")
-    request = Request(budget, steps, target, prefix_only_last, positions, restore)
-    found = [(model, family, replaced_by(family, model)) for model, family in _find(target)]
+    request = Request(budget, steps, target, prefix_only_last, positions, restore, weights)
+    found = [(model, family, replaced_by(family, model)) for model, family in find_models(target)]
     for model, _, earlier in found:
         detach(model, earlier)
     try:
@@ -148,7 +160,7 @@ def unpatch(target: Target) -> Target:
 @contextmanager
 def patched(target: Target, method: str | None = None, **arguments: Any) -> Iterator[Target]:
     """`patch` for the length of a with block; an earlier patch is put back behind it."""
-    found = [(model, family, replaced_by(family, model)) for model, family in _find(target)]
+    found = [(model, family, replaced_by(family, model)) for model, family in find_models(target)]
     patch(target, method, **arguments)
     try:
         yield target
@@ -198,6 +210,20 @@ def record(target: object) -> Iterator[Recording]:
                 one.recordings.remove(recording)
 
 
+def learned(target: object) -> nn.Module:
+    """The learned parts of the patch on `target`, by block. They are none of the model's submodules, follow its device
+    and are copied and pickled with it.
+
+    Raises:
+        UnsupportedModel: `target` is not patched, or by a method that learns nothing.
+    """
+    found = [parts for one in _active(target) if (parts := getattr(one, "learned", None)) is not None]
+    if len(found) != 1:
+        raise UnsupportedModel(f"{len(found)} patches here have learned parts, such as patch(model, 'ltmp') loads")
+    learned_parts: nn.Module = found[0]
+    return learned_parts
+
+
 def methods(target: object | None = None) -> list[MethodInfo]:
     """The methods, or those that work on `target`: name, paper, what each needs, families and options.
 
@@ -210,21 +236,17 @@ def methods(target: object | None = None) -> list[MethodInfo]:
     if target is None:
         table = shipped_table()
         return [registry.method_info(name, table.adapters_of(name)) for name in registry.method_names()]
-    model, family = _find(target)[0]
-    earlier = replaced_by(family, model)
-    detach(model, earlier)
+    model, family = find_models(target)[0]
     request, usable = Request(parse_budget(keep=0.5), target=target, prefix_only_last=False), []
-    try:
+    with bare(model, family):
         for name in registry.method_names():
             try:
                 family.prepare(model, registry.make_method(name, {}), request)
+            except (BudgetError, UntrainedMethod):
+                pass  # it works here with another budget, or once it is trained
             except UnsupportedMethod:
                 continue
-            except BudgetError:
-                pass  # it works here with another budget
             usable.append(registry.method_info(name, (family.name,)))
-    finally:
-        _reattach(model, family, earlier)
     return usable
 
 
@@ -272,7 +294,12 @@ def _active(target: object) -> list[AppliedPatch]:
     return found
 
 
-def _find(target: object) -> list[tuple[nn.Module, Family]]:
+def find_models(target: object) -> list[tuple[nn.Module, Family]]:
+    """The models in `target` that a family knows, each with it.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
     return [_find_in(getattr(module, "_orig_mod", module)) for module in _modules(target)]
 
 
@@ -305,6 +332,17 @@ def _prepare_default(family: Family, model: nn.Module, request: Request) -> Appl
         return patch
     assert refused is not None
     raise refused
+
+
+@contextmanager
+def bare(model: nn.Module, family: Family) -> Iterator[None]:
+    """A model of `family` without what is patched on it, which is put back behind the with block."""
+    earlier = replaced_by(family, model)
+    detach(model, earlier)
+    try:
+        yield
+    finally:
+        _reattach(model, family, earlier)
 
 
 def _reattach(model: nn.Module, family: Family, patches: Mapping[str, AppliedPatch]) -> None:

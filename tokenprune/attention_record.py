@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedMethod
 
@@ -40,7 +40,9 @@ class AttentionRecord:
     step of a denoising run from another. text: embeddings [B, T, C] of the text of a prompt. log_sums: where not None,
     a score that goes through whole rows of attention leaves the log-sum-exp of each row [B, H, N] in it, for what needs
     some of their entries again. peers: of a denoiser, the places that choose among as many tokens in the same forward,
-    `place` among them; shared: see `once`. Both are empty elsewhere.
+    `place` among them; shared: see `once`. Both are empty elsewhere. alive: [B, n] one for a token and zero for what is
+    none (any more), None where all are tokens; only for a method with a `mask`. learned: what it has learned for the
+    place.
     """
 
     hidden: Tensor
@@ -64,6 +66,8 @@ class AttentionRecord:
     before: Tensor | None = None
     peers: tuple[int, ...] = ()
     shared: dict[Any, Any] | None = None
+    alive: Tensor | None = None
+    learned: nn.Module | None = None
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gives, worked out once for all records of the same step of a denoising run that ask for `key`: of

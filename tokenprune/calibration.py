@@ -33,15 +33,23 @@ def calibrate(
     `model`, which is left as it is; each image keeps as many tokens as it has that differ.
 
     images: [N, C, H, W] on the model's device, without labels. method: one with a threshold: "saint", "algm", or "tome"
-    for "adaptive_tome". batch_size: of the forwards. options: of the method. `patch(model, schedule=...)` takes what is
-    returned; the report's FLOPs are then the mean over the images of the last forward, and its places say the fewest
-    and the most tokens that left an image.
+    for "adaptive_tome". Of "ltmp", whose thresholds are learned (`weights=`, or the shipped ones), the number of tokens
+    that they leave in the mean, as a schedule with the same number in every image, of "ltmp_fixed". batch_size: of the
+    forwards. options: of the method. `patch(model, schedule=...)` takes what is returned; the report's FLOPs are then
+    the mean over the images of the last forward, and its places say the fewest and the most tokens that left an image.
 
     Raises:
         UnsupportedMethod: the method has no threshold. UnsupportedModel: no image tower.
         BudgetError: the budget is malformed, or no threshold meets it within 1%.
     """
     name, aim = ADAPTIVE.get(method, method), checked_share("flops", flops)
+    learns = name in method_names() and make_method(name, {}).learned is not None
+    if learns and f"{name}_fixed" in method_names():
+        from tokenprune.fixed_counts import fixed_counts
+
+        checked_count("images", len(images), smallest=1, example=64)
+        with evaluating(model):
+            return fixed_counts(model, images, name, flops=aim, batch_size=batch_size, **options)
     if not _has_threshold(name) or "threshold" in options:
         known = ", ".join(["tome", *(one for one in method_names() if _has_threshold(one))])
         raise UnsupportedMethod(f"calibrate finds the threshold of a method that has one, not {method!r}: {known}")
@@ -50,7 +58,7 @@ def calibrate(
     low, high, tried = -LARGEST, LARGEST, list[tuple[float, float, float, tuple[int, ...]]]()
     for _ in range(ROUNDS):
         threshold = (low + high) / 2
-        ratio, places = _mean_flops(model, images, name, batch_size, {**options, "threshold": threshold})
+        ratio, places = mean_flops(model, images, name, batch_size, {**options, "threshold": threshold})
         tried.append((abs(ratio - aim), ratio, threshold, places))
         if abs(ratio - aim) <= NEAR:
             break
@@ -70,7 +78,7 @@ def _has_threshold(name: str) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode: dropout would blur what a threshold leaves, and statistics of batches would be moved."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -81,11 +89,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _mean_flops(
+def mean_flops(
     model: nn.Module, images: Tensor, method: str, batch_size: int, options: dict[str, Any]
 ) -> tuple[float, tuple[int, ...]]:
     """What the patched model costs in the mean over the images, and where it reduces."""
-    with patched(model, method, **options), _evaluating(model), torch.no_grad():
+    with patched(model, method, **options), evaluating(model), torch.no_grad():
         found = [one for one in active_patches(model).values() if isinstance(one, Patch)]
         if len(found) != 1:
             raise UnsupportedModel(f"calibrate is of one image tower, and {type(model).__name__} is none")

@@ -48,13 +48,19 @@ EXAMPLES = {
         "tokenprune train dit-digits --output dit-run",
         "tokenprune train lvlm-digits --output lvlm-run",
         "tokenprune train digit-masks --output masks-run",
+        "tokenprune train digits-vit --method ltmp --flops 0.6 --batch-size 32 --output digits-ltmp",
+        "tokenprune train deit_small_patch16_224 --method ltmp --data imagenet/train --flops 0.75 --output deit-ltmp",
     ],
 }
+
+RECIPES = ("digits-vit", "digits-swin", "dit-digits", "unet-digits", "lvlm-digits", "digit-reader", "digit-masks")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0 for success, 1 for a failure told in one line on standard error, 2 for wrong usage."""
     options = parser().parse_args(arguments)
+    if options.command == "train" and options.method is None and options.model not in RECIPES:
+        parser().error(f"recipes are for {', '.join(RECIPES)}; for what a method learns for a model add --method ltmp")
     from tokenprune.errors import TokenPruneError
 
     try:
@@ -203,22 +209,16 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--clip", default="openai/clip-vit-large-patch14", help="name or folder (default: %(default)s)")
     _add_format(score)
 
-    train = _command(commands, "train", "train a model of the package by its recipe")
+    train = _command(commands, "train", "what a method learns for a model, or a model of the package by its recipe")
     train.add_argument(
         "model",
-        choices=[
-            "digits-vit",
-            "digits-swin",
-            "dit-digits",
-            "unet-digits",
-            "lvlm-digits",
-            "digit-reader",
-            "digit-masks",
-        ],
+        help=f"by its recipe: {', '.join(RECIPES)}; with --method: digits-vit, a timm name, owner/name on the Hugging"
+        " Face hub or module:function",
     )
     train.add_argument("--output", required=True, metavar="FOLDER", help="for the checkpoint and its record")
-    train.add_argument("--steps", type=_positive, help="other than the recipe's only to try the command out")
+    train.add_argument("--steps", type=_positive, help="of a recipe, other than its own only to try the command out")
     train.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: %(default)s)")
+    _add_training(train)
     return top
 
 
@@ -244,6 +244,10 @@ def _run(options: argparse.Namespace) -> int:
         from tokenprune.evals import lvlm_commands
 
         return (lvlm_commands.run_eval if options.command == "eval" else lvlm_commands.refuse)(options)
+    if options.command == "train" and options.method is not None:
+        from tokenprune.training import command
+
+        return command.run(options)
     run: dict[str, Callable[[argparse.Namespace], int]] = {
         "demo": demo.run,
         "methods": commands.methods,
@@ -298,7 +302,28 @@ def _add_generation(command: argparse.ArgumentParser) -> None:
     options.add_argument("--guidance", type=float, help="classifier-free guidance, 1 for none (default: 3)")
 
 
-def _add_data(command: argparse.ArgumentParser, what: str) -> None:
+def _add_training(command: argparse.ArgumentParser) -> None:
+    options = command.add_argument_group("what a method learns (the model itself stays as it is)")
+    options.add_argument("--method", metavar="NAME", help="one that learns, see tokenprune methods")
+    options.add_argument("--flops", type=float, metavar="SHARE", help="of the multiply-adds, of the mean image")
+    _add_data(options, "labelled images to train on (default: the model's own)")
+    options.add_argument("--samples", type=_positive, help="of digits-vit's own images (default: 6400)")
+    options.add_argument("--checkpoint", metavar="FILE", help="weights of the model, safetensors only")
+    options.add_argument("--random-weights", action="store_true", help="download none: to try the command out")
+    options.add_argument("--epochs", type=_positive, help="(default: the paper's)")
+    options.add_argument("--batch-size", type=_positive, help="of a process at a time (default: the paper's)")
+    options.add_argument("--accumulate", type=_positive, default=1, help="batches of a step (default: %(default)s)")
+    options.add_argument("--learning-rate", type=float, default=1.0, help="times the paper's (default: %(default)s)")
+    options.add_argument("--opt", metavar="NAME", help="optimiser of timm (default: the paper's)")
+    options.add_argument("--sched", metavar="NAME", help="schedule of timm (default: the paper's)")
+    options.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], help="(default: as accelerate is set up)")
+    options.add_argument("--save-every", type=_positive, default=100, help="steps (default: %(default)s)")
+    options.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
+    options.add_argument("--seed", type=int, default=0, help="of the images' order (default: %(default)s)")
+    options.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_data(command: argparse._ActionsContainer, what: str) -> None:
     command.add_argument(
         "--data",
         help=f"{what}: a folder of images or of class folders, a Hugging Face data set, or openclipart[:FOLDER]",

@@ -66,13 +66,13 @@ class CostModel:
     last_whole: bool = False
     unpatched: CostModel | None = None
 
-    def total(self, tokens: int, leaving: Mapping[int, int] | None = None, *, adaptive: bool = False) -> float:
+    def total(self, tokens: int, leaving: Mapping[int, float] | None = None, *, adaptive: bool = False) -> float:
         """Multiply-adds with `tokens` entering the first block and leaving[block] leaving each place; unpatched
         without `leaving`. adaptive: a place that keeps every token has scored them all the same."""
         if leaving is None and self.unpatched is not None:
             return self.unpatched.total(tokens)
         cost = self.stem * tokens / self.tokens
-        left = tokens
+        left: float = tokens
         for index, block in enumerate(self.blocks):
             if self.last_whole and index == len(self.blocks) - 1:
                 left = tokens
@@ -81,7 +81,7 @@ class CostModel:
             if keep < left or (adaptive and leaving is not None and index in leaving):
                 cost += block.score(left)
                 if self.restoring is not None and keep < left:
-                    cost += self.restoring(index, left, keep)
+                    cost += self.restoring(index, round(left), round(keep))
                 left = keep
             cost += block.behind(left)
         if self.head_sees_all:  # counted with all tokens of its size, and linear in them

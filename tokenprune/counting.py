@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,21 +15,17 @@ from tokenprune.host import Adapter, Host
 from tokenprune.method import Method
 from tokenprune.patch import Patch, attach
 from tokenprune.restore import restoration_cost
-from tokenprune.self_check import check_front
+from tokenprune.self_check import check_front, follow, verdicts
 from tokenprune.solver import Counts
 
 
 def ghosted(host: Host, adapter: Adapter, patch: Patch, probe: Probe | None, *, last_alone: bool = False) -> Host:
     """The host's ghost with a patch of its own attached, that counts or really reduces. last_alone: the blocks before
     the last one only hand on their input."""
-    copy = adapter.host(ghost(host.model, on_meta=True))
-    for block, checked in zip(copy.blocks, host.blocks, strict=True):
-        if checked.mid is None:
-            block.mid = None
-        if not checked.front_swaps:
-            block.front_swaps = ()
+    copy = follow(adapter.host(ghost(host.model, on_meta=True)), verdicts(host))
     shadow = Patch(copy, patch.adapter, patch.method, patch.budget)
     shadow.costs, shadow.solved, shadow.probe = patch.costs, dict(patch.solved), probe
+    shadow.learned = None if patch.learned is None else deepcopy(patch.learned).to("meta")
     shadow.active, shadow.prefix_only_last = patch.active, patch.prefix_only_last
     sites = attach(copy, shadow)
     if last_alone:
@@ -78,8 +75,9 @@ def _probed(host: Host, adapter: Adapter, patch: Patch, *, last_alone: bool = Fa
     """Counted runs at different token counts."""
     runs = []
     schedule = patch.method.schedule
+    unbounded = patch.method.mask is not None and patch.budget.kind in ("default", "flops")
     for tokens in probe_sizes(host.tokens):
-        probe = Probe(tokens, lambda n: max(schedule.fewest(n, patch.layout), n - n // 8))
+        probe = Probe(tokens, lambda n: n if unbounded else max(schedule.fewest(n, patch.layout), n - n // 8))
         copy = ghosted(host, adapter, patch, probe, last_alone=last_alone)
         runs.append((probe, count_flops(copy.model, copy.example, probe)))
     return runs

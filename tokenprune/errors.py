@@ -13,6 +13,10 @@ class UnsupportedMethod(TokenPruneError):
     """The method is unknown, or cannot work on this target."""
 
 
+class UntrainedMethod(UnsupportedMethod):
+    """The method works on this target once it has been trained for it."""
+
+
 class BudgetError(TokenPruneError):
     """The budget is malformed, or this method cannot meet it on this target."""
 

@@ -29,7 +29,7 @@ class Request:
     """What `patch` was asked for, beside the method. steps: over the steps of a denoising run, as given. target: what
     the caller patched, a module or a pipeline. prefix_only_last: see `tokenprune.patch`, of image towers. positions: of
     the visual tokens that a vision-language model keeps, None for its default. restore: see `tokenprune.patch`, of
-    image towers, None for the method's own."""
+    image towers, None for the method's own. weights: learned parts, as given."""
 
     budget: Budget
     steps: Any = None
@@ -37,6 +37,7 @@ class Request:
     prefix_only_last: bool = True
     positions: str | None = None
     restore: str | None = None
+    weights: object = None
 
 
 class AppliedPatch(Protocol):

@@ -12,7 +12,9 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.denoisers.over_steps import OverSteps
 from tokenprune.denoisers.steps import EVERY_STEP, Steps
 from tokenprune.errors import UnsupportedMethod
+from tokenprune.learning import Learned
 from tokenprune.lvlm.recipe import AfterTower, InsideModel
+from tokenprune.masking import Masking
 from tokenprune.ragged import RaggedReduction
 from tokenprune.reduction import Reduction
 from tokenprune.schedule import Schedule
@@ -21,6 +23,7 @@ Score = Callable[[AttentionRecord], Tensor]
 Recover = Literal["similar", "gain", "residual"]
 Restore = Literal["unmerge", "regression", "feature", "place", "fusion"]
 Select = Callable[[Tensor | None, AttentionRecord, int], Reduction | RaggedReduction]
+Mask = Callable[[AttentionRecord, int], Masking]
 
 
 # (tokens of the latents or None, distinct numbers of tokens of the model's stacks, largest first) -> {number: share}.
@@ -84,6 +87,11 @@ class Method:
 
     For vision-language models: after_tower: what is left out between the image tower and the language model.
     inside_model: what leaves between layers of the language model.
+
+    learned: what it learns, None for a method that works on any model as it is. mask: (record, K) -> what becomes of
+    each token, at most K alive in an image, of an `adaptive` method that can do so where some tokens are none any more
+    (`AttentionRecord.alive`); it decides in the place of score and selection, and in training its masks carry
+    gradients.
     """
 
     name: str
@@ -110,6 +118,8 @@ class Method:
     window_ratios: WindowRatios | None = None
     after_tower: AfterTower | None = None
     inside_model: InsideModel | None = None
+    learned: Learned | None = None
+    mask: Mask | None = None
 
     @property
     def restoration(self) -> Restore:

@@ -16,10 +16,12 @@ from tokenprune.errors import BudgetError, UnsupportedModel
 from tokenprune.family import Portable
 from tokenprune.host import Host
 from tokenprune.latency import LatencyTable
+from tokenprune.learning import Lesson
 from tokenprune.method import Method
 from tokenprune.recording import Forward, Recording
 from tokenprune.rows import RowSite
 from tokenprune.schedule import Layout
+from tokenprune.self_check import Verdict
 from tokenprune.site import Site
 from tokenprune.solver import Counts, follow_shares, solve
 from tokenprune.state import Entry, TokenState, constant_in_graphs, flow
@@ -33,7 +35,9 @@ class Patch(Portable):
     active: whether anything is reduced (not at a budget of 1.0). fuses: whether all tokens come back in front of the
     last block. prefix_only_last: whether the last block's output is
     computed for the prefix tokens alone in forwards where no other is read. seen: of an adaptive method, (block, tokens
-    that left it of each image) of the last forward.
+    that left it of each image) of the last forward. learned: the learned parts by block, None for a method that learns
+    nothing; they stay in their own precision. lesson: of a training forward. verdicts: of the blocks, see
+    `tokenprune.self_check`.
     """
 
     def __init__(self, host: Host, adapter: str, method: Method, budget: Budget) -> None:
@@ -56,6 +60,7 @@ class Patch(Portable):
         self.row = host.row
         self.prefix_tail = host.prefix_tail
         self.prefix_only_last = False
+        self.verdicts: tuple[Verdict, ...] = ()
         self.names = tuple(block.name for block in host.blocks)
         self.skipped: dict[str, str] = {}
         self.notes = list(host.notes)
@@ -65,6 +70,8 @@ class Patch(Portable):
         self.seen: tuple[tuple[int, tuple[int, ...]], ...] = ()
         self.entered = host.tokens
         self.probe: Probe | None = None
+        self.learned: nn.ModuleDict | None = None
+        self.lesson: Lesson | None = None
         self.recordings: list[Recording] = []
 
     @property
@@ -91,6 +98,8 @@ class Patch(Portable):
     def _solve(self, entering: int, target: float | None = None) -> Counts:
         if self.shares is not None:
             return follow_shares(self.shares, self.method.schedule, entering, self.layout)
+        if self.method.adaptive and self.budget.kind == "flops":  # learned, and so no bound
+            return dict(zip(self.places, self.method.schedule.default(entering, self.layout), strict=True))
         return solve(self.budget, self.method.schedule, entering, self.layout, self.costs, target)
 
     def leaving(self, index: int, state: TokenState) -> int | None:
@@ -106,6 +115,15 @@ class Patch(Portable):
         if keep > state.tokens or (keep == state.tokens and self.shares is None):
             return None
         return keep
+
+    def learned_part(self, index: int, device: torch.device) -> nn.Module | None:
+        """What was learned for block `index`, on `device`, which the parts follow."""
+        if self.learned is None:
+            return None
+        part = self.learned[str(index)]
+        if any(parameter.device != device for parameter in part.parameters()):
+            self.learned.to(device)
+        return part
 
     def restored_blocks(self, model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, ...]:
         """Blocks behind which the full grid is restored in a forward, because what follows them reads it."""

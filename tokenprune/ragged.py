@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.kernels.merge import gather
@@ -83,6 +84,14 @@ class Pack:
         starts = dict(zip(self.images, itertools.accumulate(self.lengths, initial=0), strict=False))
         rows = [starts[image] for image in range(len(starts))]
         return torch.tensor(rows, dtype=torch.long, device=self.origin.device)
+
+    @cached_property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Rows [B, longest] of each stretch, behind its end its first one, and which of them are its own."""
+        first = self.starts[:-1, None].long()
+        column = torch.arange(max(self.lengths, default=0), device=self.origin.device)
+        own = column < self.starts.diff()[:, None]
+        return torch.where(own, first + column, first), own
 
     def by_image(self, x: Tensor) -> list[Tensor]:
         """The stretches of x [T, ...], in the order of the batch."""
@@ -162,12 +171,18 @@ def repack(before: Pack, reductions: Sequence[RaggedReduction], *, merges: bool)
 
     merges: whether the sizes of merged tokens are followed. Synchronises with the host, as counts are needed there.
     """
-    device = before.origin.device
-    every = torch.arange(before.origin.shape[0], device=device)
+    every = torch.arange(before.origin.shape[0], device=before.origin.device)
     pairs = zip(before.groups, reductions, strict=True)
     target = torch.cat([every[:0]] + [_target_rows(group, every, reduction) for group, reduction in pairs])
+    return repack_rows(before, target, merges=merges)
+
+
+def repack_rows(before: Pack, target: Tensor, *, merges: bool) -> Repacking:
+    """The same, given for each row of the pack that of the token that stands for it, or -1: [T]. Every image keeps a
+    token."""
+    every = torch.arange(target.shape[0], device=target.device)
     leaving = target == every
-    counts = torch.cat([every[:0]] + [group.of(leaving).sum(1) for group in before.groups]).tolist()
+    counts = F.pad(leaving.cumsum(0), (1, 0))[before.starts.long()].diff().tolist()
     stretches = torch.split(leaving.nonzero().squeeze(1), counts) if counts else ()
     order = sorted(range(len(counts)), key=counts.__getitem__)
     rows = torch.cat([every[:0]] + [stretches[stretch] for stretch in order])

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import UnsupportedMethod
-from tokenprune.ragged import Group, Pack, Repacking, pack_batch, repack
+from tokenprune.kernels.merge import gather
+from tokenprune.method import Method
+from tokenprune.ragged import Group, Pack, RaggedReduction, Repacking, pack_batch, repack, repack_rows
 from tokenprune.ragged_attention import of_images, state_of
 from tokenprune.recording import PlaceRecord
 from tokenprune.regression import estimate, stride
@@ -58,13 +60,14 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
     if torch._C._get_tracing_state() is not None:
         raise UnsupportedMethod(f"{method.name} keeps a different number of tokens in each image: it cannot be traced")
     pack = state.pack
+    at_once = method.mask is not None and pack is not None and pack.images and flow().groups is None
     with torch.no_grad():
-        metrics, reductions = [], []
-        for record in _records(site, x, state):
-            reductions.append(method.reduce_ragged(record, keep))
-            if state.dense and patch.probe is None:
-                own = replace(state, origin=record.origin, pack=None)
-                metrics.append(seen(method.restoration, record.hidden[:, patch.num_prefix_tokens :], own))
+        rows: Tensor | None = None
+        reductions: list[RaggedReduction] = []
+        if at_once:
+            rows = _target_rows(site, x, state, keep)
+        else:
+            reductions = [method.reduce_ragged(record, keep) for record in _records(site, x, state)]
         if patch.probe is not None:  # counted, not removed
             patch.mark(site, "reduced")
             return x
@@ -72,7 +75,12 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
             prefix, by_channel = patch.num_prefix_tokens, x.stride(-1) != 1
             sizes = None if state.sizes is None else state.sizes[:, prefix:]
             pack = pack_batch(state.origins(x), sizes, prefix, by_channel=by_channel)
-        repacking = repack(pack, reductions, merges=method.merges)
+        compared = state.dense and not patch.fuses
+        metrics = [_metric(method, group, x, pack, state) for group in pack.groups] if compared else []
+        if rows is not None:
+            repacking = repack_rows(pack, rows, merges=method.merges)
+        else:
+            repacking = repack(pack, reductions, merges=method.merges)
     counts = repacking.after.counts()
     if max(counts, default=0) > keep:
         raise UnsupportedMethod(f"{method.name} left {max(counts)} tokens of an image at {site.name}, more than {keep}")
@@ -97,6 +105,37 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
         reduced=None,
     )
     return leaving[None]
+
+
+def _target_rows(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor:
+    """The row of the pack that stands for each row, or -1: [T], by a method that decides on all images at once, in a
+    batch of equally many tokens of which those behind an image's last are none."""
+    method, prefix, pack = site.patch.method, site.patch.num_prefix_tokens, state.pack
+    assert method.mask is not None
+    assert pack is not None
+    rows, real = pack.table
+    origin = torch.where(real, pack.origin[rows], 0)[:, prefix:]
+    sizes = pack.sizes[rows] if pack.sizes is not None else None
+    own = replace(state, pack=None, tokens=origin.shape[1], origin=origin, sizes=sizes)
+    now = flow()
+    now.bias = now.rope = None
+    reindexed(site, now.kwargs or {}, own, x.dtype)
+    parts = tuple(None if part is None else gather(part, rows, dim=2) for part in site.taps.captured())
+    outside = torch.zeros(real.shape, dtype=x.dtype, device=x.device).masked_fill(~real, float("-inf"))[:, None, None]
+    record = replace(
+        site.taps.record(gather(x, rows), own, parts),
+        bias=outside if now.bias is None else now.bias + outside,
+        alive=real[:, prefix:].to(x.dtype),
+    )
+    target = method.mask(record, keep).rows()
+    body = torch.where(target < 0, -1, target + rows[:, :1] + prefix)
+    return torch.cat([rows[:, :prefix], body], 1)[real]
+
+
+def _metric(method: Method, group: Group, x: Tensor, pack: Pack, state: TokenState) -> Tensor:
+    """What similarity of a group's tokens is measured on, [g, n, D], of x [B, P + n, C] or [1, T, C]."""
+    own = state_of(group, pack, state)
+    return seen(method.restoration, group.of(x.reshape(-1, x.shape[-1]))[:, pack.num_prefix_tokens :], own)
 
 
 def _rows(rows: Tensor | None, state: TokenState, pack: Pack) -> Tensor:

@@ -24,7 +24,8 @@ _BUILTIN_METHODS = (
     "baselines", "top_k", "evit", "tome", "adaptive_tome", "zero_tprune", "ats", "k_medoids",
     "dpc_knn", "pitome", "tofu", "diffrate", "saint", "algm", "pomt", "sparsevit",
     "at_edm", "tomesd", "todo", "toma", "region", "ras", "toca", "fopru", "visionzip", "prumerge", "divprune",
-    "cdpruner", "pool", "feather", "fastv", "pyramid_drop",
+    "cdpruner", "pool", "feather", "fastv", "pyramid_drop", "ltmp",
+    "ltmp_fixed",
 )  # fmt: skip
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {
@@ -122,6 +123,7 @@ def method_info(name: str, families: tuple[str, ...]) -> MethodInfo:
     method = factory()
     options = {key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()}
     needs = sorted(method.needs) + (["bias on the keys"] if method.proportional else [])
+    needs += ["training"] if method.learned is not None else []
     summary = (inspect.getdoc(factory) or "").split("\n\n")[0].replace("\n", " ")
     return MethodInfo(name, method.paper, tuple(needs), families, options, method.schedule.option, summary)
 

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tokenprune.host import gather_bias, gather_rope
+from tokenprune.masking import log_mask
 from tokenprune.state import TokenState, flow
 
 if TYPE_CHECKING:
@@ -29,15 +31,20 @@ def reindexed(site: Site, kwargs: dict[str, Any], state: TokenState, dtype: torc
             if state.origin is not None:
                 kwargs[name] = gather_bias(kwargs[name], state.origin, site.patch.num_prefix_tokens)
             now.bias = kwargs[name]
-    if site.patch.method.proportional and state.sizes is not None and site.key_bias is not None:
-        bias = _size_bias(state.sizes, dtype)
+    bias = _key_bias(site, state, dtype) if site.key_bias is not None else None
+    if bias is not None and site.key_bias is not None:
         kwargs[site.key_bias] = now.bias = bias if now.bias is None else now.bias + bias
     return kwargs
 
 
-def _size_bias(sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Proportional attention: log(size) of every key, [B, 1, 1, P + n]."""
-    return sizes.log().to(dtype)[:, None, None]
+def _key_bias(site: Site, state: TokenState, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the logits of every key, [B, 1, 1, P + n]: log(size) for proportional attention, and in a
+    training forward the logarithm of its mask."""
+    bias = state.sizes.log() if site.patch.method.proportional and state.sizes is not None else None
+    if state.alive is not None:
+        mask = F.pad(log_mask(state.alive), (site.patch.num_prefix_tokens, 0))
+        bias = mask if bias is None else bias + mask
+    return None if bias is None else bias.to(dtype)[:, None, None]
 
 
 def own_bias(site: Site, bias: Tensor) -> Tensor:
@@ -48,7 +55,8 @@ def own_bias(site: Site, bias: Tensor) -> Tensor:
         return bias
     if state.origin is not None:
         bias = gather_bias(bias, state.origin, site.patch.num_prefix_tokens)
-    if site.patch.method.proportional and state.sizes is not None and site.key_bias is None:
-        bias = bias + _size_bias(state.sizes, bias.dtype)
+    of_keys = _key_bias(site, state, bias.dtype) if site.key_bias is None else None
+    if of_keys is not None:
+        bias = bias + of_keys
     now.bias = bias if now.bias is None else now.bias + bias
     return bias

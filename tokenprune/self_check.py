@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -14,12 +15,39 @@ from tokenprune.ragged_attention import AnswerAttention, attended
 from tokenprune.state import flow
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What the checks have found out of a block, in the words of `BlockHost`; the block itself is not held."""
+
+    mid: bool
+    mid_refused: str
+    front: bool
+    intercepts: bool
+
+
+def verdicts(host: Host) -> tuple[Verdict, ...]:
+    """What the checks have left of each block."""
+    return tuple(Verdict(b.mid is not None, b.mid_refused, bool(b.front_swaps), b.intercepts) for b in host.blocks)
+
+
+def follow(host: Host, found: tuple[Verdict, ...]) -> Host:
+    """`host`, told anew by the adapter, with what the checks have found out before."""
+    for block, verdict in zip(host.blocks, found, strict=True):
+        if not verdict.mid:
+            block.mid, block.mid_refused = None, verdict.mid_refused
+        if not verdict.front:
+            block.front_swaps = ()
+        block.intercepts = verdict.intercepts
+    return host
+
+
 def check_blocks(host: Host) -> None:
     """Compare every block that has a `mid` class with it, on a small random input, and withdraw the class where the
     outputs differ in a single bit (the block is then reduced behind its MLP, and the report says so).
 
     On the meta device there are no values to compare, and the structure decides.
     """
+    flow().clear()  # a checkpointed block that backward ran once more may have been left in its middle
     for block in host.blocks:
         if block.mid is None:
             continue

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tokenprune.costs import pad_tokens
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.host import BlockHost
+from tokenprune.masking import mask_tokens, stand_ins
 from tokenprune.ragged_blocks import reduce_ragged, restore_packed, unpack_for_head
 from tokenprune.recording import PlaceRecord
 from tokenprune.reduction import Reduction
@@ -195,6 +196,8 @@ class Site:
         state = flow().state
         if not self.reduces or state is None or flow().front is not None:  # nobody would see which tokens leave
             return x
+        if self.patch.lesson is not None:
+            return mask_tokens(self, x, state)
         keep = self.patch.leaving(self.index, state)
         if keep is None:
             return x
@@ -262,6 +265,8 @@ class Site:
         """The block's output on the full grid, where that is read behind it and not all tokens are there."""
         if last and self.patch.probe is not None and state.dense:
             return pad_tokens(output, self.patch.num_prefix_tokens + state.entering)
+        if state.alive is not None and self.index in state.dense:
+            return stand_ins(output, state, self.patch.num_prefix_tokens)
         if state.undo and (self.index in state.dense or (last and -1 in state.dense and state.sizes is not None)):
             return restore_tokens(output, state, self.patch.num_prefix_tokens)
         return None

@@ -44,6 +44,8 @@ class TokenState:
     each image).
     parts: of images that lie in one row, those of each size, which then hold all but dense, last and reduced; entering
     and tokens are those of the row.
+    alive: [B, n] masks of a training forward in which all tokens stay (see `tokenprune.masking`); source is then the
+    position whose value a merged token takes.
     """
 
     entering: int
@@ -63,6 +65,7 @@ class TokenState:
     pack: Pack | None = None
     counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
     parts: tuple[Part, ...] = ()
+    alive: Tensor | None = None
 
     def undone_by(self, back: Callable[[Tensor], Tensor]) -> TokenState:
         """The same behind one place more, that `back` undoes."""

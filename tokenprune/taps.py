@@ -101,6 +101,8 @@ class Taps:
             bias=now.bias.detach() if now.bias is not None else None,
             rotate=rotate,
             before=now.before.detach() if now.before is not None else None,
+            alive=state.alive.detach() if state.alive is not None else None,
+            learned=self.patch.learned_part(self.index, x.device),
         )
 
 

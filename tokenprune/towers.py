@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 from torch import nn
 
 from tokenprune.budget import Budget
 from tokenprune.counting import compute_prefix_only, corrected, count_costs, count_patched, reads_prefix_only
-from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
+from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.host import Adapter, BlockHost, Host
+from tokenprune.learned_parts import LearnedParts, architecture, block_norms, chosen_parts
+from tokenprune.learning import Shape
 from tokenprune.method import Method, Restore
 from tokenprune.patch import Patch, attach
-from tokenprune.schedule import BeforeLast
-from tokenprune.self_check import check_bias, check_blocks, check_packing
+from tokenprune.schedule import BeforeLast, Layout
+from tokenprune.self_check import check_bias, check_blocks, check_packing, follow, verdicts
 
 
 class Towers:
@@ -41,18 +44,31 @@ class Towers:
             )
         method = _restoring(method, request.restore)
         return prepare(
-            self.adapter.host(model), self.adapter, method, request.budget, prefix_only_last=request.prefix_only_last
+            self.adapter.host(model),
+            self.adapter,
+            method,
+            request.budget,
+            prefix_only_last=request.prefix_only_last,
+            weights=request.weights,
         )
 
     def attach(self, model: nn.Module, patch: Patch) -> None:
         """Put a patch on the tower."""
-        attach(self.adapter.host(model), patch)
+        attach(follow(self.adapter.host(model), patch.verdicts), patch)
 
 
-def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, prefix_only_last: bool) -> Patch:
+def prepare(
+    host: Host,
+    adapter: Adapter,
+    method: Method,
+    budget: Budget,
+    *,
+    prefix_only_last: bool,
+    weights: object = None,
+) -> Patch:
     """The patch of `host`, its budget solved at the model's usual input; nothing is attached yet.
 
-    prefix_only_last: see `tokenprune.patch`.
+    prefix_only_last, weights: see `tokenprune.patch`.
 
     Raises:
         UnsupportedModel: a block stands at several places.
@@ -82,16 +98,19 @@ def prepare(host: Host, adapter: Adapter, method: Method, budget: Budget, *, pre
             raise UnsupportedMethod(
                 f"{method.name} needs {', '.join(sorted(missing))}, which this model does not expose"
             )
+    if patch.active and method.learned is not None:
+        patch.learned = _learned_parts(host, adapter.name, patch, weights)
     check_blocks(host)
     patch.costs = count_costs(host, adapter, patch)
     if prefix_only_last and not patch.fuses and reads_prefix_only(host, patch):
         compute_prefix_only(host, adapter, patch)
     if patch.active:
         counts = patch.counts(host.tokens)
-        if budget.kind == "flops":
+        if budget.kind == "flops" and not method.adaptive:
             patch.solved[host.tokens], patch.counted = corrected(host, adapter, patch, counts)
         elif not method.adaptive:  # what an image costs is known when it is there
             patch.counted = count_patched(host, adapter, patch)
+    patch.verdicts = verdicts(host)
     return patch
 
 
@@ -128,7 +147,7 @@ def _check_fusion(host: Host, patch: Patch) -> None:
 
 
 def _check_adaptive(host: Host, method: Method, budget: Budget) -> None:
-    if budget.kind == "flops":
+    if budget.kind == "flops" and method.learned is None:
         raise BudgetError(
             f"{method.name} keeps a different number of tokens in each image, and what that costs on average is not"
             f" known without calibration: {budget} cannot be met; tokenprune.calibrate finds the thresholds of"
@@ -141,6 +160,35 @@ def _check_adaptive(host: Host, method: Method, budget: Budget) -> None:
             " run; a method with a fixed number works, such as 'top_k'"
         )
     check_packing(host)
+
+
+def untrained(host: Host, adapter: str, method: Method, options: Mapping[str, Any]) -> LearnedParts:
+    """The learned parts of a method as they are before a training."""
+    parts = _fresh(host, method, method.schedule.places(Layout(len(host.blocks), host.num_prefix_tokens)))
+    bound = architecture(host, adapter)
+    return LearnedParts(method.name, options, parts.state_dict(), bound, block_norms(host))
+
+
+def _fresh(host: Host, method: Method, places: Iterable[int]) -> nn.ModuleDict:
+    assert method.learned is not None
+    width, depth = host.blocks[0].width, len(host.blocks)
+    return nn.ModuleDict({str(place): method.learned.part(Shape(width, place, depth)) for place in places})
+
+
+def _learned_parts(host: Host, adapter: str, patch: Patch, weights: object) -> nn.ModuleDict:
+    """The learned parts of the places of a patch, by block."""
+    method = patch.method
+    parts = _fresh(host, method, patch.places)
+    flops = patch.budget.value if patch.budget.kind == "flops" else None
+    stored = chosen_parts(host, adapter, method.name, flops, weights)
+    try:
+        parts.load_state_dict(dict(stored.tensors))
+    except RuntimeError as error:
+        raise TokenPruneError(
+            f"the learned parts do not fit {method.name} in the blocks {', '.join(parts)}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    return parts.requires_grad_(False)
 
 
 def _caught(block: BlockHost) -> set[str]:

@@ -173,6 +173,11 @@ def train(options: argparse.Namespace) -> int:
     """`tokenprune train`"""
     from tokenprune.evals import train_diffusion, train_digits, train_lvlm, train_masks, train_reader, train_swin
 
+    if options.flops is not None or options.data is not None:
+        raise TokenPruneError(
+            "a recipe has images of its own and no budget; what a method learns for a model is trained by tokenprune"
+            f" train {options.model} --method ltmp --flops 0.6 --output FOLDER"
+        )
     if options.model in (*DIFFUSION, LVLM, SWIN) and options.steps is not None:
         raise TokenPruneError(
             f"--steps is for digits-vit, digit-reader and digit-masks; {options.model} is trained by its recipe"

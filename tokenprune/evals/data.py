@@ -112,6 +112,8 @@ class _HuggingFace(Dataset[tuple[Tensor, int]]):
 
 def _from_tensors(source: Any) -> ImageData:
     images, labels = (source, None) if isinstance(source, Tensor) else source
+    if len(images) == 0:
+        raise TokenPruneError("no images: a tensor of none was given")
     if labels is not None and len(labels) != len(images):
         raise TokenPruneError(f"{len(images)} images and {len(labels)} labels")
     classes = None if labels is None else int(labels.max()) + 1

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tokenprune.errors import TokenPruneError, UnsupportedModel
 from tokenprune.evals.accuracy import Dense
 from tokenprune.evals.data import ImageData, Transform
-from tokenprune.evals.sources import digits_data, photographs_data
+from tokenprune.evals.sources import digits_data, digits_training, photographs_data
 from tokenprune.evals.transforms import input_size, model_transform, normalization, square_transform
+from tokenprune.learned_parts import require_safetensors
 
 DIGITS = "digits-vit"
 SWIN = "digits-swin"
@@ -31,7 +32,7 @@ class LoadedModel:
 
     transform: from an RGB PIL image to the model's input [C, H, W]. mean, std: of the normalisation in it. data: the
     images (count, seed) to evaluate on where none are named, None for models that have none of their own. unlabelled:
-    others, to search or calibrate on. saliency: as in `tokenprune.evals.evaluate`.
+    others, to search or calibrate on. training: those to train on. saliency: as in `tokenprune.evals.evaluate`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LoadedModel:
     data: Callable[[int, int], ImageData] | None = None
     saliency: Dense | None = None
     unlabelled: Callable[[int, int], ImageData] | None = None
+    training: Callable[[int, int], ImageData] | None = None
 
 
 def load_model(name: str, *, checkpoint: str | Path | None = None, random_weights: bool = False) -> LoadedModel:
@@ -92,7 +94,9 @@ def _digits(name: str) -> LoadedModel:
     )
     mean, std = (digits.PIXEL_MEAN,) * 3, (digits.PIXEL_STD,) * 3
     test, held_out = (partial(digits_data, split=split, size=size) for split in ("test", "val"))
-    return LoadedModel(name, model, square_transform(size, mean, std), mean, std, test, unlabelled=held_out)
+    training = digits_training if name == DIGITS else None
+    transform = square_transform(size, mean, std)
+    return LoadedModel(name, model, transform, mean, std, test, unlabelled=held_out, training=training)
 
 
 def _dinov2() -> LoadedModel:
@@ -144,24 +148,6 @@ def _from_function(name: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise UnsupportedModel(f"{name} gave a {type(made).__name__}, not a torch module")
     return made
-
-
-def require_safetensors(path: Path) -> None:
-    """Raises TokenPruneError for a file that is not there or no safetensors."""
-    if not path.is_file():
-        raise TokenPruneError(f"there is no checkpoint {path}")
-    if path.suffix != ".safetensors":
-        raise TokenPruneError(
-            f"{path} is refused: only .safetensors are read, a pickle can run any code. Convert it where you trust it: "
-            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
-        )
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise TokenPruneError(f"{path} is no safetensors file, whatever its name: {error}") from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -26,6 +26,13 @@ def digits_data(count: int, seed: int, split: Split = "test", size: int | None =
     return ImageData(f"cluttered digits ({split})", data.items, data.size, NUM_CLASSES)
 
 
+def digits_training(count: int, seed: int) -> ImageData:
+    """The first `count` pictures of the training scans for a `seed`, each drawn when it is asked for."""
+    from tokenprune.evals.digits import NUM_CLASSES
+
+    return ImageData("cluttered digits (train)", _DrawnDigits(seed), count, NUM_CLASSES)
+
+
 def photographs_data(size: int, mean: Sequence[float], std: Sequence[float]) -> ImageData:
     """The photographs of scikit-image and scikit-learn, in crops of `size` pixels that count as one per photograph."""
     from tokenprune.evals.images import photographs
@@ -49,6 +56,17 @@ def openclipart_data(folder: Path, size: int, mean: Sequence[float], std: Sequen
         raise TokenPruneError(str(error)) from error
     items = _Pictures(drawings.images, drawings.labels, mean, std)
     return ImageData("openclipart", items, len(items), len(drawings.classes), drawings.groups, drawings.is_test)
+
+
+class _DrawnDigits(Dataset[tuple[Tensor, int]]):
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from tokenprune.evals.digits import cluttered_digit_pictures, normalise
+
+        pictures, labels = cluttered_digit_pictures("train", 1, self.seed, index)
+        return normalise(pictures)[0], int(labels[0])
 
 
 class _Pictures(Dataset[tuple[Tensor, int]]):

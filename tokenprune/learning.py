@@ -1,0 +1,90 @@
+"""Learned: what a method says about its learned parts, and all that the trainer knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+def alone(x: Tensor) -> Tensor:
+    """The mean over the processes of a training, of which there is one."""
+    return x
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a learned part may depend on. width: channels of a token. place: the block, of `depth`."""
+
+    width: int
+    place: int
+    depth: int
+
+
+@dataclass
+class Lesson:
+    """One training forward, as a method's loss sees it.
+
+    tokens: of an image, prefix included, of which `prunable` can leave. width, depth: of the model. counted: {block:
+    tokens leaving, as a mean} -> what such a forward costs as a share of the unpatched one, scoring included. across:
+    the mean of a tensor over all processes. alive: block -> [B, prunable] masks behind it, as `Masking.alive`.
+    """
+
+    tokens: int
+    prunable: int
+    width: int
+    depth: int
+    counted: Callable[[Mapping[int, float]], float]
+    across: Callable[[Tensor], Tensor] = alone
+    alive: dict[int, Tensor] = field(default_factory=dict)
+
+    def kept(self) -> list[Tensor]:
+        """Share of the tokens, prefix included, behind each block: means over the images of all processes, with the
+        gradient of this one's."""
+        shares: list[Tensor] = []
+        prefix = self.tokens - self.prunable
+        for block in range(self.depth):
+            if block in self.alive:
+                own = (self.alive[block].sum(1).mean() + prefix) / self.tokens
+                shares.append(own + (self.across(own.detach()) - own.detach()))
+            else:
+                shares.append(shares[-1] if shares else next(iter(self.alive.values())).new_ones(()))
+        return shares
+
+    def cost(self, kept: list[Tensor]) -> float:
+        """What a forward with these shares costs, counted, as a share of the unpatched one."""
+        prefix = self.tokens - self.prunable
+        return self.counted({block: kept[block].item() * self.tokens - prefix for block in self.alive})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a paper trains: names and values of timm's optimisers and schedulers. smoothing: of the labels."""
+
+    epochs: int
+    batch_size: int
+    opt: str = "momentum"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    sched: str = "cosine"
+    smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a method learns while the model's own weights are frozen.
+
+    part: (Shape) -> the learned part of one place, as it starts; scores and selections find it in
+    `AttentionRecord.learned`. penalty: (lesson, share of the multiply-adds) -> what is added to the loss of the task.
+    rate: (name of a parameter in a part, steps of the training) -> its peak learning rate. settle: done to each part
+    after each step. weaken: (part, factor) changes a part so that it removes less below a factor of one, and more above
+    it, by which the budget is met in the end; None where its counts are what it is.
+    """
+
+    part: Callable[[Shape], nn.Module]
+    penalty: Callable[[Lesson, float], Tensor]
+    rate: Callable[[str, int], float]
+    recipe: Recipe
+    settle: Callable[[nn.Module], None] | None = None
+    weaken: Callable[[nn.Module, float], None] | None = None

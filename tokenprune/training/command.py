@@ -1,0 +1,59 @@
+"""`tokenprune train MODEL --method NAME`."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from tokenprune.errors import TokenPruneError
+from tokenprune.evals.models import DIGITS, load_model
+from tokenprune.training.trainer import train
+
+OWN_SAMPLES = 6400
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train what the method learns, and print what came of it."""
+    if options.flops is None:
+        raise TokenPruneError(
+            f"--flops is missing, the share that is to be computed: --method {options.method} --flops 0.6"
+        )
+    if options.steps is not None:
+        raise TokenPruneError("--steps is of the recipes; a method is trained for --epochs")
+    torch.set_num_threads(options.threads)
+    loaded = load_model(options.model, checkpoint=options.checkpoint, random_weights=options.random_weights)
+    if options.data is None and loaded.training is None:
+        raise TokenPruneError(f"{options.model} has no images of its own to train on; name some with --data")
+    if options.samples is not None and (options.data is not None or options.model != DIGITS):
+        raise TokenPruneError(f"--samples is of the images that {DIGITS} has itself")
+    images: object = options.data
+    transform = None
+    if options.data is None:
+        assert loaded.training is not None
+        images = loaded.training(options.samples or OWN_SAMPLES, options.seed)
+    elif options.model == DIGITS:
+        transform = loaded.transform  # a digit turned over is another one
+    parts = train(
+        loaded.model,
+        images,
+        options.method,
+        flops=options.flops,
+        output=options.output,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        accumulate=options.accumulate,
+        learning_rate=options.learning_rate,
+        opt=options.opt,
+        sched=options.sched,
+        mixed_precision=options.mixed_precision,
+        seed=options.seed,
+        workers=options.workers,
+        save_every=options.save_every,
+        transform=transform,
+        split=options.split,
+        show_progress=not options.quiet,
+    )
+    told = ", ".join(f"{name} {parts.found[name]:.4g}" for name in ("loss", "kept", "flops_ratio"))
+    print(f"{parts.found['steps']} steps: {told}; written to {options.output}")
+    return 0

@@ -1,0 +1,227 @@
+"""The trainer: it knows accelerate, timm's optimisers and schedulers, and of a method what it declares as `Learned`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.api import bare, find_models, patched
+from tokenprune.budget import checked_count, checked_share
+from tokenprune.calibration import evaluating
+from tokenprune.errors import TokenPruneError, UnsupportedMethod, UnsupportedModel
+from tokenprune.evals.data import ImageData, Transform, open_data
+from tokenprune.family import active_patches
+from tokenprune.learned_parts import LearnedParts
+from tokenprune.learning import Recipe
+from tokenprune.patch import Patch
+from tokenprune.registry import make_method
+from tokenprune.towers import Towers, untrained
+from tokenprune.training.budget import on_budget
+from tokenprune.training.sampling import ByTurn, Order, loader
+from tokenprune.training.state import FILE, generators, set_generators
+from tokenprune.training.taught import Taught
+from tokenprune.training.work import Work
+
+MEASURED = 256
+"""Images of the training data on which the multiply-adds with the learned parts are counted in the end, and by which
+they are brought to the budget where they are not."""
+
+
+def train(
+    model: nn.Module,
+    images: object,
+    method: str = "ltmp",
+    *,
+    flops: float,
+    output: str | PathLike[str] | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    accumulate: int = 1,
+    learning_rate: float = 1.0,
+    opt: str | None = None,
+    sched: str | None = None,
+    mixed_precision: str | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    save_every: int = 100,
+    transform: Transform | None = None,
+    split: str | None = None,
+    show_progress: bool = False,
+    **options: Any,
+) -> LearnedParts:
+    """Train what `method` learns on `model`, an image tower with a classifier, whose own weights stay as they are.
+
+    images: a pair of images [N, C, H, W] and labels [N], a folder with a subfolder for each class, a Hugging Face data
+    set (of its `split`), or an `ImageData`. transform: from an RGB PIL image to [C, H, W]; None takes timm's training
+    transform of the model. flops: share of the multiply-adds, scoring counted, that the mean image is to cost.
+
+    output: a folder for what is learned (`learned.safetensors` and `learned.json`) and for the state, every
+    `save_every` steps, from which a call with the same arguments goes on exactly where a killed one has stopped.
+
+    epochs, batch_size, opt, sched: None takes the paper's; the last two are names of timm's. batch_size: images of a
+    process at a time; a step of the optimiser takes `accumulate` such batches of every process. learning_rate: times
+    the paper's. seed: of the order and the augmentation of the images, which depend on nothing else. options: of the
+    method.
+
+    Under `accelerate launch` it runs on as many processes and machines as that says, each calling this with the same
+    arguments. mixed_precision: "bf16" or "fp16", None as accelerate is set up.
+
+    Returns what `tokenprune.patch(model, method, weights=...)` takes. The model is left as it is.
+
+    Raises:
+        BudgetError: `flops` is no share in (0, 1].
+        UnsupportedMethod: the method learns nothing. UnsupportedModel: no image tower with a classifier.
+        TokenPruneError: no images, fewer than a step takes, no labels, a state of another training, a loss that is not
+            finite (the state then stays the last one that was written).
+    """
+    aim, recipe = checked_share("flops", flops), _recipe(method, options)
+    start = _start(model, method, options)
+    data = _labelled(images, model, transform, split)
+    accelerator = _accelerator(mixed_precision, checked_count("accumulate", accumulate, smallest=1, example=1))
+    accumulate, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+    batch = checked_count(
+        "batch_size", recipe.batch_size if batch_size is None else batch_size, smallest=1, example=128
+    )
+    epochs = checked_count("epochs", recipe.epochs if epochs is None else epochs, smallest=1, example=1)
+    per_epoch = data.size // (batch * processes * accumulate)
+    if per_epoch == 0:
+        raise TokenPruneError(
+            f"{data.name} has {data.size} images, and a step takes {batch * processes * accumulate}: batch_size={batch}"
+            f" of {processes} processes, {accumulate} times; use a smaller batch_size"
+        )
+    told = {
+        "method": method,
+        "options": dict(options),
+        "flops": aim,
+        "epochs": epochs,
+        "batch_size": batch,
+        "processes": processes,
+        "accumulate": accumulate,
+        "learning_rate": learning_rate,
+        "opt": opt or recipe.opt,
+        "sched": sched or recipe.sched,
+        "mixed_precision": accelerator.mixed_precision,
+        "seed": seed,
+        "data": data.name,
+        "images": data.size,
+        "architecture": dict(start.architecture),
+    }
+    order = Order(
+        data.size,
+        batch,
+        per_epoch * accumulate,
+        epochs,
+        seed=seed,
+        process=accelerator.process_index,
+        processes=processes,
+    )
+    with _session(model, method, options, start, accelerator.device, seed + accelerator.process_index) as patch:
+        taught = Taught(
+            model,
+            patch,
+            width=int(start.architecture["width"]),
+            flops=aim,
+            smoothing=recipe.smoothing,
+            across=partial(accelerator.reduce, reduction="mean"),
+        )
+        work = Work(patch, taught, accelerator, start, told, steps=per_epoch * epochs, per_epoch=per_epoch)
+        state = None if output is None else Path(output) / FILE
+        if state is not None and state.exists():
+            work.resume(state)
+        order.start = work.step * accumulate
+        taken = iter(loader(data.items, order, workers=workers))
+        work.run(taken, state, accumulate=accumulate, save_every=save_every, show=show_progress)
+        parts = work.parts()
+    items = ByTurn(data.items, seed)
+    sample = torch.stack([items[epochs - 1, image][0] for image in range(min(data.size, MEASURED))])
+    parts = on_budget(model, parts, sample.to(_device(model)), batch)
+    if output is not None and accelerator.is_main_process:
+        parts.save(output)
+    accelerator.wait_for_everyone()
+    return parts
+
+
+def _recipe(method: str, options: dict[str, Any]) -> Recipe:
+    learned = make_method(method, options).learned
+    if learned is None:
+        raise UnsupportedMethod(f"{method} learns nothing: patch(model, {method!r}, flops=0.6) works as it is")
+    return learned.recipe
+
+
+def _start(model: nn.Module, method: str, options: dict[str, Any]) -> LearnedParts:
+    """The learned parts as they start."""
+    found = find_models(model)
+    tower, family = found[0]
+    if len(found) != 1 or not isinstance(family, Towers):
+        raise UnsupportedModel(
+            f"{method} is trained on an image tower with a classifier, not on {type(model).__name__}"
+        )
+    with bare(tower, family):
+        host = family.adapter.host(tower)
+        if not all(block.takes_bias for block in host.blocks):
+            raise UnsupportedMethod(
+                f"in training {method} masks keys, and {type(host.blocks[0].module).__name__} takes no bias"
+            )
+        return untrained(host, family.name, make_method(method, options), options)
+
+
+def _labelled(source: object, model: nn.Module, transform: Transform | None, split: str | None) -> ImageData:
+    classes = getattr(model, "num_classes", None)
+    if transform is None and not isinstance(source, (ImageData, tuple, list, Tensor)):
+        from timm.data import create_transform, resolve_model_data_config
+
+        transform = create_transform(**resolve_model_data_config(model), is_training=True)
+    data = open_data(source, transform, split=split, num_classes=classes)
+    if data.classes is None:
+        raise TokenPruneError(
+            f"{data.name} has no labels, which a training needs: a pair (images, labels), or a folder with a subfolder"
+            " for each class"
+        )
+    return data
+
+
+def _accelerator(mixed_precision: str | None, accumulate: int) -> Any:
+    try:
+        import accelerate
+        import timm.optim  # noqa: F401
+    except ImportError as error:
+        raise TokenPruneError(f"training needs {error.name}: pip install 'tokenprune-torch[train]'") from error
+    try:
+        return accelerate.Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
+    except ValueError as error:  # an unknown precision, or another one than this process has begun with
+        raise TokenPruneError(f"mixed_precision={mixed_precision!r}: {error}") from error
+
+
+@contextmanager
+def _session(
+    model: nn.Module, method: str, options: dict[str, Any], start: LearnedParts, device: torch.device, seed: int
+) -> Iterator[Patch]:
+    """The model on `device`, frozen, in eval mode, patched with parts that take gradients, and the global generators
+    seeded; all as it was behind it."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before, states = _device(model), generators()
+    model.to(device)
+    try:
+        with patched(model, method, weights=start, **options), evaluating(model):
+            patch = next(one for one in active_patches(model).values() if isinstance(one, Patch))
+            assert patch.learned is not None
+            model.requires_grad_(False)
+            patch.learned.to(device).requires_grad_(True)
+            torch.manual_seed(seed)
+            yield patch
+    finally:
+        set_generators(states)
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        model.to(before)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,177 @@
+"""Work: the steps of a training, and what of them a state holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import TokenPruneError
+from tokenprune.learned_parts import LearnedParts
+from tokenprune.patch import Patch
+from tokenprune.training.state import generators, read_state, set_generators, write_state
+from tokenprune.training.taught import Taught
+
+SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly")
+"""Those of timm that follow the number of steps alone."""
+
+
+class Work:
+    """step: how many of `steps` are done. history: of each the loss of the task, that of the budget, and the share of
+    the tokens behind the last place, means over all processes. saved: the step of the last state, if any."""
+
+    def __init__(
+        self,
+        patch: Patch,
+        taught: Taught,
+        accelerator: Any,
+        start: LearnedParts,
+        recipe: Mapping[str, Any],
+        *,
+        steps: int,
+        per_epoch: int,
+    ) -> None:
+        from timm.optim import create_optimizer_v2
+        from timm.scheduler import create_scheduler_v2
+
+        assert patch.learned is not None
+        assert patch.method.learned is not None
+        self.learned, self.declared = patch.learned, patch.method.learned
+        self.accelerator, self.start, self.recipe, self.steps = accelerator, start, recipe, steps
+        self.step, self.saved, self.history = 0, 0, list[list[float]]()
+        if recipe["sched"] not in SCHEDULERS:
+            raise TokenPruneError(
+                f"sched={recipe['sched']!r}: one that follows the steps alone, {', '.join(SCHEDULERS)}"
+            )
+        groups: dict[str, list[Tensor]] = {}
+        for name, parameter in self.learned.named_parameters():
+            groups.setdefault(name.split(".", 1)[1], []).append(parameter)
+        rates = {name: recipe["learning_rate"] * self.declared.rate(name, steps) for name in groups}
+        paper = self.declared.recipe
+        optimizer = create_optimizer_v2(
+            [{"params": group, "lr": rates[name]} for name, group in groups.items()],
+            opt=recipe["opt"],
+            lr=max(rates.values()),
+            momentum=paper.momentum,
+            weight_decay=paper.weight_decay,
+        )
+        self.scheduler, _ = create_scheduler_v2(
+            optimizer, recipe["sched"], recipe["epochs"], step_on_epochs=False, updates_per_epoch=per_epoch
+        )
+        self.taught, self.optimizer = accelerator.prepare(taught, optimizer)
+
+    def run(
+        self,
+        taken: Iterator[tuple[Tensor, Tensor]],
+        state: Path | None,
+        *,
+        accumulate: int,
+        save_every: int,
+        show: bool,
+    ) -> None:
+        """The steps that are left, on the batches `taken`; writes what is learned and the state beside it."""
+        with _bar(self.steps, self.step, show=show and self.accelerator.is_main_process) as bar:
+            while self.step < self.steps:
+                self.scheduler.step_update(self.step)
+                seen = self._gradients(taken, accumulate)
+                if not all(map(math.isfinite, seen)):
+                    raise TokenPruneError(self._not_finite(seen, state))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                for part in self.learned.values():
+                    if self.declared.settle is not None:
+                        self.declared.settle(part)
+                self.step += 1
+                self.history.append(seen)
+                bar.update(1)
+                bar.set_postfix(loss=f"{seen[0]:.3f}", budget=f"{seen[1]:.4f}", kept=f"{seen[2]:.3f}")
+                if state is not None and (self.step == self.steps or self.step % save_every == 0):
+                    self.save(state)
+
+    def _gradients(self, taken: Iterator[tuple[Tensor, Tensor]], accumulate: int) -> list[float]:
+        total = torch.zeros(3, device=self.accelerator.device)
+        for turn in range(accumulate):
+            images, labels = (x.to(self.accelerator.device, non_blocking=True) for x in next(taken))
+            last = turn == accumulate - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.taught):
+                loss, seen = self.taught(images, labels)
+                self.accelerator.backward(loss)  # divided by how many are accumulated
+            total += seen / accumulate
+        means: list[float] = self.accelerator.reduce(total, "mean").tolist()
+        return means
+
+    def _not_finite(self, seen: list[float], state: Path | None) -> str:
+        kept = f"{state} is that of step {self.saved}" if self.saved else "no state had been written"
+        return (
+            f"the loss of step {self.step + 1} is {seen[0]:g} for the task and {seen[1]:g} for the budget, and the"
+            f" training stops; {kept}. Look for NaN among the images and in the model's output; a smaller learning_rate"
+            " or mixed_precision='no' may help"
+        )
+
+    def parts(self) -> LearnedParts:
+        """What is learned so far."""
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.learned.state_dict().items()}
+        names = ("flops", "data", "images", "epochs", "batch_size", "processes", "accumulate", "learning_rate", "seed")
+        found = {name: self.recipe[name] for name in names} | {"steps": self.step}
+        if self.history:
+            found |= dict(zip(("loss", "budget_loss", "kept"), self.history[-1], strict=True))
+        return replace(self.start, tensors=tensors, found=found)
+
+    def save(self, path: Path) -> None:
+        """Write the state to `path`, and what is learned beside it."""
+        states = [self.accelerator.gather(one.to(self.accelerator.device)[None]).cpu() for one in generators()]
+        if self.accelerator.is_main_process:
+            self.parts().save(path.parent)
+            scaler = self.accelerator.scaler
+            state = {
+                "learned": self.learned.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "generators": states,
+                "step": self.step,
+                "history": torch.tensor(self.history, dtype=torch.float64),
+            }
+            write_state(path, state, self.recipe)
+        self.saved = self.step
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, path: Path) -> None:
+        """The inverse of `save`."""
+        state = read_state(path, self.recipe)
+        self.learned.load_state_dict(state["learned"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        set_generators([states[self.accelerator.process_index] for states in state["generators"]])
+        self.step = self.saved = state["step"]
+        self.history = state["history"].tolist()
+
+
+class _NoBar:
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, _: int) -> None:
+        """Nothing to show."""
+
+    def set_postfix(self, **_: str) -> None:
+        """Nothing to show."""
+
+
+def _bar(total: int, done: int, *, show: bool) -> Any:
+    """A bar on standard error, where it is a terminal, `show` is True and tqdm is installed."""
+    if not show or find_spec("tqdm") is None:
+        return _NoBar()
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, desc="train", dynamic_ncols=True, disable=None)
