@@ -73,4 +73,4 @@ class TileMatrix:
 def _split(x: Tensor, length: int) -> Tensor:
     """[b, n, C] to [b n / length, length, C]: by way of [b n, C], as a compiler asks of one reshape whether the first
     size stays as it is, which it does where there is one tile."""
-    return x.flatten(0, 1).unflatten(0, (-1, length))
+    return torch.unflatten(x.flatten(0, 1), 0, (-1, length))
