@@ -67,6 +67,8 @@ class Compiled:
         state = here()
         if not torch.compiler.is_compiling():  # several numbers of tokens are to come: one graph from the first on
             torch._dynamo.maybe_mark_dynamic(arguments["hidden_states"], 1)
+            if state.reduction is not None and state.reduction.tiles is not None:
+                state.reduction.tiles.compile_for_any_size()
         if not state.hooks:
             return self.plain(**arguments)
         output, state.caught = self.hooked(state.hooks, state.reduction, arguments)

@@ -41,10 +41,10 @@ def greedy_facilities(x: Tensor, count: int, outside: Tensor | None = None) -> T
 def facility_destinations(record: AttentionRecord, tiling: Tiling) -> Tensor:
     """[B, K] positions: the facilities of each tile, one tile's after the other's."""
     members, outside = tiling.members(record.origin), tiling.outside(record.origin)
-    batch, (tiles, m) = record.hidden.shape[0], members.shape
-    x = record.hidden.index_select(1, members.flatten()).view(batch * tiles, m, -1)
+    batch, (tiles, m) = record.hidden.shape[0], outside.shape
+    x = record.hidden.index_select(1, members).view(batch * tiles, m, -1)
     found = greedy_facilities(x, max(tiling.quotas), outside.repeat(batch, 1))
-    places = members.repeat(batch, 1).gather(1, found).view(batch, -1)
+    places = members.view(tiles, m).repeat(batch, 1).gather(1, found).view(batch, -1)
     return places.index_select(1, tiling.rows(record.origin))
 
 
@@ -61,13 +61,15 @@ def attend_within_tiles(destinations: Tensor, record: AttentionRecord, temperatu
     chose them."""
     like = record.origin
     members, slots, rows, filled = tiling.members(like), tiling.slots(like), tiling.rows(like), tiling.filled(like)
-    batch, (tiles, m), k = record.hidden.shape[0], members.shape, max(tiling.quotas)
+    outside = tiling.outside(like)
+    batch, (tiles, m), k = record.hidden.shape[0], outside.shape, max(tiling.quotas)
     unit = functional.normalize(record.hidden.float(), dim=-1)
-    inside = unit.index_select(1, members.flatten()).view(batch * tiles, m, -1)
+    inside = unit.index_select(1, members).view(batch * tiles, m, -1)
     chosen = gather(unit, destinations).index_select(1, filled).view(batch * tiles, k, -1)
     logits = (chosen @ inside.transpose(1, 2)).view(batch, tiles, k, m) / temperature
     missing = torch.ones_like(filled, dtype=torch.bool).index_fill(0, rows, False).view(tiles, k, 1)
     shares = logits.masked_fill(missing, float("-inf")).softmax(2)
-    shares = shares.masked_fill(tiling.outside(like).unsqueeze(1), 0.0)
+    shares = shares.masked_fill(outside.unsqueeze(1), 0.0).flatten(0, 1)
+    # No view of another tensor, by whose shape a compiler would tell graphs apart as well.
     weights = shares / shares.sum(-1, keepdim=True).clamp_min(1e-12)
-    return Reduction(destinations, tiles=TileMatrix(weights, members.flatten(), slots, rows, filled))
+    return Reduction(destinations, tiles=TileMatrix(weights, members, slots, rows, filled))

@@ -23,7 +23,7 @@ class Tiling(NamedTuple):
     quotas: tuple[int, ...]
 
     def members(self, like: Tensor) -> Tensor:
-        """[T, m] positions of the tokens of each tile; a smaller one repeats its first."""
+        """[T m] positions of the tokens of each tile; a smaller one repeats its first."""
         return table(_members, self.grid, self.down, self.across, like=like)
 
     def outside(self, like: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def _positions(grid: Grid, down: int, across: int) -> list[list[int]]:
 def _members(grid: Grid, down: int, across: int, device: torch.device) -> Tensor:
     parts = _positions(grid, down, across)
     most = max(map(len, parts))
-    return torch.tensor([part + part[:1] * (most - len(part)) for part in parts], device=device)
+    return torch.tensor([p for part in parts for p in part + part[:1] * (most - len(part))], device=device)
 
 
 def _outside(grid: Grid, down: int, across: int, device: torch.device) -> Tensor:

@@ -42,7 +42,8 @@ def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor)
     # x_t + sum of s_m / S (x_m - x_t) is the average of the group, and touches none but the rows that it changes.
     share = moved_sizes / gather(merged_sizes, target, 1)
     rows, flat = flat_rows(target, kept.shape[1]), out.flatten(0, 1)
-    pull = (gather(x, moved, 1).flatten(0, 1) - flat.index_select(0, rows)) * share.reshape(-1, 1)
+    # In place: memory that is new costs a CPU more than the arithmetic.
+    pull = gather(x, moved, 1).flatten(0, 1).to(flat.dtype).sub_(flat.index_select(0, rows)).mul_(share.reshape(-1, 1))
     # By whole rows, as in `gather`: scatter_add takes four times as long on a CPU.
     flat.index_add_(0, rows, pull)
     return out.to(x.dtype), merged_sizes
