@@ -37,6 +37,7 @@ INSIDE_MODEL = ("fastv", "feather", "pyramid_drop")
 PROMPTS = (*BEHIND_TOWER, *INSIDE_MODEL)
 STEPS = ("ras", "region", "toca")
 DIFFUSION = ("at_edm", "todo", "toma", "tomesd", *STEPS)
+LEARNED = ("ltmp", "ltmp_fixed")
 BOTH = ("random", "top_k", "uniform", "zero_tprune", "zero_tprune_uni")
 
 # (methods, families, what the reason says) of the cells that may be empty.
@@ -57,6 +58,12 @@ ALLOWED = (
     (("ras",), ("U-Net",), "in a U-Net no token owns a part of the prediction"),
     (("toca",), ("Flux",), "blocks whose attention and MLP are modules of their own"),
     (("todo", "toma", "tomesd"), ("Flux",), "has no part"),
+    (("ltmp",), WINDOWS, "learns for the blocks of an image tower"),
+    (("ltmp",), DENOISERS, "a different number of tokens in each image, which no denoiser runs"),
+    (("ltmp_fixed",), DENOISERS, "take no bias \\(proportional=False works\\)"),
+    (("ltmp_fixed",), ("SAM",), "windows .* hold padding"),
+    (LEARNED, ("CaiT",), "takes no bias \\(proportional=False works\\)"),
+    (LEARNED, (BEHIND, INSIDE), "works inside an image tower"),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import tokenprune
-from tokenprune.errors import BudgetError, TokenPruneError
+from tokenprune.errors import BudgetError, TokenPruneError, UntrainedMethod
 from tokenprune.evals.family_models import IMAGE_FAMILIES, OTHER_FAMILIES, Family, Made
 from tokenprune.method_families import MethodTable
 
@@ -47,7 +47,8 @@ def to_markdown(table: MethodTable) -> str:
 
 
 def _tried(name: str, part: str, made: Made, shape: torch.Size) -> tuple[str, str]:
-    """Why the method does not work there, empty where it does; and the adapter that it runs by."""
+    """Why the method does not work there, empty where it does, or would with what it has to learn first; and the adapter
+    that it runs by."""
     _, target, run = made
     given = _GIVEN.get(name, {})
     try:
@@ -57,6 +58,8 @@ def _tried(name: str, part: str, made: Made, shape: torch.Size) -> tuple[str, st
             tokenprune.patch(target, name, **given)
         output = run()
         data = tokenprune.report(target).to_dict()
+    except UntrainedMethod:
+        return "", ""
     except TokenPruneError as error:
         why = str(error).split(";")[0].removeprefix(f"{name} ")
         return why + (f" ({_WITHOUT_BIAS} works)" if _WITHOUT_BIAS in str(error) else ""), ""
