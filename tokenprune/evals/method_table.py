@@ -47,8 +47,8 @@ def to_markdown(table: MethodTable) -> str:
 
 
 def _tried(name: str, part: str, made: Made, shape: torch.Size) -> tuple[str, str]:
-    """Why the method does not work there, empty where it does, or would with what it has to learn first; and the adapter
-    that it runs by."""
+    """Why the method does not work there, empty where it does, or would with what it has to learn first; and the
+    adapter that it runs by."""
     _, target, run = made
     given = _GIVEN.get(name, {})
     try:
