@@ -46,12 +46,13 @@ def test_unpatch_leaves_nothing(family: str, method: str) -> None:
 
 
 def test_nothing_is_left_in_memory() -> None:
+    before = states_in_memory()  # what a checkpointed backward of another test was in the middle of
     model = build("class_token")
     tokenprune.patch(model, "tome", keep=0.5)
     run(model, images(model))
     model.forward_features(images(model)).sum().backward()
     model.forward_intermediates(images(model))
-    assert states_in_memory() == 0
+    assert states_in_memory() <= before
 
 
 def test_unpatching_the_unpatched_does_nothing() -> None:

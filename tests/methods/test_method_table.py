@@ -71,7 +71,7 @@ ALLOWED = (
 def only_methods_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that other tests register are in no table."""
     tokenprune.methods()
-    own = {name: make for name, make in registry._METHODS.items() if make.__module__.startswith("tokenprune.")}
+    own = {name: make for name, make in registry._METHODS.items() if make.__module__.startswith("tokenprune.methods")}
     monkeypatch.setattr(registry, "_METHODS", own)
 
 

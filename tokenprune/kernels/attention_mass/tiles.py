@@ -56,13 +56,15 @@ class Tile:
         longest = [torch.linalg.vector_norm(x, dim=-1).amax(-1) for x in (self.q, self.k)]
         if not bool((longest[0] * longest[1] * self.scale <= LARGEST).all()):
             return None
-        return Exponentials(self.q * self.scale, self.k.transpose(1, 2).contiguous(), self.keys)
+        return Exponentials(
+            self.q, self.k.transpose(1, 2).clone(memory_format=torch.contiguous_format).mul_(self.scale), self.keys
+        )
 
 
 @dataclass(frozen=True)
 class Exponentials:
     """A tile whose logits may be exponentiated as they are, without a pass for each row's largest and one to divide:
-    scaled q [n, M, D], k [n, D, columns] of which the first `keys` are keys."""
+    q [n, M, D], scaled k [n, D, columns] of which the first `keys` are keys."""
 
     q: Tensor
     k: Tensor
