@@ -261,6 +261,7 @@ def gradients(model: nn.Module, x: Tensor, **kwargs: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", most_in_full(["clip", "beit", "dinov3"], "beit"))
 def test_gradient_checkpointing_changes_nothing(name: str, method: str) -> None:
     """transformers runs a layer's forward once more without the layer's hooks."""
+    before = states_in_memory()
     model, x = build(name).train(), images(3)
     tokenprune.patch(model, method, keep=0.5)
     wanted = gradients(model, x, **ALL_STATES)
@@ -269,7 +270,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, method: str) -> None:
         for key, value in gradients(model, x, **ALL_STATES).items():
             torch.testing.assert_close(value, wanted[key], rtol=1e-3, atol=1e-4 * float(wanted[key].abs().max()))
         model.activation_checkpointing_disable()
-    assert states_in_memory() == 0
+    assert states_in_memory() <= before
 
 
 def test_two_forwards_of_different_sizes_and_one_backward_under_checkpointing() -> None:

@@ -244,6 +244,7 @@ def gradients(model: Any, x: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("method", ["tome", pytest.param("top_k", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", most_in_full("qwen3_vl"))
 def test_gradient_checkpointing_changes_nothing(name: str, method: str) -> None:
+    before = states_in_memory()
     model, x = build(name).train(), row()
     tokenprune.patch(model, method, keep=0.6)
     wanted = gradients(model, x)
@@ -251,7 +252,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, method: str) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
     for key, value in gradients(model, x).items():
         torch.testing.assert_close(value, wanted[key], rtol=1e-3, atol=1e-4 * float(wanted[key].abs().max() + 1e-3))
-    assert states_in_memory() == 0
+    assert states_in_memory() <= before
 
 
 def test_copies_and_pickles() -> None:
