@@ -1,14 +1,20 @@
 import pytest
 
 from tokenprune.evals.plot import plot_accuracy_against_speed, plot_quality_against_flops, plot_training
+from tokenprune.evals.stats import Interval
 from tokenprune.evals.table import Table, interval_cells
 
 
 @pytest.fixture
 def table():
     def row(method, speed, top1, trusted=True):
-        cells = interval_cells("speedup", speed, speed - 0.1, speed + 0.1)
-        return {"method": method, **cells, **interval_cells("top1", top1, top1 - 0.02, top1 + 0.02), "trusted": trusted}
+        cells = interval_cells("speedup", Interval(speed, speed - 0.1, speed + 0.1))
+        return {
+            "method": method,
+            **cells,
+            **interval_cells("top1", Interval(top1, top1 - 0.02, top1 + 0.02)),
+            "trusted": trusted,
+        }
 
     rows = [row("unpatched", 1.0, 0.9), row("tome", 1.5, 0.88), row("tome", 1.9, 0.8, trusted=False)]
     return Table([*rows, row("random", 1.6, 0.6), {"method": "refused", "note": "why"}], {"device": "cpu"})

@@ -18,6 +18,7 @@ from tokenprune.evals.data import open_data
 from tokenprune.evals.models import LoadedModel
 from tokenprune.evals.quality_rows import Bench, Task, open_bench, quality_arm, quality_cases
 from tokenprune.evals.quality_table import pivot, rounded, write_tables
+from tokenprune.evals.stats import Interval
 from tokenprune.evals.table import Row, Table, interval_cells
 
 TASK = Task("small", "top1_kept", "share", 0.5, 6, 10)
@@ -139,7 +140,9 @@ def test_a_smaller_input_is_a_row(bench, dense) -> None:
 
 def row(method: str, flops: float, kept: float | None, ratio: float | None = None, note: str | None = None) -> Row:
     cells: Row = {"method": method, "flops": flops, "flops_ratio": ratio or flops, "note": note}
-    return cells if kept is None else cells | interval_cells("top1_kept", kept, kept - 0.01234567, kept + 0.02)
+    return (
+        cells if kept is None else cells | interval_cells("top1_kept", Interval(kept, kept - 0.01234567, kept + 0.02))
+    )
 
 
 TABLE = Table(

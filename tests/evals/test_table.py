@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.evals.stats import Interval
 from tokenprune.evals.table import Table, environment, interval_cells
 
 
@@ -13,7 +14,13 @@ from tokenprune.evals.table import Table, environment, interval_cells
 def table():
     return Table(
         rows=[
-            {"method": "tome", "batch": 8, **interval_cells("speedup", 1.5, 1.4, 1.6), "trusted": True, "note": None},
+            {
+                "method": "tome",
+                "batch": 8,
+                **interval_cells("speedup", Interval(1.5, 1.4, 1.6)),
+                "trusted": True,
+                "note": None,
+            },
             {"method": 'odd, "name" | pipe', "batch": None, "speedup": float("nan"), "note": "line one"},
         ],
         environment={"device": "cpu", "threads": 2},

@@ -233,7 +233,7 @@ def _row(arm: Arm, score: _Scores, base: _Scores, groups: Tensor | None, seed: i
         if name in ("top1", "knn"):
             drop = _interval(f"{name}_drop", base.column(name) - values, members, (-1.0, 1.0), seed)
             kept = bootstrap_share(values, base.column(name), groups=members, seed=seed)
-            drop |= interval_cells(f"{name}_kept", kept.estimate, kept.low, kept.high)
+            drop |= interval_cells(f"{name}_kept", kept)
             row |= drop if score is not base else dict.fromkeys(drop)
     return {**row, "note": _note(arm, score)}
 
@@ -250,7 +250,7 @@ def _note(arm: Arm, score: _Scores) -> str | None:
 
 def _interval(name: str, values: Tensor, groups: Tensor | None, support: tuple[float, float] | None, seed: int) -> Row:
     found = bootstrap_mean(values, groups=groups, support=support, seed=seed)
-    return interval_cells(name, found.estimate, found.low, found.high)
+    return interval_cells(name, found)
 
 
 def _split(images: ImageData, chosen: Tensor, seed: int) -> Tensor:

@@ -104,7 +104,7 @@ def timing_cells(timing: Timing, batch: int) -> dict[str, Any]:
 def ratio_cells(timing: Timing) -> Row:
     """The cells of `timing` but for its times: speed-up, control and peak memory."""
     return {
-        **interval_cells("speedup", timing.speedup.estimate, timing.speedup.low, timing.speedup.high),
+        **interval_cells("speedup", timing.speedup),
         "control": timing.control,
         "trusted": timing.trusted,
         "peak_mb": _megabytes(timing.peak_memory_patched),

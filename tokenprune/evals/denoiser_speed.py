@@ -121,9 +121,8 @@ def stack_table(*, rounds: int = 20, attempts: int = 3) -> Table:
 
 
 def _row(what: str, level: Level, timing: Timing) -> Row:
-    ratio = timing.speedup
     row: Row = {"what": what, "as in": level.model, "tokens": level.side**2, "channels": level.channels}
-    row |= {"blocks": level.depth, **interval_cells("speedup", ratio.estimate, ratio.low, ratio.high)}
+    row |= {"blocks": level.depth, **interval_cells("speedup", timing.speedup)}
     return row | {"control": timing.control, "trusted": timing.trusted}
 
 
@@ -155,9 +154,8 @@ def merge_table(*, rounds: int = 40, attempts: int = 3) -> Table:
 
     with torch.inference_mode():
         timing = measure(theirs, ours, theirs, rounds=rounds, attempts=attempts)
-    ratio = timing.speedup
-    cells = interval_cells("speedup", ratio.estimate, ratio.low, ratio.high)
-    row: Row = {"what": "match, merge and unmerge", **cells, "share of its time": 1 / ratio.estimate}
+    cells = interval_cells("speedup", timing.speedup)
+    row: Row = {"what": "match, merge and unmerge", **cells, "share of its time": 1 / timing.speedup.estimate}
     return Table([row | {"control": timing.control, "trusted": timing.trusted}], environment())
 
 
@@ -187,8 +185,7 @@ def _against_package(
     arms = [later_steps(model, inputs) for model in (theirs[0], ours, theirs[1])]
     with torch.inference_mode():
         timing = measure(*arms, rounds=rounds, warmup=1, attempts=attempts)
-    ratio = timing.speedup
-    row: Row = {"what": what, **interval_cells("speedup", ratio.estimate, ratio.low, ratio.high)}
+    row: Row = {"what": what, **interval_cells("speedup", timing.speedup)}
     return row | {"control": timing.control, "trusted": timing.trusted}
 
 

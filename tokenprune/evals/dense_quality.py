@@ -139,7 +139,7 @@ class Rows:
 
     def _scored(self, model: nn.Module) -> Row:
         found = self.task.score(_read(model, self.task.images, self.task.read))
-        return interval_cells(self.task.name, found.estimate, found.low, found.high)
+        return interval_cells(self.task.name, found)
 
 
 def by_method(table: Table, name: str) -> Table:

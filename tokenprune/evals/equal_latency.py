@@ -75,8 +75,8 @@ def against_own(
     rows = []
     for name, arm in arms.items():
         row: Row = {"schedule": name, "flops": 1.0 if name == UNPATCHED else _flops(arm), **timings[name].cells()}
-        row |= _cells("top1", bootstrap_mean(answers[name].right, support=(0.0, 1.0)))
-        row |= _cells("agreement", bootstrap_mean(answers[name].same, support=(0.0, 1.0)))
+        row |= interval_cells("top1", bootstrap_mean(answers[name].right, support=(0.0, 1.0)))
+        row |= interval_cells("agreement", bootstrap_mean(answers[name].same, support=(0.0, 1.0)))
         if name in schedules:
             row |= {"beside": beside[name], **compared[name], **_gains(answers[name], answers[beside[name]])}
         rows.append(row)
@@ -105,13 +105,13 @@ def _as_fast(speedup: Interval, own: Mapping[str, Interval], name: str) -> str:
 def _compared(found: nn.Module, own: nn.Module, timed: Tensor, rounds: int) -> Row:
     arms = (partial(_run, arm, timed) for arm in (own, found, shared_copy(own)))
     timing = measure(*arms, rounds=rounds, device=timed.device)
-    return {**_cells("faster", timing.speedup), "control": timing.control, "trusted": timing.trusted}
+    return {**interval_cells("faster", timing.speedup), "control": timing.control, "trusted": timing.trusted}
 
 
 def _gains(found: _Answers, own: _Answers) -> Row:
     right = bootstrap_mean(found.right.double() - own.right.double(), support=(-1.0, 1.0))
     same = bootstrap_mean(found.same.double() - own.same.double(), support=(-1.0, 1.0))
-    return {**_cells("top1_gain", right), **_cells("agreement_gain", same)}
+    return {**interval_cells("top1_gain", right), **interval_cells("agreement_gain", same)}
 
 
 def _answers(arms: Mapping[str, nn.Module], data: ImageData, like: Tensor, batch_size: int) -> dict[str, _Answers]:
@@ -126,10 +126,6 @@ def _answers(arms: Mapping[str, nn.Module], data: ImageData, like: Tensor, batch
             right[name].append(correct(own, labels))
             same[name].append(agreement(own, logits[UNPATCHED]))
     return {name: _Answers(torch.cat(right[name]), torch.cat(same[name])) for name in arms}
-
-
-def _cells(name: str, found: Interval) -> Row:
-    return interval_cells(name, found.estimate, found.low, found.high)
 
 
 def _flops(model: nn.Module) -> float:

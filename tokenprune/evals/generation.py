@@ -115,11 +115,11 @@ def score(pictures: Tensor, labels: Tensor, reader: DigitReader, real: Gaussian,
 def quality_cells(scores: Scores, base: Scores | None, *, seed: int = 0) -> Row:
     """The quality columns of `evaluate_generation`; base: of the unpatched pictures, None where these are they."""
     found = scores.distance
-    row: Row = interval_cells("frechet", found.estimate, found.low, found.high)
+    row: Row = interval_cells("frechet", found)
     row |= _mean("accuracy", scores.right, (0.0, 1.0), seed)
     if base is not None:
         rise = interval(found.estimate - base.distance.estimate, scores.draws - base.draws)
-        row |= interval_cells("frechet_rise", rise.estimate, rise.low, rise.high)
+        row |= interval_cells("frechet_rise", rise)
         row |= _mean("accuracy_drop", base.right - scores.right, (-1.0, 1.0), seed)
         row |= _mean("psnr", psnr(scores.pictures, base.pictures), None, seed)
         row |= _mean("cosine", feature_cosine(scores.features, base.features), None, seed)
@@ -175,4 +175,4 @@ def _equal_time(arms: Sequence[GenerationArm], timings: Sequence[Timing | None])
 
 def _mean(name: str, values: Tensor, support: tuple[float, float] | None, seed: int) -> Row:
     found = bootstrap_mean(values, support=support, seed=seed)
-    return interval_cells(name, found.estimate, found.low, found.high)
+    return interval_cells(name, found)

@@ -76,7 +76,7 @@ def score(options: argparse.Namespace) -> int:
         prompts = Path(options.prompts).read_text(encoding="utf-8").splitlines()
         scores = clip_score(picture_files(options.pictures), prompts, model=options.clip)
         found = bootstrap_mean(scores)
-        row |= interval_cells("clip_score", found.estimate, found.low, found.high)
+        row |= interval_cells("clip_score", found)
     emit(Table([row]), options)
     return 0
 

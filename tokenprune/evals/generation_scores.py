@@ -51,7 +51,7 @@ def above(row: Scored, other: Scored | None, name: str) -> Row:
     assert isinstance(distances[0], float)
     assert isinstance(distances[1], float)
     found = interval(distances[0] - distances[1], first - second)
-    return interval_cells(name, found.estimate, found.low, found.high)
+    return interval_cells(name, found)
 
 
 def longest(runs: Iterable[Scored], limit: float, cost: Mapping[int, float]) -> Scored | None:

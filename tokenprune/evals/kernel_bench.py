@@ -80,7 +80,7 @@ def _rows(
             for other in ("torch", "naive"):
                 if other in timed:
                     ratio = found.ratio(name, other)
-                    row |= interval_cells(f"over_{other}", ratio.estimate, ratio.low, ratio.high)
+                    row |= interval_cells(f"over_{other}", ratio)
             row |= {"extra_mb": peak_extra_memory(way, device) / 2**20}
         rows.append({**row, "control": found.control, "trusted": found.trusted, "note": notes.get(name)})
     return rows

@@ -197,4 +197,4 @@ def _row(arm: LvlmArm, found: Answers | None, base: Answers, seed: int) -> Row:
 
 def _mean(name: str, values: Tensor, support: tuple[float, float], seed: int) -> Row:
     found = bootstrap_mean(values, support=support, seed=seed)
-    return interval_cells(name, found.estimate, found.low, found.high)
+    return interval_cells(name, found)

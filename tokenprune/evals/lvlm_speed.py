@@ -164,12 +164,12 @@ def _ratios(name: str, parts: Mapping[str, SideBySide], promised: float) -> Row:
     row: Row = {}
     for column, part in {"speedup": "behind", "first_token_speedup": "first_token", "decode_speedup": "decode"}.items():
         found = parts[part].ratio(UNPATCHED, name)
-        row |= interval_cells(column, found.estimate, found.low, found.high)
+        row |= interval_cells(column, found)
         if part == "behind":
             row |= {"promised": promised, "kept_promise": found.estimate / promised}
     towers = zip(_scoring(name, parts), parts["tower"].seconds[UNPATCHED], strict=True)
     share = bootstrap_median([scoring / tower for scoring, tower in towers])
-    return row | interval_cells("of_tower", share.estimate, share.low, share.high)
+    return row | interval_cells("of_tower", share)
 
 
 def _scoring(name: str, parts: Mapping[str, SideBySide]) -> list[float]:

@@ -74,7 +74,7 @@ def profile_overhead(base: nn.Module, patched: nn.Module, images: Tensor, *, rou
 def overhead_cells(base: nn.Module, patched: nn.Module, images: Tensor, *, rounds: int = 20) -> Row:
     """`profile_overhead` on a copy of `patched`, as the cells of a table row: `overhead` and each of PARTS."""
     spent = profile_overhead(base, shared_copy(patched), images, rounds=rounds)
-    total = interval_cells("overhead", spent.total.estimate, spent.total.low, spent.total.high)
+    total = interval_cells("overhead", spent.total)
     return {**total, **{part: getattr(spent, part) for part in PARTS}}
 
 

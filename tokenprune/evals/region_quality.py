@@ -119,12 +119,16 @@ def quality_rows(
         right = (read(reader, images)[1] == given.labels).double()
         edges = boundary_errors(pictures, given, side)
         base = base or (found, draws, right, edges)
-        row: Row = {"way": name, **_cells("frechet", found), **_cells("accuracy", bootstrap_mean(right))}
-        row |= _cells("boundary", _ratio(edges, torch.ones_like(edges), 0.5))
+        row: Row = {
+            "way": name,
+            **interval_cells("frechet", found),
+            **interval_cells("accuracy", bootstrap_mean(right)),
+        }
+        row |= interval_cells("boundary", _ratio(edges, torch.ones_like(edges), 0.5))
         if base[2] is not right:
-            row |= _cells("frechet_ratio", interval(found.estimate / base[0].estimate, draws / base[1]))
-            row |= _cells("accuracy_ratio", _ratio(right, base[2]))
-            row |= _cells("boundary_ratio", _ratio(edges, base[3], 0.5))
+            row |= interval_cells("frechet_ratio", interval(found.estimate / base[0].estimate, draws / base[1]))
+            row |= interval_cells("accuracy_ratio", _ratio(right, base[2]))
+            row |= interval_cells("boundary_ratio", _ratio(edges, base[3], 0.5))
         rows.append(row)
     return rows
 
@@ -135,10 +139,6 @@ def _ratio(values: Tensor, others: Tensor, power: float = 1.0, resamples: int = 
     index = torch.randint(len(values), (resamples, len(values)), generator=generator)
     draws = values[index].mean(1) / others[index].mean(1)
     return interval(float(values.mean() / others.mean()) ** power, draws**power)
-
-
-def _cells(name: str, found: Interval) -> Row:
-    return interval_cells(name, found.estimate, found.low, found.high)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -94,7 +94,7 @@ def masked(model: nn.Module, latents: Tensor, share: float) -> nn.Module:
 
 
 def _time(name: str, speedup: Interval) -> Row:
-    return interval_cells(name, 1 / speedup.estimate, 1 / speedup.high, 1 / speedup.low)
+    return interval_cells(name, Interval(1 / speedup.estimate, 1 / speedup.high, 1 / speedup.low))
 
 
 def _trust(timing: Relative) -> Row:

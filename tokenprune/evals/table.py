@@ -16,6 +16,7 @@ import torch
 
 import tokenprune
 from tokenprune.errors import TokenPruneError
+from tokenprune.evals.stats import Interval
 from tokenprune.latency import device_name
 
 Cell = str | int | float | bool | None
@@ -125,9 +126,9 @@ def environment(device: torch.device | str = "cpu", dtype: torch.dtype = torch.f
     }
 
 
-def interval_cells(name: str, estimate: float, low: float, high: float) -> Row:
+def interval_cells(name: str, found: Interval) -> Row:
     """The three cells that `Table` shows as one: `name`, `name_low` and `name_high`."""
-    return {name: estimate, f"{name}_low": low, f"{name}_high": high}
+    return {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def version(distribution: str) -> str | None:

@@ -12,12 +12,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.stats import Interval, bootstrap_median
+from tokenprune.evals.table import Row, interval_cells
 
 Arm = Callable[[], object]
 CONTROL_TOLERANCE = 0.02
@@ -103,10 +103,10 @@ class Relative:
     speedup: Interval
     control: float
 
-    def cells(self) -> dict[str, Any]:
+    def cells(self) -> Row:
         """The cells of a table row."""
-        speedup = {"speedup": self.speedup.estimate, "speedup_low": self.speedup.low, "speedup_high": self.speedup.high}
-        return {**speedup, "control": self.control, "trusted": abs(self.control - 1.0) <= CONTROL_TOLERANCE}
+        trusted = abs(self.control - 1.0) <= CONTROL_TOLERANCE
+        return {**interval_cells("speedup", self.speedup), "control": self.control, "trusted": trusted}
 
 
 def measure_together(

@@ -32,14 +32,14 @@ def summary_rows(
     rows: list[Row] = []
     for pattern in patterns:
         row = _names(pattern) | {"flops_ratio": pattern.flops_ratio}
-        row |= _interval("depth", mean(pattern.depth.double().mean(1)))
+        row |= interval_cells("depth", mean(pattern.depth.double().mean(1)))
         row["kept"] = float(pattern.kept(-1).double().mean())
         row["groups"] = pattern.merges
         if pattern.right is not None:
-            row |= _interval(score, mean(pattern.right, support=(0.0, 1.0)))
+            row |= interval_cells(score, mean(pattern.right, support=(0.0, 1.0)))
             base = next(other for other in patterns if other.model == pattern.model)
             if pattern is not base and base.right is not None:
-                row |= _interval("loss", mean(base.right.double() - pattern.right.double(), support=(-1.0, 1.0)))
+                row |= interval_cells("loss", mean(base.right.double() - pattern.right.double(), support=(-1.0, 1.0)))
         rows.append(row)
     return rows + [{"method": arm.method, "budget": arm.budget, "note": arm.note} for arm in arms if arm.model is None]
 
@@ -141,10 +141,6 @@ def _pair_names(pair: Pair) -> Row:
 
 def _blocks(pair: Pair, stage: int) -> str:
     return " / ".join(dict.fromkeys(str(pattern.stages[stage]) for pattern in (pair.first, pair.second)))
-
-
-def _interval(name: str, found: Interval) -> Row:
-    return interval_cells(name, found.estimate, found.low, found.high)
 
 
 def _cells(name: str, draws: Tensor, *, centred: bool = False) -> Row:
