@@ -13,6 +13,7 @@ from tokenprune.api import patched, report
 from tokenprune.budget import checked_count, checked_share
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import active_patches
+from tokenprune.fixed_counts import fixed_counts
 from tokenprune.patch import Patch
 from tokenprune.registry import make_method, method_info, method_names
 from tokenprune.stored_schedule import StoredSchedule
@@ -44,17 +45,15 @@ def calibrate(
     """
     name, aim = ADAPTIVE.get(method, method), checked_share("flops", flops)
     learns = name in method_names() and make_method(name, {}).learned is not None
-    if learns and f"{name}_fixed" in method_names():
-        from tokenprune.fixed_counts import fixed_counts
-
-        checked_count("images", len(images), smallest=1, example=64)
-        with evaluating(model):
-            return fixed_counts(model, images, name, flops=aim, batch_size=batch_size, **options)
-    if not _has_threshold(name) or "threshold" in options:
+    fixed = learns and f"{name}_fixed" in method_names()
+    if not fixed and (not _has_threshold(name) or "threshold" in options):
         known = ", ".join(["tome", *(one for one in method_names() if _has_threshold(one))])
         raise UnsupportedMethod(f"calibrate finds the threshold of a method that has one, not {method!r}: {known}")
     checked_count("images", len(images), smallest=1, example=64)
     checked_count("batch_size", batch_size, smallest=1, example=64)
+    if fixed:
+        with evaluating(model):
+            return fixed_counts(model, images, name, flops=aim, batch_size=batch_size, **options)
     low, high, tried = -LARGEST, LARGEST, list[tuple[float, float, float, tuple[int, ...]]]()
     for _ in range(ROUNDS):
         threshold = (low + high) / 2
