@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.api import patched, report
+from tokenprune.bisection import nearest_to
 from tokenprune.budget import checked_count, checked_share
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import active_patches
@@ -54,16 +55,15 @@ def calibrate(
     if fixed:
         with evaluating(model):
             return fixed_counts(model, images, name, flops=aim, batch_size=batch_size, **options)
-    low, high, tried = -LARGEST, LARGEST, list[tuple[float, float, float, tuple[int, ...]]]()
-    for _ in range(ROUNDS):
-        threshold = (low + high) / 2
+
+    def tried(threshold: float) -> tuple[float, tuple[float, tuple[int, ...]]]:
         ratio, places = mean_flops(model, images, name, batch_size, {**options, "threshold": threshold})
-        tried.append((abs(ratio - aim), ratio, threshold, places))
-        if abs(ratio - aim) <= NEAR:
-            break
-        low, high = (threshold, high) if ratio < aim else (low, threshold)
-    error, ratio, threshold, places = min(tried)
-    if error > MET:
+        return ratio, (threshold, places)
+
+    ratio, (threshold, places) = nearest_to(
+        aim, tried, -LARGEST, LARGEST, first=0.0, rising=True, near=NEAR, rounds=ROUNDS
+    )
+    if abs(ratio - aim) > MET:
         raise BudgetError(
             f"flops={flops:g} is met by no threshold of {name}: the nearest costs {ratio:.2f} in the mean over"
             f" {len(images)} images; use flops={ratio:.2f}, another method or more images"
