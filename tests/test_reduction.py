@@ -1,9 +1,20 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from families import build, images
+from torch import Tensor
 
+import tokenprune
+from tokenprune import registry
+from tokenprune.attention_record import AttentionRecord
 from tokenprune.kernels.merge import gather
+from tokenprune.method import Method
 from tokenprune.reduction import Reduction
 from tokenprune.restore import dropped
+from tokenprune.schedule import Stages
+from tokenprune.selection.facility import attend_within_tiles, facility_destinations
+from tokenprune.selection.tiles import cut
 
 
 def test_dropping_keeps_the_named_rows() -> None:
@@ -111,3 +122,34 @@ def test_a_prefix_stays_in_front_bit_by_bit(form: str, dtype: torch.dtype) -> No
     }[form]
     whole = reduction.with_prefix(3)(x, torch.cat([torch.ones(2, 3), sizes], 1))
     assert torch.equal(whole, torch.cat([x[:, :3], reduction(x[:, 3:], sizes)], 1))
+
+
+def _tiled(*, as_matrix: bool = False, rate: float = 0.6) -> Method:
+    """Tokens are shared out within four stretches of them; the blocks of the matrix, or all of it."""
+
+    def select(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
+        record = replace(record, hidden=record.hidden[:, record.num_prefix_tokens :], num_prefix_tokens=0)
+        tiling = cut((1, record.tokens), keep, 4)
+        reduction = attend_within_tiles(facility_destinations(record, tiling), record, 0.1, tiling)
+        return Reduction(reduction.kept, matrix=reduction.dense) if as_matrix else reduction
+
+    return Method(name="tiled", paper="a test", schedule=Stages(rate), select=select, merges=True)
+
+
+@pytest.mark.parametrize("family", ["class_token", "map_pool"])
+def test_a_matrix_of_tiles_is_a_matrix_at_a_place_of_a_tower(family: str) -> None:
+    model = build(family)
+    x, found = images(model), []
+    registry.register_method("tiled")(_tiled)
+    try:
+        for as_matrix in (False, True):
+            for restore in ("unmerge", "fusion"):
+                tokenprune.patch(model, "tiled", schedule={1: 0.6}, as_matrix=as_matrix, restore=restore)
+                with torch.no_grad():
+                    found.append((model(x), model.forward_features(x)))
+    finally:
+        registry._METHODS.pop("tiled")
+    for one, other in zip(found[:2], found[2:], strict=True):
+        for part, whole in zip(one, other, strict=True):
+            torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[0][1], found[1][1])

@@ -46,6 +46,14 @@ def test_fake_and_transformed_tensors_are_not_held():
     assert positions(5, torch.zeros(1)).tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+def test_a_trace_leaves_nothing_behind():
+    """Its sizes are tensors, by which no table would be found again."""
+    traced = torch.jit.trace(lambda x: x + positions(x.shape[0], x), torch.zeros(5), check_trace=False)
+    assert not tables._HELD
+    assert traced(torch.zeros(7)).tolist() == list(range(7))
+
+
 def test_of_many_the_oldest_goes(monkeypatch):
     monkeypatch.setattr(tables, "MOST", 3)
     x = torch.zeros(1)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.api import patched, report
+from tokenprune.bisection import nearest_to
 from tokenprune.budget import checked_count, checked_share
 from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import active_patches
+from tokenprune.fixed_counts import fixed_counts
 from tokenprune.patch import Patch
 from tokenprune.registry import make_method, method_info, method_names
 from tokenprune.stored_schedule import StoredSchedule
@@ -44,27 +46,24 @@ def calibrate(
     """
     name, aim = ADAPTIVE.get(method, method), checked_share("flops", flops)
     learns = name in method_names() and make_method(name, {}).learned is not None
-    if learns and f"{name}_fixed" in method_names():
-        from tokenprune.fixed_counts import fixed_counts
-
-        checked_count("images", len(images), smallest=1, example=64)
-        with evaluating(model):
-            return fixed_counts(model, images, name, flops=aim, batch_size=batch_size, **options)
-    if not _has_threshold(name) or "threshold" in options:
+    fixed = learns and f"{name}_fixed" in method_names()
+    if not fixed and (not _has_threshold(name) or "threshold" in options):
         known = ", ".join(["tome", *(one for one in method_names() if _has_threshold(one))])
         raise UnsupportedMethod(f"calibrate finds the threshold of a method that has one, not {method!r}: {known}")
     checked_count("images", len(images), smallest=1, example=64)
     checked_count("batch_size", batch_size, smallest=1, example=64)
-    low, high, tried = -LARGEST, LARGEST, list[tuple[float, float, float, tuple[int, ...]]]()
-    for _ in range(ROUNDS):
-        threshold = (low + high) / 2
+    if fixed:
+        with evaluating(model):
+            return fixed_counts(model, images, name, flops=aim, batch_size=batch_size, **options)
+
+    def tried(threshold: float) -> tuple[float, tuple[float, tuple[int, ...]]]:
         ratio, places = mean_flops(model, images, name, batch_size, {**options, "threshold": threshold})
-        tried.append((abs(ratio - aim), ratio, threshold, places))
-        if abs(ratio - aim) <= NEAR:
-            break
-        low, high = (threshold, high) if ratio < aim else (low, threshold)
-    error, ratio, threshold, places = min(tried)
-    if error > MET:
+        return ratio, (threshold, places)
+
+    ratio, (threshold, places) = nearest_to(
+        aim, tried, -LARGEST, LARGEST, first=0.0, rising=True, near=NEAR, rounds=ROUNDS
+    )
+    if abs(ratio - aim) > MET:
         raise BudgetError(
             f"flops={flops:g} is met by no threshold of {name}: the nearest costs {ratio:.2f} in the mean over"
             f" {len(images)} images; use flops={ratio:.2f}, another method or more images"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.api import patched, record, report
+from tokenprune.bisection import nearest_to
 from tokenprune.budget import checked_share
 from tokenprune.errors import BudgetError
 from tokenprune.recording import PlaceRecord
@@ -33,20 +34,15 @@ def fixed_counts(
     left, dropped, names, tokens = _seen(model, images, method, batch_size, own)
     fixed = {key: value for key, value in options.items() if key not in ("weights", "places")}
     fixed["dropped"] = dropped
-    low, high, tried = 0.0, 4.0, list[tuple[float, float, dict[int | str, float]]]()
-    power = 1.0
-    for _ in range(ROUNDS):
+
+    def tried(power: float) -> tuple[float, dict[int | str, float]]:
         shares: dict[int | str, float] = {
             name: round(min(1.0, max(0.5, share**power)), 4) for name, share in zip(names, left, strict=True)
         }
-        ratio = _ratio(model, f"{method}_fixed", shares, fixed, tokens)
-        tried.append((abs(ratio - aim), ratio, shares))
-        if abs(ratio - aim) <= NEAR:
-            break
-        low, high = (power, high) if ratio > aim else (low, power)
-        power = (low + high) / 2
-    error, ratio, shares = min(tried, key=lambda one: one[0])
-    if error > MET:
+        return _ratio(model, f"{method}_fixed", shares, fixed, tokens), shares
+
+    ratio, shares = nearest_to(aim, tried, 0.0, 4.0, first=1.0, rising=False, near=NEAR, rounds=ROUNDS)
+    if abs(ratio - aim) > MET:
         raise BudgetError(
             f"flops={flops:g} is met by no fixed numbers like those of {method}: the nearest cost {ratio:.2f}; use"
             f" flops={ratio:.2f}, or train {method} for that budget"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.kernels.merge import gather
+from tokenprune.tables import positions
 
 # A tap says what to catch and where: "queries", "keys", "values" the output of a module, "inputs" and "value_inputs"
 # the input of one.
@@ -181,7 +182,7 @@ def gather_bias(bias: Tensor, origin: Tensor, num_prefix_tokens: int) -> Tensor:
     bias: [B or 1, H or 1, N, N] (N, or 1 for rows, over prefix and full grid); origin: [B, n]. Returns
     [B, H, P + n, P + n].
     """
-    prefix = torch.arange(num_prefix_tokens, device=origin.device).expand(origin.shape[0], -1)
+    prefix = positions(num_prefix_tokens, origin).expand(origin.shape[0], -1)
     index = torch.cat([prefix, origin + num_prefix_tokens], 1)
     if bias.shape[-2] > 1:
         bias = gather(bias, index, dim=2)

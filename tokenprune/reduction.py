@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenprune.kernels.inputs import EPSILON, precision
 from tokenprune.kernels.merge import gather, merge, merge_sizes, source
 from tokenprune.kernels.merge.eager import flat_rows
+from tokenprune.tables import positions
 from tokenprune.tile_matrix import TileMatrix
 
 
@@ -132,7 +133,7 @@ class Reduction:
         assert not self.mixes
         if count == 0:
             return self
-        own = torch.arange(count, device=self.kept.device).expand(self.kept.shape[0], -1)
+        own = positions(count, self.kept).expand(self.kept.shape[0], -1)
         moved, target = (None if index is None else index + count for index in (self.moved, self.target))
         return replace(self, kept=torch.cat([own, self.kept + count], 1), moved=moved, target=target)
 

@@ -108,11 +108,16 @@ class InFrontOfStages(Stages):
 
 
 @dataclass(frozen=True)
-class HalfOfEveryBlock(Stages):
-    """Stages in every block, of which each can merge half of its tokens."""
+class InEveryBlock(Stages):
+    """Stages in every block."""
 
     def places(self, layout: Layout) -> tuple[int, ...]:
         return super().places(layout) if self.at is not None else tuple(range(layout.depth))
+
+
+@dataclass(frozen=True)
+class HalfOfEveryBlock(InEveryBlock):
+    """Stages in every block, of which each can merge half of its tokens."""
 
     def fewest(self, entering: int, layout: Layout) -> int:
         return entering - entering // 2

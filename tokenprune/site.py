@@ -299,8 +299,9 @@ def _leaving(
     x: Tensor, sizes: Tensor | None, reduction: Reduction, prefix: int, merges: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The tokens of x [B, P + n, C] that leave, [B, P + K, C], and where `merges` the original patches in each."""
-    if prefix and reduction.matrix is not None:
-        leaving = torch.cat([x[:, :prefix], reduction(x[:, prefix:])], 1)
+    if reduction.mixes:
+        leaving = reduction(x[:, prefix:])
+        leaving = torch.cat([x[:, :prefix], leaving], 1) if prefix else _in_layout_of(x, leaving)
     else:  # the whole sequence, as a slice of it would be copied to be gathered
         whole = reduction.with_prefix(prefix)
         if merges and whole.averages_by_size:

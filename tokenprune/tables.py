@@ -26,7 +26,8 @@ def table(make: Callable[..., Tensor], *key: Hashable, like: Tensor) -> Tensor:
     have no values of their own (meta, fake, traced, or transformed by torch.func) it is made anew.
     """
     device = like.device
-    if torch.compiler.is_compiling() or type(like) is not Tensor or like.is_meta or is_wrapped(like):
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if traced or type(like) is not Tensor or like.is_meta or is_wrapped(like):
         return make(*key, device)
     place = (make, *key, device)
     found = _HELD.get(place)

@@ -68,7 +68,7 @@ def test_methods_and_models_that_learn_nothing(model: nn.Module, data: Data) -> 
         train(model, data, "nothing", flops=0.6)
     with pytest.raises(UnsupportedMethod, match="learns nothing; leave them out"):
         tokenprune.patch(model, "tome", weights=parts(model, [0.8] * 4, [0.0] * 4))
-    for options in ({"batch_size": 0}, {"epochs": -1}, {"accumulate": 0}):
+    for options in ({"batch_size": 0}, {"epochs": -1}, {"accumulate": 0}, {"save_every": 0}):
         with pytest.raises(BudgetError, match=next(iter(options))):
             train(model, data, flops=0.6, **options)
     with pytest.raises(TokenPruneError, match="plateau"):

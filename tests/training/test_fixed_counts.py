@@ -67,6 +67,9 @@ def test_what_is_refused(model: nn.Module, data: Data) -> None:
         tokenprune.calibrate(model, data[0], "ltmp", flops=0.6)
     with pytest.raises(tokenprune.UnsupportedMethod, match="dropped are shares"):
         tokenprune.patch(model, "ltmp_fixed", dropped=(2.0,))
+    weights = parts(model, [0.9] * 4, [0.01] * 4)
+    with pytest.raises(tokenprune.BudgetError, match="batch_size must be a whole number of at least 1"):
+        tokenprune.calibrate(model, data[0], "ltmp", flops=0.6, weights=weights, batch_size=0)
 
 
 @pytest.mark.full

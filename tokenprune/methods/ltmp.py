@@ -3,7 +3,6 @@ Token Merging and Pruning for Vision Transformers", TMLR 2023)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from tokenprune.learning import Learned, Lesson, Recipe, Shape
 from tokenprune.masking import Masking, masked_away, straight_through
 from tokenprune.method import Method
 from tokenprune.registry import register_method
-from tokenprune.schedule import Layout, Stages
+from tokenprune.schedule import InEveryBlock
 from tokenprune.selection.pairs import alternating
 from tokenprune.selection.top_k import first_of
 
@@ -151,14 +150,6 @@ def into_range(thresholds: nn.Module) -> None:
     """Thresholds stay in [0, 1]."""
     for threshold in thresholds.parameters():
         threshold.clamp_(0, 1)
-
-
-@dataclass(frozen=True)
-class InEveryBlock(Stages):
-    """Stages in every block."""
-
-    def places(self, layout: Layout) -> tuple[int, ...]:
-        return super().places(layout) if self.at is not None else tuple(range(layout.depth))
 
 
 LEARNED = Learned(

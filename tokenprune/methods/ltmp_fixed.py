@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
@@ -20,6 +19,7 @@ from tokenprune.registry import register_method
 from tokenprune.schedule import HalfOfEveryBlock
 from tokenprune.selection.pairs import halves, merge_best
 from tokenprune.selection.top_k import ranked
+from tokenprune.tables import positions
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def prune_and_merge(scores: Tensor | None, record: AttentionRecord, keep: int, *
     until `keep` are left."""
     removed, first = record.tokens - keep, record.num_prefix_tokens % 2
     gone = dropped(record.place, record.depth, removed)
-    rest = torch.arange(record.tokens, device=record.origin.device).expand_as(record.origin)
+    rest = positions(record.tokens, record.origin).expand_as(record.origin)
     if gone:
         rest = ranked(importance(record))[:, : record.tokens - gone].sort(dim=1).values
     a, b = halves(rest, first)

@@ -15,6 +15,7 @@ from tokenprune.ragged import RaggedReduction
 from tokenprune.reduction import Reduction
 from tokenprune.scores.fixed import hashed_scores
 from tokenprune.selection.top_k import first_of, ranked
+from tokenprune.tables import positions
 
 
 def merge_similar_pairs(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:
@@ -31,7 +32,7 @@ def merge_similar_pairs(scores: Tensor | None, record: AttentionRecord, keep: in
 
 def alternating(record: AttentionRecord, first: int) -> tuple[Tensor, Tensor]:
     """Positions [B, M] and [B, n - M] of every second token, from `first` (0 or 1) on, and of the others."""
-    every = torch.arange(record.tokens, device=record.origin.device).expand_as(record.origin)
+    every = positions(record.tokens, record.origin).expand_as(record.origin)
     a, b = halves(every, first)
     return a, b
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from tokenprune.bisection import nearest_to
 from tokenprune.calibration import MET, NEAR, mean_flops
 from tokenprune.learned_parts import LearnedParts
 from tokenprune.learning import Learned, Shape
@@ -28,22 +29,15 @@ def on_budget(model: nn.Module, parts: LearnedParts, images: Tensor, batch_size:
         ratio, _ = mean_flops(model, images, parts.method, batch_size, options)
         return ratio, replace(changed, found={**parts.found, "flops_ratio": ratio, "factor": factor})
 
-    low, high, factor = 0.0, 2.0, 1.0
-    best = tried(factor)
-    for _ in range(ROUNDS if learned.weaken is not None and abs(best[0] - aim) > NEAR else 0):
-        last = tried(factor) if factor != 1.0 else best
-        best = min(best, last, key=lambda one: abs(one[0] - aim))
-        if abs(last[0] - aim) <= NEAR:
-            break
-        low, high = (low, factor) if last[0] < aim else (factor, high)
-        factor = (low + high) / 2
-    if abs(best[0] - aim) > MET:
+    rounds = ROUNDS if learned.weaken is not None else 1
+    ratio, best = nearest_to(aim, tried, 0.0, 2.0, first=1.0, rising=False, near=NEAR, rounds=rounds)
+    if abs(ratio - aim) > MET:
         warnings.warn(
-            f"what was learned costs {best[0]:.3f} of the multiply-adds in the mean, not {aim:g}: train longer, or with"
+            f"what was learned costs {ratio:.3f} of the multiply-adds in the mean, not {aim:g}: train longer, or with"
             " another learning_rate",
             stacklevel=3,
         )
-    return best[1]
+    return best
 
 
 def _weakened(parts: LearnedParts, learned: Learned, factor: float) -> LearnedParts:

@@ -90,6 +90,7 @@ def train(
         "batch_size", recipe.batch_size if batch_size is None else batch_size, smallest=1, example=128
     )
     epochs = checked_count("epochs", recipe.epochs if epochs is None else epochs, smallest=1, example=1)
+    save_every = checked_count("save_every", save_every, smallest=1, example=100)
     per_epoch = data.size // (batch * processes * accumulate)
     if per_epoch == 0:
         raise TokenPruneError(
