@@ -82,8 +82,8 @@ def undo(choice: Restore, state: TokenState, reduction: Reduction, x: Tensor, le
     """How the tokens x [B, n, C] that enter a place are brought back from `leaving` [B, K, C], those that leave it; a
     fused token takes no part."""
     if choice == "fusion":
-        kept = leaving if reduction.matrix is not None else leaving[:, : reduction.kept.shape[1]]
-        own = reduction if reduction.matrix is not None else represented(reduction)
+        kept = leaving if reduction.mixes else leaving[:, : reduction.kept.shape[1]]
+        own = reduction if reduction.mixes else represented(reduction)
         return Return(own, x, kept)
     with torch.no_grad():
         return _undo(choice, state, reduction, x)
@@ -91,7 +91,7 @@ def undo(choice: Restore, state: TokenState, reduction: Reduction, x: Tensor, le
 
 def _undo(choice: Restore, state: TokenState, reduction: Reduction, x: Tensor) -> Undo:
     count = x.shape[1]
-    if reduction.matrix is not None:
+    if reduction.mixes:
         if choice in ("feature", "place"):
             raise UnsupportedMethod(f"every token is a mixture here, and restore={choice!r} needs some that are kept")
         return Undo(reduction.source(count))

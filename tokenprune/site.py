@@ -299,7 +299,7 @@ def _leaving(
     x: Tensor, sizes: Tensor | None, reduction: Reduction, prefix: int, merges: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The tokens of x [B, P + n, C] that leave, [B, P + K, C], and where `merges` the original patches in each."""
-    if prefix and reduction.matrix is not None:
+    if prefix and reduction.mixes:
         leaving = torch.cat([x[:, :prefix], reduction(x[:, prefix:])], 1)
     else:  # the whole sequence, as a slice of it would be copied to be gathered
         whole = reduction.with_prefix(prefix)

@@ -140,7 +140,7 @@ def choose(
             reduction = patch.spent.choosing(("select", len(group), size, count), choosing)
         kept = flat.gather(1, reduction.kept)
         keep = keep.index_fill(0, flat.flatten(), False).index_fill(0, kept.flatten(), True)
-        if reduction.matrix is not None or reduction.moved is not None:
+        if reduction.mixes or reduction.moved is not None:
             if not group[0].merged:
                 rows = rows.index_copy(0, kept.flatten(), reduction(rows[flat]).flatten(0, 1))
             if deep is not None:

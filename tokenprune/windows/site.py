@@ -90,7 +90,7 @@ class BlockSite:
         tiling, grid = self.layout.tiling, (x.shape[1], x.shape[2])
         index = table(Tiling.index, tiling, grid, like=x)
         reduction = self._select(now, x, index, keep)
-        if reduction.kept.shape[1] != keep or reduction.moved is not None or reduction.matrix is not None:
+        if reduction.kept.shape[1] != keep or not reduction.is_index:
             raise UnsupportedMethod(
                 f"{self.patch.method.name} is asked for {keep} windows of {self.layout.name}; here it must drop the"
                 " others, and no fewer or more"
