@@ -11,8 +11,8 @@ from torch import Tensor
 from tokenprune.kernels.inputs import additive
 
 LARGEST = 62.0
-"""Of a logit that may be exponentiated as it is: a weight of 1e-5 over the sum of those of a million keys is no denormal
-number of float32, which would lose digits, or count as 0 (torch.set_flush_denormal)."""
+"""Of a logit that may be exponentiated as it is: a weight of 1e-5 over the sum of those of a million keys is not yet a
+denormal number of float32, which would lose digits, or count as 0 (torch.set_flush_denormal)."""
 
 
 @dataclass(frozen=True)
