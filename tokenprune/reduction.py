@@ -130,9 +130,9 @@ class Reduction:
 
     def with_prefix(self, count: int) -> Reduction:
         """The same behind `count` tokens in front of the n, which stay where they are; not of a dense matrix."""
-        assert not self.mixes
         if count == 0:
             return self
+        assert not self.mixes
         own = positions(count, self.kept).expand(self.kept.shape[0], -1)
         moved, target = (None if index is None else index + count for index in (self.moved, self.target))
         return replace(self, kept=torch.cat([own, self.kept + count], 1), moved=moved, target=target)

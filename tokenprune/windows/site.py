@@ -14,6 +14,7 @@ from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.recording import PlaceRecord
 from tokenprune.reduction import Reduction
 from tokenprune.state import in_backward, recall, remember
+from tokenprune.tables import positions, table
 from tokenprune.windows.here import Pass, finish, here
 from tokenprune.windows.host import Block, Layout
 from tokenprune.windows.tiling import Chosen, Grid, Tiling, choose
@@ -87,7 +88,7 @@ class BlockSite:
 
     def _chosen(self, now: Pass, x: Tensor, keep: int) -> Chosen:
         tiling, grid = self.layout.tiling, (x.shape[1], x.shape[2])
-        index = tiling.index(grid, x.device)
+        index = table(Tiling.index, tiling, grid, like=x)
         reduction = self._select(now, x, index, keep)
         if reduction.kept.shape[1] != keep or not reduction.is_index:
             raise UnsupportedMethod(
@@ -106,7 +107,7 @@ class BlockSite:
         hidden = x.flatten(1, 2)
         record = AttentionRecord(
             hidden=hidden,
-            origin=torch.arange(hidden.shape[1], device=x.device).expand(x.shape[0], -1),
+            origin=positions(hidden.shape[1], x).expand(x.shape[0], -1),
             num_prefix_tokens=0,
             place=stage,
             depth=self.patch.stages,
@@ -120,7 +121,7 @@ class BlockSite:
         if tokens is not None:
             each = functional.pad(tokens, (0, 1))[:, index.flatten()].view(-1, *index.shape)
             scores = torch.linalg.vector_norm(each, dim=2)
-        windows = torch.arange(index.shape[0], device=x.device).expand(x.shape[0], -1)
+        windows = positions(index.shape[0], x).expand(x.shape[0], -1)
         tiles = self.layout.tiling.tiles(grid)
         selected = method.select(scores, replace(record, hidden=hidden[:, :0], origin=windows, grid=tiles), keep)
         assert isinstance(selected, Reduction)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tokenprune.kernels.inputs import additive
 
-LARGEST = 75.0
-"""Of a logit whose exponential, and the sum of those of a million keys, is a number of float32."""
+LARGEST = 62.0
+"""Of a logit that may be exponentiated as it is: a weight of 1e-5 over the sum of those of a million keys is not yet a
+denormal number of float32, which would lose digits, or count as 0 (torch.set_flush_denormal)."""
 
 
 @dataclass(frozen=True)
