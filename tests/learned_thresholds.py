@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import tokenprune
-from tokenprune.api import bare, find_models
 from tokenprune.family import active_patches
+from tokenprune.finding import bare, find_models
 from tokenprune.learned_parts import LearnedParts
 from tokenprune.learning import Lesson
 from tokenprune.patch import Patch

@@ -92,16 +92,16 @@ def attempt(name: str, model: nn.Module, x: Tensor) -> str:
 
 
 def assert_names_the_floor(model: nn.Module, x: Tensor, message: str) -> None:
-    """The message names, to two digits, what is left when the default method, ToMe, halves in every block."""
+    """The message names, to two digits, what is left when the method chosen for this budget, ToMe, halves in every
+    block."""
     unpatched = cost(model, x)
     assert unpatched.outside > 0.5 * unpatched.total, "only a heavy stem makes the budget unreachable"
-    tokens = tokenprune.report(tokenprune.patch(model, keep=0.5)).to_dict()["tokens"]
+    tokens = tokenprune.report(tokenprune.patch(model, "tome", keep=0.5)).to_dict()["tokens"]
     halves = {}
     for block in range(len(model.blocks)):
         halves[block] = (tokens - tokens // 2) / tokens
         tokens -= tokens // 2
-    tokenprune.patch(model, schedule=halves)
-    assert tokenprune.report(model).to_dict()["method"] == "tome"
+    tokenprune.patch(model, "tome", schedule=halves)
     floor = zoo.count(model, x).get_total_flops() / unpatched.total
     tokenprune.unpatch(model)
     assert max(BUDGET, unpatched.outside / unpatched.total) < floor < 1

@@ -17,6 +17,7 @@ from tokenprune.budget import parse_budget
 from tokenprune.defaults import default_choices
 from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel, UntrainedMethod
 from tokenprune.family import AppliedPatch, Family, Request, active_patches, composes, detach, replaced_by
+from tokenprune.finding import active_on, bare, find_models, modules_of, patches_on, reattach
 from tokenprune.latency import load_table, told_speed
 from tokenprune.learned_parts import LearnedParts, load_learned
 from tokenprune.method_families import shipped_table
@@ -26,9 +27,6 @@ from tokenprune.report import Report
 from tokenprune.stored_schedule import StoredSchedule, load_schedule
 
 Target = TypeVar("Target")
-
-# What a diffusion pipeline calls the models that denoise.
-DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 def patch(
@@ -136,7 +134,7 @@ def patch(
     except BaseException:
         for model, family, earlier in found:
             detach(model, replaced_by(family, model))
-            _reattach(model, family, earlier)
+            reattach(model, family, earlier)
         raise
     for (_, _, earlier), one in zip(found, prepared, strict=True):
         for replaced in earlier.values():
@@ -148,7 +146,7 @@ def patch(
 def unpatch(target: Target) -> Target:
     """Remove every patch on `target` and inside it, exactly; does nothing to an unpatched one. Returns `target`."""
     forget = False
-    for module in _modules(target):
+    for module in modules_of(target):
         patches = active_patches(module)
         detach(module, patches)
         forget |= bool(patches)
@@ -167,7 +165,7 @@ def patched(target: Target, method: str | None = None, **arguments: Any) -> Iter
     finally:
         for model, family, earlier in found:
             detach(model, replaced_by(family, model))
-            _reattach(model, family, earlier)
+            reattach(model, family, earlier)
         _forget_compiled()
 
 
@@ -177,7 +175,7 @@ def report(target: object) -> Report:
     Raises:
         UnsupportedModel: `target` is not patched, or holds several models that are.
     """
-    found = _active(target)
+    found = active_on(target)
     found = [patch for patch in found if composes(patch)] or found  # the whole's stands before those of its parts
     if len(found) > 1 and isinstance(target, nn.Module):
         raise UnsupportedModel(
@@ -197,7 +195,7 @@ def record(target: object) -> Iterator[Recording]:
     Raises:
         UnsupportedModel: `target` is not patched.
     """
-    found = _active(target)
+    found = active_on(target)
     recording = Recording()
     for one in found:
         one.recordings.append(recording)
@@ -205,7 +203,7 @@ def record(target: object) -> Iterator[Recording]:
         with torch.compiler.set_stance("force_eager"):
             yield recording
     finally:
-        for one in (*found, *_patches(target)):
+        for one in (*found, *patches_on(target)):
             if recording in one.recordings:
                 one.recordings.remove(recording)
 
@@ -217,7 +215,7 @@ def learned(target: object) -> nn.Module:
     Raises:
         UnsupportedModel: `target` is not patched, or by a method that learns nothing.
     """
-    found = [parts for one in _active(target) if (parts := getattr(one, "learned", None)) is not None]
+    found = [parts for one in active_on(target) if (parts := getattr(one, "learned", None)) is not None]
     if len(found) != 1:
         raise UnsupportedModel(f"{len(found)} patches here have learned parts, such as patch(model, 'ltmp') loads")
     learned_parts: nn.Module = found[0]
@@ -268,57 +266,6 @@ def _found(
     return stored.method, {**stored.options, **options}, stored.schedule
 
 
-def _modules(target: object) -> list[nn.Module]:
-    """`target` itself, or the denoisers of a pipeline."""
-    if isinstance(target, torch.jit.ScriptModule):
-        raise UnsupportedModel("a TorchScript module cannot be patched; patch the eager model and trace that")
-    if isinstance(target, nn.Module):
-        return [target]
-    parts = [getattr(target, name, None) for name in DENOISERS]
-    found = [part for part in parts if isinstance(part, nn.Module)]
-    if not found:
-        raise UnsupportedModel(
-            f"expected a torch module, or a pipeline with a {' or '.join(DENOISERS[:2])}, got {type(target).__name__}"
-        )
-    return found
-
-
-def _patches(target: object) -> list[AppliedPatch]:
-    return [patch for module in _modules(target) for patch in active_patches(module).values()]
-
-
-def _active(target: object) -> list[AppliedPatch]:
-    found = _patches(target)
-    if not found:
-        raise UnsupportedModel("nothing here is patched; call tokenprune.patch(model, flops=0.6) first")
-    return found
-
-
-def find_models(target: object) -> list[tuple[nn.Module, Family]]:
-    """The models in `target` that a family knows, each with it.
-
-    Raises:
-        UnsupportedModel: there is none.
-    """
-    return [_find_in(getattr(module, "_orig_mod", module)) for module in _modules(target)]
-
-
-def _find_in(module: nn.Module) -> tuple[nn.Module, Family]:
-    for family in registry.families():
-        model = family.find(module)
-        if model is not None:
-            return model, family
-    raise UnsupportedModel(
-        f"no adapter knows {type(module).__name__} or a module inside it; supported: timm vision transformers"
-        " (VisionTransformer, DeiT, BEiT, EVA, hybrid, relative-position, CaiT, NaFlexViT) and its models of windows"
-        " (SwinTransformer, SwinTransformerV2, VisionTransformerSAM, Hiera), transformers' image towers"
-        " (CLIP, SigLIP, ViT, DeiT, BEiT, DINOv2, DINOv3, and those of InternVL, Idefics3, SmolVLM and Qwen-VL) and"
-        " vision-language models (Llava, LlavaNext, LlavaOnevision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Gemma3,"
-        " PaliGemma, Idefics3, SmolVLM) and diffusers'"
-        " denoisers (UNet2DConditionModel, transformers); others through tokenprune.register_adapter"
-    )
-
-
 def _prepare_default(family: Family, model: nn.Module, request: Request) -> AppliedPatch:
     """The best method of the shipped table that this model can run, and whose budget it can meet."""
     refused: TokenPruneError | None = None
@@ -332,22 +279,6 @@ def _prepare_default(family: Family, model: nn.Module, request: Request) -> Appl
         return patch
     assert refused is not None
     raise refused
-
-
-@contextmanager
-def bare(model: nn.Module, family: Family) -> Iterator[None]:
-    """A model of `family` without what is patched on it, which is put back behind the with block."""
-    earlier = replaced_by(family, model)
-    detach(model, earlier)
-    try:
-        yield
-    finally:
-        _reattach(model, family, earlier)
-
-
-def _reattach(model: nn.Module, family: Family, patches: Mapping[str, AppliedPatch]) -> None:
-    for earlier in patches.values():
-        family.attach(model, earlier)
 
 
 def _forget_compiled() -> None:

@@ -17,9 +17,9 @@ from tokenprune.adapters.timm_windows import Windowed, example_of, swapped_for
 from tokenprune.errors import UnsupportedModel
 from tokenprune.narrow.host import Captured, NarrowBlock, NarrowHost
 from tokenprune.registry import register_adapter
-from tokenprune.windows.here import attended_here, windows_here
+from tokenprune.windows.here import on_windows_here
 from tokenprune.windows.host import Block, Layout, WindowsHost
-from tokenprune.windows.tiling import Grid, Tiling
+from tokenprune.windows.tiling import Chosen, Grid, Tiling
 
 
 @named_as(hiera.HieraBlock)
@@ -27,17 +27,16 @@ class WindowedHieraBlock(hiera.HieraBlock):
     """Hiera's block without pooling."""
 
     def forward(self, x: Tensor) -> Tensor:
+        def attend(chosen: Chosen, windows: Tensor) -> Tensor:
+            attended = self.attn(self.norm1(windows))
+            return chosen.together(windows) + self.drop_path1(self.ls1(chosen.together(attended)))
+
+        def feed(tokens: Tensor) -> Tensor:
+            return tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
+
         units = x.unflatten(1, (self.attn.window_size, -1))  # type: ignore[no-untyped-call]
-        chosen = windows_here(units, Tiling((self.attn.window_size, 1)))
-        if chosen is None:
-            out: Tensor = super().forward(x)
-            return out
-        windows = chosen.take(units)
-        attended = self.attn(self.norm1(windows))
-        images = chosen.together(windows) + self.drop_path1(self.ls1(chosen.together(attended)))
-        attended_here()
-        images = images + self.drop_path2(self.ls2(self.mlp(self.norm2(images))))
-        return chosen.give_back(images, units).flatten(1, 2)
+        out = on_windows_here(units, Tiling((self.attn.window_size, 1)), attend, feed)
+        return super().forward(x) if out is None else out.flatten(1, 2)
 
 
 @register_adapter

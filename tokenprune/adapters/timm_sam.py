@@ -12,9 +12,9 @@ from tokenprune.adapters.timm_windows import Windowed, example_of, swapped_for
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.narrow.host import NarrowHost
 from tokenprune.registry import register_adapter
-from tokenprune.windows.here import attended_here, windows_here
+from tokenprune.windows.here import on_windows_here
 from tokenprune.windows.host import Block, Layout, WindowsHost
-from tokenprune.windows.tiling import Tiling
+from tokenprune.windows.tiling import Chosen, Tiling
 
 
 @named_as(vision_transformer_sam.Block)
@@ -22,18 +22,17 @@ class WindowedSamBlock(vision_transformer_sam.Block):
     """SAM's block: padding is zero behind the norm in front of its attention."""
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen = windows_here(x, _tiling(self))
-        if chosen is None:
-            out: Tensor = super().forward(x)
-            return out
-        windows = chosen.take(x)
-        squares = chosen.blank(self.norm1(windows)).view(-1, self.window_size, self.window_size, x.shape[-1])
-        # The host drops paths of windows, not of images.
-        attended = self.drop_path1(self.ls1(self.attn(squares))).flatten(1, 2)
-        images = chosen.together(windows + attended)
-        attended_here()
-        images = images + self.drop_path2(self.ls2(self.mlp(self.norm2(images))))
-        return chosen.give_back(images, x)
+        def attend(chosen: Chosen, windows: Tensor) -> Tensor:
+            squares = chosen.blank(self.norm1(windows)).view(-1, self.window_size, self.window_size, x.shape[-1])
+            # The host drops paths of windows, not of images.
+            attended = self.drop_path1(self.ls1(self.attn(squares))).flatten(1, 2)
+            return chosen.together(windows + attended)
+
+        def feed(tokens: Tensor) -> Tensor:
+            return tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
+
+        out = on_windows_here(x, _tiling(self), attend, feed)
+        return super().forward(x) if out is None else out
 
 
 def _tiling(block: Any) -> Tiling:

@@ -15,7 +15,7 @@ from tokenprune.adapters.timm_windows import Windowed, example_of, swapped_for
 from tokenprune.errors import UnsupportedModel
 from tokenprune.narrow.host import Captured, NarrowBlock, NarrowHost
 from tokenprune.registry import register_adapter
-from tokenprune.windows.here import attended_here, windows_here
+from tokenprune.windows.here import on_windows_here
 from tokenprune.windows.host import Block, Layout, WindowsHost
 from tokenprune.windows.tiling import Chosen, Grid, Tiling
 
@@ -25,16 +25,15 @@ class WindowedSwinBlock(swin_transformer.SwinTransformerBlock):
     """Swin's block, normalised in front of attention and MLP: padding is zero behind the norm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen = windows_here(x, _tiling(self))
-        if chosen is None:
-            out: Tensor = super().forward(x)
-            return out
-        windows = chosen.take(x)
-        attended = self.attn(chosen.blank(self.norm1(windows)), mask=_mask(self, x, chosen))
-        images = chosen.together(windows) + self.drop_path1(chosen.together(attended))
-        attended_here()
-        images = images + self.drop_path2(self.mlp(self.norm2(images)))
-        return chosen.give_back(images, x)
+        def attend(chosen: Chosen, windows: Tensor) -> Tensor:
+            attended = self.attn(chosen.blank(self.norm1(windows)), mask=_mask(self, x, chosen))
+            return chosen.together(windows) + self.drop_path1(chosen.together(attended))
+
+        def feed(tokens: Tensor) -> Tensor:
+            return tokens + self.drop_path2(self.mlp(self.norm2(tokens)))
+
+        out = on_windows_here(x, _tiling(self), attend, feed)
+        return super().forward(x) if out is None else out
 
 
 @named_as(swin_transformer_v2.SwinTransformerV2Block)
@@ -42,16 +41,15 @@ class WindowedSwinV2Block(swin_transformer_v2.SwinTransformerV2Block):
     """Swin v2's block, normalised behind attention and MLP: padding is zero in front of the attention."""
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen = windows_here(x, _tiling(self))
-        if chosen is None:
-            out: Tensor = super().forward(x)
-            return out
-        windows = chosen.take(x)
-        attended = self.attn(windows, mask=_mask(self, x, chosen))
-        images = chosen.together(windows) + self.drop_path1(self.norm1(chosen.together(attended)))
-        attended_here()
-        images = images + self.drop_path2(self.norm2(self.mlp(images)))
-        return chosen.give_back(images, x)
+        def attend(chosen: Chosen, windows: Tensor) -> Tensor:
+            attended = self.attn(windows, mask=_mask(self, x, chosen))
+            return chosen.together(windows) + self.drop_path1(self.norm1(chosen.together(attended)))
+
+        def feed(tokens: Tensor) -> Tensor:
+            return tokens + self.drop_path2(self.norm2(self.mlp(tokens)))
+
+        out = on_windows_here(x, _tiling(self), attend, feed)
+        return super().forward(x) if out is None else out
 
 
 _SWAPPED: dict[type[nn.Module], type[nn.Module]] = {

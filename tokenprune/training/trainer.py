@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.api import bare, find_models, patched
+from tokenprune.api import patched
 from tokenprune.budget import checked_count, checked_share
 from tokenprune.calibration import evaluating
 from tokenprune.errors import TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.evals.data import ImageData, Transform, open_data
 from tokenprune.family import active_patches
+from tokenprune.finding import bare, find_models
 from tokenprune.learned_parts import LearnedParts
 from tokenprune.learning import Recipe
 from tokenprune.patch import Patch

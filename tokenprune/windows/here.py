@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -67,14 +68,19 @@ def finish(patch: WindowsPatch) -> None:
         here().now = now.outer
 
 
-def windows_here(x: Tensor, tiling: Tiling) -> Chosen | None:
-    """The windows of x [B, H, W, C] that the block that runs now in this thread computes; None for all."""
-    site = here().site
-    return None if site is None else site.choose(x, tiling)
+def on_windows_here(
+    x: Tensor, tiling: Tiling, attend: Callable[[Chosen, Tensor], Tensor], feed: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """x [B, H, W, C] behind a block that computes a part of its windows; None where the block that runs now in this
+    thread computes all.
 
-
-def attended_here() -> None:
-    """The point between attention and MLP."""
+    attend: (what is computed, its tokens [B K, T, C]) -> the tokens behind the attention, by image [B, K T, C]. feed:
+    those behind the MLP.
+    """
     site = here().site
-    if site is not None:
-        site.attended()
+    chosen = None if site is None else site.choose(x, tiling)
+    if site is None or chosen is None:
+        return None
+    tokens = attend(chosen, chosen.take(x))
+    site.attended()
+    return chosen.give_back(feed(tokens), x)
