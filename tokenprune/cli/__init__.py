@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from tokenprune.evals import commands, demo, search_command
+    from tokenprune.evals.comparison.command import run_compare
     from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
     from tokenprune.evals.digits_lvlm import LVLM
     from tokenprune.evals.patterns.command import run_patterns
@@ -62,6 +63,7 @@ def _run(options: argparse.Namespace) -> int:
         "methods": commands.methods,
         "bench": commands.run_bench,
         "eval": commands.run_eval,
+        "compare": run_compare,
         "viz": commands.viz,
         "patterns": run_patterns,
         "search": search_command.run_search,

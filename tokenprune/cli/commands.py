@@ -96,6 +96,24 @@ def parser() -> argparse.ArgumentParser:
     add_machine(evaluate)
     add_format(evaluate)
 
+    compare = _command(commands, "compare", "models, methods and budgets in one run: tables and a page to read")
+    compare.add_argument(
+        "--model", action="append", required=True, help="as in tokenprune eval, image models alone; repeatable"
+    )
+    compare.add_argument("--random-weights", action="store_true", help="download none: enough for speed")
+    add_methods(compare)
+    add_data(compare, "what to evaluate on (default: the model's own images)")
+    compare.add_argument("--samples", type=positive, default=500, help="images, by --seed (default: %(default)s)")
+    compare.add_argument("--batch-size", type=positive, default=16, help="of all forwards (default: %(default)s)")
+    compare.add_argument("--rounds", type=positive, default=20, help="timed, at least 20 (default: %(default)s)")
+    compare.add_argument(
+        "--image", action="append", metavar="FILE", help="to draw on; repeatable (default: of the data)"
+    )
+    compare.add_argument(
+        "--output", required=True, metavar="FOLDER", help="for page and tables; one that was stopped goes on there"
+    )
+    add_machine(compare)
+
     viz = _command(commands, "viz", "which patches survive, drawn over the image, place by place")
     add_model(viz)
     add_methods(viz)

@@ -19,6 +19,11 @@ EXAMPLES = {
         "tokenprune eval --model dit-digits --checkpoint dit-run --flops 0.7 --rounds 20",
         "tokenprune eval --model lvlm-digits --keep 0.25 --keep 0.5 --rounds 20",
     ],
+    "compare": [
+        "tokenprune compare --model digits-vit --output compared",
+        "tokenprune compare --model vit_small_patch16_224 --model deit_small_patch16_224 --data imagenet/val"
+        " --method tome --method top_k --flops 0.6 --flops 0.5 --image cat.jpg --output compared",
+    ],
     "viz": ["tokenprune viz --model digits-vit --method tome --flops 0.6 --output kept.png"],
     "patterns": [
         "tokenprune patterns --model digits-vit --keep 0.5 --keep 0.25 --output patterns",

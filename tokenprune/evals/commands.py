@@ -144,7 +144,7 @@ def viz(options: argparse.Namespace) -> int:
     checked_path(options.output, Image.registered_extensions())
     loaded = load(options)
     if options.image:
-        inputs = _pictures(options.image, loaded)
+        inputs = image_files(options.image, loaded)
     elif loaded.data is None:
         raise TokenPruneError(f"{options.model} has no images of its own; name one with --image FILE")
     else:
@@ -225,12 +225,12 @@ def load(options: argparse.Namespace) -> LoadedModel:
     return loaded
 
 
-def budgets(options: argparse.Namespace, default: Budget = DEFAULT_BUDGET) -> list[Budget]:
+def budgets(options: argparse.Namespace, default: Sequence[Budget] = (DEFAULT_BUDGET,)) -> list[Budget]:
     """The budgets that the options name, `default` where they name none."""
     named: list[Budget] = [
         {kind: value} for kind in ("flops", "keep", "tokens") for value in getattr(options, kind) or ()
     ]
-    return named or [default]
+    return named or list(default)
 
 
 def image_data(options: argparse.Namespace, loaded: LoadedModel, count: int) -> ImageData:
@@ -255,7 +255,8 @@ def first_images(data: ImageData, count: int, seed: int) -> Tensor:
     return images
 
 
-def _pictures(paths: Sequence[str], loaded: LoadedModel) -> Tensor:
+def image_files(paths: Sequence[str], loaded: LoadedModel) -> Tensor:
+    """The pictures at `paths` as the model takes them, [B, C, H, W]."""
     from PIL import Image
 
     inputs = []
