@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tokenprune import cli
-from tokenprune.evals import bench
+from tokenprune.evals import bench, doctor
 from tokenprune.evals.table import Table
 from tokenprune.evals.throughput import measure
 
@@ -216,3 +216,30 @@ def test_evals_import_no_host_library():
     code = "import sys, tokenprune.evals; print(sorted({'timm', 'matplotlib', 'PIL', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_doctor_names_versions_kernels_and_why(capsys):
+    assert run("doctor", "--json") == 0
+    rows = {row["what"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["torch"]["found"] == torch.__version__.split("+")[0]
+    assert rows["torch"]["state"] == "fine"
+    assert rows["attention_mass, 257 tokens, 30 iterations"]["found"] == "tiled"
+    assert rows["attention_mass, 257 tokens, 1 iteration"]["found"] == "matrix_free"
+    assert rows["packed_attention"] == {
+        "what": "packed_attention",
+        "found": "per_length",
+        "state": "fine",
+        "why": "no kernel for ragged batches runs on a cpu",
+    }
+    assert all(row["why"] for row in rows.values())
+
+
+def test_doctor_finds_what_is_too_old_and_what_is_not_there(monkeypatch, capsys):
+    versions = {"torch": "2.14.1+cpu", "timm": "0.9.12", "diffusers": None}
+    monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, "99.0"))
+    assert run("doctor", "--json") == 1
+    rows = {row["what"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["torch"]["state"] == "fine", "2.14 is not older than 2.6"
+    assert rows["timm"]["state"] == "wrong"
+    assert "pip install -U timm" in rows["timm"]["why"]
+    assert rows["diffusers"]["state"] == "missing"

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tokenprune.evals import commands, demo, search_command
+    from tokenprune.evals import commands, demo, doctor, search_command
     from tokenprune.evals.comparison.command import run_compare
     from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
     from tokenprune.evals.digits_lvlm import LVLM
@@ -60,6 +60,7 @@ def _run(options: argparse.Namespace) -> int:
         return command.run(options)
     run: dict[str, Callable[[argparse.Namespace], int]] = {
         "demo": demo.run,
+        "doctor": doctor.run_doctor,
         "methods": commands.methods,
         "bench": commands.run_bench,
         "eval": commands.run_eval,

@@ -55,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add_format(methods)
 
+    doctor = _command(commands, "doctor", "what is installed here, what works together, which kernels run and why")
+    add_machine(doctor)
+    add_format(doctor)
+
     bench = _command(commands, "bench", "speed, FLOPs and memory, patched and unpatched interleaved in one process")
     add_model(bench)
     add_methods(bench)

@@ -6,6 +6,7 @@ EXAMPLES = {
     "demo": ["tokenprune demo --output demo-output"],
     "demo-diffusion": ["tokenprune demo-diffusion --checkpoint dit-run --checkpoint unet-run"],
     "methods": ["tokenprune methods", "tokenprune methods --model digits-vit --markdown", "tokenprune methods --table"],
+    "doctor": ["tokenprune doctor", "tokenprune doctor --device cuda --dtype bfloat16 --json"],
     "bench": [
         "tokenprune bench --model digits-vit --flops 0.6 --batch-size 1 --batch-size 16",
         "tokenprune bench --model vit_small_patch16_224 --random-weights --method tome --flops 0.6 --json",
