@@ -112,6 +112,8 @@ class Patch(Portable):
         keep = self.counts(state.entering)[index]
         if self.method.adaptive:
             return keep
+        if self.lesson is not None:
+            keep = state.entering - round(self.lesson.strength * (state.entering - keep))
         if keep > state.tokens or (keep == state.tokens and self.shares is None):
             return None
         return keep

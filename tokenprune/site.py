@@ -26,6 +26,7 @@ from tokenprune.state import Entry, TokenState, flow, in_backward, recall, remem
 from tokenprune.taps import Taps
 
 if TYPE_CHECKING:
+    from tokenprune.learning import Lesson
     from tokenprune.patch import Patch
     from tokenprune.ragged import Pack
 
@@ -197,13 +198,29 @@ class Site:
         if not self.reduces or state is None or flow().front is not None:  # nobody would see which tokens leave
             return x
         if self.patch.lesson is not None:
-            return mask_tokens(self, x, state)
+            return self._taught(x, state, self.patch.lesson)
         keep = self.patch.leaving(self.index, state)
         if keep is None:
             return x
         self.patch.mark(self, "score")
         if self.patch.method.adaptive:
             return reduce_ragged(self, x, state, keep)
+        leaving, flow().state = self._reduced(x, state, keep)
+        return leaving
+
+    def _taught(self, x: Tensor, state: TokenState, lesson: Lesson) -> Tensor:
+        """At a place of a training forward: mask the tokens, disturb them, or really reduce them."""
+        method = self.patch.method
+        if method.mask is not None:
+            return mask_tokens(self, x, state)
+        assert method.learned is not None
+        if not in_backward():  # where gradient checkpointing runs the block once more
+            lesson.entered[self.index] = x.detach()
+        if method.learned.disturb is not None:
+            x = method.learned.disturb(self.taps.record(x, state), x)
+        keep = self.patch.leaving(self.index, state)
+        if keep is None or lesson.strength == 0.0:
+            return x
         leaving, flow().state = self._reduced(x, state, keep)
         return leaving
 

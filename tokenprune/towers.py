@@ -42,7 +42,7 @@ class Towers:
             raise UnsupportedMethod(
                 f"positions= is of the tokens of a prompt, and {type(model).__name__} has none; leave it out"
             )
-        method = _restoring(method, request.restore)
+        method = restoring(method, request.restore)
         return prepare(
             self.adapter.host(model),
             self.adapter,
@@ -114,7 +114,7 @@ def prepare(
     return patch
 
 
-def _restoring(method: Method, restore: str | None) -> Method:
+def restoring(method: Method, restore: str | None) -> Method:
     """The method with what a user wants to stand for the tokens that leave, None for its own."""
     known: tuple[Restore, ...] = get_args(Restore)
     choice = next((name for name in known if name == restore), None)
@@ -164,7 +164,9 @@ def _check_adaptive(host: Host, method: Method, budget: Budget) -> None:
 
 def untrained(host: Host, adapter: str, method: Method, options: Mapping[str, Any]) -> LearnedParts:
     """The learned parts of a method as they are before a training."""
-    parts = _fresh(host, method, method.schedule.places(Layout(len(host.blocks), host.num_prefix_tokens)))
+    assert method.learned is not None
+    places = method.learned.places or restoring(method, None).schedule.places
+    parts = _fresh(host, method, places(Layout(len(host.blocks), host.num_prefix_tokens)))
     bound = architecture(host, adapter)
     return LearnedParts(method.name, options, parts.state_dict(), bound, block_norms(host))
 
@@ -179,10 +181,12 @@ def _learned_parts(host: Host, adapter: str, patch: Patch, weights: object) -> n
     """The learned parts of the places of a patch, by block."""
     method = patch.method
     parts = _fresh(host, method, patch.places)
-    flops = patch.budget.value if patch.budget.kind == "flops" else None
+    assert method.learned is not None
+    bound = method.learned.bound
+    flops = patch.budget.value if patch.budget.kind == "flops" and bound else None
     stored = chosen_parts(host, adapter, method.name, flops, weights)
     try:
-        parts.load_state_dict(dict(stored.tensors))
+        parts.load_state_dict({name: t for name, t in stored.tensors.items() if bound or name.split(".")[0] in parts})
     except RuntimeError as error:
         raise TokenPruneError(
             f"the learned parts do not fit {method.name} in the blocks {', '.join(parts)}: "

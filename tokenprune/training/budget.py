@@ -25,7 +25,7 @@ def on_budget(model: nn.Module, parts: LearnedParts, images: Tensor, batch_size:
 
     def tried(factor: float) -> tuple[float, LearnedParts]:
         changed = parts if learned.weaken is None else _weakened(parts, learned, factor)
-        options = {**parts.options, "weights": changed}
+        options = {**parts.options, "weights": changed, "flops": aim}
         ratio, _ = mean_flops(model, images, parts.method, batch_size, options)
         return ratio, replace(changed, found={**parts.found, "flops_ratio": ratio, "factor": factor})
 

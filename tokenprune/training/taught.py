@@ -15,7 +15,8 @@ from tokenprune.patch import Patch
 
 class Taught(nn.Module):
     """What the optimiser and DDP see. model: patched by `patch`. width: channels of its tokens. flops: the budget.
-    smoothing: of the labels. across: the mean of a tensor over all processes."""
+    smoothing: of the labels. across: the mean of a tensor over all processes. progress: the share of the training that
+    is done."""
 
     def __init__(
         self,
@@ -31,11 +32,11 @@ class Taught(nn.Module):
         assert patch.learned is not None
         self.model, self.parts = model, patch.learned
         self.patch, self.width, self.flops = patch, width, flops
-        self.smoothing, self.across = smoothing, across
+        self.smoothing, self.across, self.progress = smoothing, across, 0.0
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss [], and of what it consists [3]: that of the task, that of the budget, and the share of the prunable
-        tokens behind the last place."""
+        """The loss [], and of what it consists [3]: that of the task, what the method adds, and the share of the
+        prunable tokens behind the last place. labels: classes [B], or maps of them [B, h, w]."""
         patch, learned = self.patch, self.patch.method.learned
         assert learned is not None
         # It stays until the next forward: where gradient checkpointing runs a block once more, it is looked for again.
@@ -46,18 +47,24 @@ class Taught(nn.Module):
             depth=patch.depth,
             counted=self._counted,
             across=self.across,
+            strength=learned.curriculum(self.progress, labels.ndim > 1) if learned.curriculum is not None else 0.0,
+            labels=labels,
+            parts=self.parts,
+            grid=patch.grid,
         )
-        logits = _logits(self.model(images))
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
-            raise TokenPruneError(
-                f"labels from {int(labels.min())} to {int(labels.max())}, and the model has {logits.shape[-1]} classes"
-            )
+        logits = _logits(self.model(images), labels)
         lesson.prunable = patch.entered
         lesson.tokens = patch.num_prefix_tokens + patch.entered
         task = F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
-        penalty = learned.penalty(lesson, self.flops)
-        last = lesson.alive[max(lesson.alive)].mean()
-        return task + penalty, torch.stack([task, penalty, last]).detach()
+        penalty = learned.penalty(lesson, self.flops) if learned.penalty is not None else torch.zeros_like(task)
+        return task + penalty, torch.stack([task, penalty, self._left(lesson, task)]).detach()
+
+    def _left(self, lesson: Lesson, task: Tensor) -> Tensor:
+        if lesson.alive:
+            return lesson.alive[max(lesson.alive)].mean()
+        leaving = self.patch.counts(lesson.prunable)
+        gone = 1 - leaving[max(leaving)] / lesson.prunable
+        return torch.full_like(task, 1 - lesson.strength * gone)
 
     def _counted(self, leaving: Mapping[int, float]) -> float:
         costs, tokens = self.patch.costs, self.patch.entered
@@ -65,11 +72,18 @@ class Taught(nn.Module):
         return costs.total(tokens, leaving, adaptive=True) / costs.total(tokens)
 
 
-def _logits(output: object) -> Tensor:
+def _logits(output: object, labels: Tensor) -> Tensor:
+    """The logits [B, classes] of labels [B], or [B, classes, h, w] of [B, h, w]."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+    if not isinstance(logits, Tensor) or logits.ndim != 1 + labels.ndim or logits.shape[2:] != labels.shape[1:]:
+        found = "no logits" if not isinstance(logits, Tensor) else f"no logits but {list(logits.shape)}"
+        wanted = "[B, classes]" if labels.ndim == 1 else f"[B, classes, {', '.join(map(str, labels.shape[1:]))}]"
         raise TokenPruneError(
-            "the model's output is no logits [B, classes], which the labels are compared with: train on a model with a"
-            " classifier"
+            f"the model's output is {found}, and {wanted} is what the labels are compared with: train on a model with a"
+            " classifier, or with a head whose maps are of the size of the labels'"
+        )
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise TokenPruneError(
+            f"labels from {int(labels.min())} to {int(labels.max())}, and the model has {logits.shape[1]} classes"
         )
     return logits

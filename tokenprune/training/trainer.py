@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tokenprune.api import patched
 from tokenprune.budget import checked_count, checked_share
 from tokenprune.calibration import evaluating
-from tokenprune.errors import TokenPruneError, UnsupportedMethod, UnsupportedModel
+from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.evals.data import ImageData, Transform, open_data
 from tokenprune.family import active_patches
 from tokenprune.finding import bare, find_models
 from tokenprune.learned_parts import LearnedParts
-from tokenprune.learning import Recipe
+from tokenprune.learning import Recipe, Shape
 from tokenprune.patch import Patch
 from tokenprune.registry import make_method
 from tokenprune.towers import Towers, untrained
@@ -57,11 +57,13 @@ def train(
     show_progress: bool = False,
     **options: Any,
 ) -> LearnedParts:
-    """Train what `method` learns on `model`, an image tower with a classifier, whose own weights stay as they are.
+    """Train what `method` learns on `model`, an image tower with a classifier, or what holds one and puts out maps of
+    logits [B, classes, h, w]. The model's own weights stay as they are.
 
-    images: a pair of images [N, C, H, W] and labels [N], a folder with a subfolder for each class, a Hugging Face data
-    set (of its `split`), or an `ImageData`. transform: from an RGB PIL image to [C, H, W]; None takes timm's training
-    transform of the model. flops: share of the multiply-adds, scoring counted, that the mean image is to cost.
+    images: a pair of images [N, C, H, W] and labels [N], or maps of labels [N, h, w], a folder with a subfolder for
+    each class, a Hugging Face data set (of its `split`), or an `ImageData`. transform: from an RGB PIL image to
+    [C, H, W]; None takes timm's training transform of the model. flops: share of the multiply-adds, scoring counted,
+    that the mean image is to cost; what a method has learned that scores for any budget is used at others too.
 
     output: a folder for what is learned (`learned.safetensors` and `learned.json`) and for the state, every
     `save_every` steps, from which a call with the same arguments goes on exactly where a killed one has stopped.
@@ -124,7 +126,8 @@ def train(
         process=accelerator.process_index,
         processes=processes,
     )
-    with _session(model, method, options, start, accelerator.device, seed + accelerator.process_index) as patch:
+    seeded = seed + accelerator.process_index
+    with _session(model, method, options, aim, start, data, accelerator.device, seeded) as patch:
         taught = Taught(
             model,
             patch,
@@ -167,11 +170,12 @@ def _start(model: nn.Module, method: str, options: dict[str, Any]) -> LearnedPar
         )
     with bare(tower, family):
         host = family.adapter.host(tower)
-        if not all(block.takes_bias for block in host.blocks):
+        recipe = make_method(method, options)
+        if recipe.mask is not None and not all(block.takes_bias for block in host.blocks):
             raise UnsupportedMethod(
                 f"in training {method} masks keys, and {type(host.blocks[0].module).__name__} takes no bias"
             )
-        return untrained(host, family.name, make_method(method, options), options)
+        return untrained(host, family.name, recipe, options)
 
 
 def _labelled(source: object, model: nn.Module, transform: Transform | None, split: str | None) -> ImageData:
@@ -203,26 +207,53 @@ def _accelerator(mixed_precision: str | None, accumulate: int) -> Any:
 
 @contextmanager
 def _session(
-    model: nn.Module, method: str, options: dict[str, Any], start: LearnedParts, device: torch.device, seed: int
+    model: nn.Module,
+    method: str,
+    options: dict[str, Any],
+    flops: float,
+    start: LearnedParts,
+    data: ImageData,
+    device: torch.device,
+    seed: int,
 ) -> Iterator[Patch]:
     """The model on `device`, frozen, in eval mode, patched with parts that take gradients, and the global generators
     seeded; all as it was behind it."""
+    learned = make_method(method, options).learned
+    assert learned is not None
+    budget: dict[str, Any] = {"flops": flops}
+    if learned.places is not None:
+        places = {int(name.split(".")[0]) for name in start.tensors}
+        options, budget = {**options, "places": None}, {"schedule": dict.fromkeys(places, 1.0)}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before, states = _device(model), generators()
     model.to(device)
     try:
-        with patched(model, method, weights=start, **options), evaluating(model):
+        with patched(model, method, weights=start, **budget, **options), evaluating(model):
             patch = next(one for one in active_patches(model).values() if isinstance(one, Patch))
-            assert patch.learned is not None
+            torch.manual_seed(seed)
+            if learned.trained is not None:
+                patch.learned = _trained(learned.trained, start, data, patch)
+            if patch.learned is None:
+                raise BudgetError(f"flops={flops:g} removes nothing, and {method} has nothing to learn; use flops=0.6")
             model.requires_grad_(False)
             patch.learned.to(device).requires_grad_(True)
-            torch.manual_seed(seed)
             yield patch
     finally:
         set_generators(states)
         for parameter in learning:
             parameter.requires_grad_(True)
         model.to(before)
+
+
+def _trained(
+    make: Callable[[Shape], nn.Module], start: LearnedParts, data: ImageData, patch: Patch
+) -> nn.ModuleDict | None:
+    if patch.learned is None:
+        return None
+    assert data.classes is not None
+    width, labels = start.architecture["width"], patch.tokens if data.dense else 1
+    shapes = {place: Shape(width, int(place), patch.depth, data.classes, labels) for place in patch.learned}
+    return nn.ModuleDict({place: make(shape) for place, shape in shapes.items()})
 
 
 def _device(model: nn.Module) -> torch.device:
