@@ -15,11 +15,13 @@ def alone(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a learned part may depend on. width: channels of a token. place: the block, of `depth`."""
+    """What a learned part may depend on. width: channels of a token. place: the block, of `depth`. tokens: how many
+    leave the place, of a method that leaves the same number in every image, else 0."""
 
     width: int
     place: int
     depth: int
+    tokens: int = 0
 
 
 @dataclass
@@ -28,7 +30,9 @@ class Lesson:
 
     tokens: of an image, prefix included, of which `prunable` can leave. width, depth: of the model. counted: {block:
     tokens leaving, as a mean} -> what such a forward costs as a share of the unpatched one, scoring included. across:
-    the mean of a tensor over all processes. alive: block -> [B, prunable] masks behind it, as `Masking.alive`.
+    the mean of a tensor over all processes. alive: block -> [B, prunable] masks behind it, as `Masking.alive`, of a
+    method that masks. leaving: block -> tokens that are to leave it by the budget, of a method that leaves the same
+    number in every image.
     """
 
     tokens: int
@@ -38,6 +42,13 @@ class Lesson:
     counted: Callable[[Mapping[int, float]], float]
     across: Callable[[Tensor], Tensor] = alone
     alive: dict[int, Tensor] = field(default_factory=dict)
+    leaving: Mapping[int, int] = field(default_factory=dict)
+
+    def left(self) -> Tensor | float:
+        """Share of the prunable tokens behind the last place."""
+        if self.alive:
+            return self.alive[max(self.alive)].mean()
+        return self.leaving[max(self.leaving)] / self.prunable
 
     def kept(self) -> list[Tensor]:
         """Share of the tokens, prefix included, behind each block: means over the images of all processes, with the
@@ -60,7 +71,8 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a paper trains: names and values of timm's optimisers and schedulers. smoothing: of the labels."""
+    """How a paper trains: names and values of timm's optimisers and schedulers. smoothing: of the labels.
+    distill_logits, distill_tokens: weights of what the unpatched model teaches, see `tokenprune.training.train`."""
 
     epochs: int
     batch_size: int
@@ -69,6 +81,8 @@ class Recipe:
     weight_decay: float = 0.0
     sched: str = "cosine"
     smoothing: float = 0.0
+    distill_logits: float = 0.0
+    distill_tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,12 +93,15 @@ class Learned:
     `AttentionRecord.learned`. penalty: (lesson, share of the multiply-adds) -> what is added to the loss of the task.
     rate: (name of a parameter in a part, steps of the training) -> its peak learning rate. settle: done to each part
     after each step. weaken: (part, factor) changes a part so that it removes less below a factor of one, and more above
-    it, by which the budget is met in the end; None where its counts are what it is.
+    it, by which the budget is met in the end; None where its counts are what it is. sized: whether a part is made for
+    the number of tokens that leave its place (`Shape.tokens`); before that number is known it is made for all of them,
+    to be counted, and is to work with the first ones that it is asked for.
     """
 
     part: Callable[[Shape], nn.Module]
-    penalty: Callable[[Lesson, float], Tensor]
+    penalty: Callable[[Lesson, float], Tensor | float]
     rate: Callable[[str, int], float]
     recipe: Recipe
     settle: Callable[[nn.Module], None] | None = None
     weaken: Callable[[nn.Module, float], None] | None = None
+    sized: bool = False

@@ -7,6 +7,7 @@ and leaves nothing behind. It knows no library (its facts come from the adapter)
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +197,7 @@ class Site:
         state = flow().state
         if not self.reduces or state is None or flow().front is not None:  # nobody would see which tokens leave
             return x
-        if self.patch.lesson is not None:
+        if self.patch.lesson is not None and self.patch.method.mask is not None:
             return mask_tokens(self, x, state)
         keep = self.patch.leaving(self.index, state)
         if keep is None:
@@ -209,7 +210,7 @@ class Site:
 
     def _reduced(self, x: Tensor, state: TokenState, keep: int, captured: Any = None) -> tuple[Tensor, TokenState]:
         """The `keep` tokens that leave of x [B, P + n, C], and their state; `captured` as in `Taps.record`."""
-        with torch.no_grad():
+        with nullcontext() if self.patch.lesson is not None else torch.no_grad():
             record = self.taps.record(x, state, captured)
             reduction = self.patch.method.reduce(record, keep)
         if reduction.tokens != keep:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.api import patched
-from tokenprune.budget import checked_count, checked_share
+from tokenprune.budget import checked_count, checked_share, parse_budget
 from tokenprune.calibration import evaluating
-from tokenprune.errors import TokenPruneError, UnsupportedMethod, UnsupportedModel
+from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.evals.data import ImageData, Transform, open_data
 from tokenprune.family import active_patches
 from tokenprune.finding import bare, find_models
@@ -24,7 +24,8 @@ from tokenprune.learning import Recipe
 from tokenprune.patch import Patch
 from tokenprune.registry import make_method
 from tokenprune.towers import Towers, untrained
-from tokenprune.training.budget import on_budget
+from tokenprune.training.budget import budget_of, on_budget
+from tokenprune.training.distillation import Distillation, checked_weight
 from tokenprune.training.sampling import ByTurn, Order, loader
 from tokenprune.training.state import FILE, generators, set_generators
 from tokenprune.training.taught import Taught
@@ -55,6 +56,8 @@ def train(
     transform: Transform | None = None,
     split: str | None = None,
     show_progress: bool = False,
+    distill_logits: float | None = None,
+    distill_tokens: float | None = None,
     **options: Any,
 ) -> LearnedParts:
     """Train what `method` learns on `model`, an image tower with a classifier, whose own weights stay as they are.
@@ -71,19 +74,29 @@ def train(
     the paper's. seed: of the order and the augmentation of the images, which depend on nothing else. options: of the
     method.
 
+    distill_logits, distill_tokens: weights of two losses by which the unpatched model is a teacher, None for the
+    paper's (DynamicViT, Rao et al., NeurIPS 2021, equations 9 and 10, has 0.5 of each): the divergence of its class
+    probabilities from those under the patch, and the squared difference of the tokens that are left behind the last
+    block, layer-normalised without a scale. The second is of methods that mask, as mixed tokens have no teacher.
+
     Under `accelerate launch` it runs on as many processes and machines as that says, each calling this with the same
     arguments. mixed_precision: "bf16" or "fp16", None as accelerate is set up.
 
     Returns what `tokenprune.patch(model, method, weights=...)` takes. The model is left as it is.
 
     Raises:
-        BudgetError: `flops` is no share in (0, 1].
-        UnsupportedMethod: the method learns nothing. UnsupportedModel: no image tower with a classifier.
+        BudgetError: `flops` is no share in (0, 1], or one that the method cannot meet.
+        UnsupportedMethod: the method learns nothing, or cannot be on the model. UnsupportedModel: no image tower with a
+            classifier.
         TokenPruneError: no images, fewer than a step takes, no labels, a state of another training, a loss that is not
             finite (the state then stays the last one that was written).
     """
     aim, recipe = checked_share("flops", flops), _recipe(method, options)
-    start = _start(model, method, options)
+    distill = Distillation(
+        checked_weight("distill_logits", recipe.distill_logits if distill_logits is None else distill_logits),
+        checked_weight("distill_tokens", recipe.distill_tokens if distill_tokens is None else distill_tokens),
+    )
+    start = _start(model, method, aim, seed, distill, options)
     data = _labelled(images, model, transform, split)
     accelerator = _accelerator(mixed_precision, checked_count("accumulate", accumulate, smallest=1, example=1))
     accumulate, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
@@ -107,6 +120,8 @@ def train(
         "processes": processes,
         "accumulate": accumulate,
         "learning_rate": learning_rate,
+        "distill_logits": distill.logits,
+        "distill_tokens": distill.tokens,
         "opt": opt or recipe.opt,
         "sched": sched or recipe.sched,
         "mixed_precision": accelerator.mixed_precision,
@@ -124,13 +139,17 @@ def train(
         process=accelerator.process_index,
         processes=processes,
     )
-    with _session(model, method, options, start, accelerator.device, seed + accelerator.process_index) as patch:
+    session = {**options, **budget_of(make_method(method, options), aim)}
+    with _session(model, method, session, start, accelerator.device, seed + accelerator.process_index) as patch:
+        tower = find_models(model)[0][0]
         taught = Taught(
             model,
             patch,
+            last=tower.get_submodule(patch.names[-1]),
             width=int(start.architecture["width"]),
             flops=aim,
             smoothing=recipe.smoothing,
+            distill=distill,
             across=partial(accelerator.reduce, reduction="mean"),
         )
         work = Work(patch, taught, accelerator, start, told, steps=per_epoch * epochs, per_epoch=per_epoch)
@@ -157,8 +176,20 @@ def _recipe(method: str, options: dict[str, Any]) -> Recipe:
     return learned.recipe
 
 
-def _start(model: nn.Module, method: str, options: dict[str, Any]) -> LearnedParts:
+def _start(
+    model: nn.Module, method: str, flops: float, seed: int, distill: Distillation, options: dict[str, Any]
+) -> LearnedParts:
     """The learned parts as they start."""
+    recipe = make_method(method, options)
+    option = recipe.schedule.option
+    budget = parse_budget(flops=budget_of(recipe, flops).get("flops"), own=(option, options.get(option)))
+    if budget.is_full:
+        raise BudgetError(f"{budget} leaves nothing out, and {method} has nothing to learn; use flops=0.6")
+    if distill.tokens and recipe.mask is None:
+        raise UnsupportedMethod(
+            f"distill_tokens={distill.tokens:g} compares tokens that are left with the same ones of the unpatched"
+            f" model, and {method} mixes them; distill_logits= works"
+        )
     found = find_models(model)
     tower, family = found[0]
     if len(found) != 1 or not isinstance(family, Towers):
@@ -166,12 +197,7 @@ def _start(model: nn.Module, method: str, options: dict[str, Any]) -> LearnedPar
             f"{method} is trained on an image tower with a classifier, not on {type(model).__name__}"
         )
     with bare(tower, family):
-        host = family.adapter.host(tower)
-        if not all(block.takes_bias for block in host.blocks):
-            raise UnsupportedMethod(
-                f"in training {method} masks keys, and {type(host.blocks[0].module).__name__} takes no bias"
-            )
-        return untrained(host, family.name, make_method(method, options), options)
+        return untrained(family.adapter.host(tower), family.adapter, recipe, options, budget, seed)
 
 
 def _labelled(source: object, model: nn.Module, transform: Transform | None, split: str | None) -> ImageData:

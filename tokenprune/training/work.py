@@ -118,7 +118,8 @@ class Work:
     def parts(self) -> LearnedParts:
         """What is learned so far."""
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.learned.state_dict().items()}
-        names = ("flops", "data", "images", "epochs", "batch_size", "processes", "accumulate", "learning_rate", "seed")
+        names = ["flops", "data", "images", "epochs", "batch_size", "processes", "accumulate", "learning_rate", "seed"]
+        names += [name for name in ("distill_logits", "distill_tokens") if self.recipe[name]]
         found = {name: self.recipe[name] for name in names} | {"steps": self.step}
         if self.history:
             found |= dict(zip(("loss", "budget_loss", "kept"), self.history[-1], strict=True))
