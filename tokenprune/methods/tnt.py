@@ -16,6 +16,7 @@ from tokenprune.method import Method
 from tokenprune.reduction import Reduction
 from tokenprune.registry import register_method
 from tokenprune.schedule import Layout, Stages, checked_places
+from tokenprune.selection.mixtures import no_penalty
 from tokenprune.selection.pairs import similar_to_important
 from tokenprune.selection.top_k import keep_top_k
 
@@ -41,15 +42,15 @@ def relevance(record: AttentionRecord) -> Tensor:
     return (record.hidden @ weight)[:, record.num_prefix_tokens :]
 
 
-def add_noise(record: AttentionRecord, x: Tensor, *, noise: float) -> Tensor:
-    """x [B, N, C] with noise on each prunable token, the less the larger its share alpha of the relevance: noise
-    (1 - alpha) times a standard normal number and the standard deviation of the token's channels (section 3).
+def add_noise(record: AttentionRecord, *, noise: float) -> Tensor:
+    """The hidden states [B, N, C] with noise on each prunable token, the less the larger its share alpha of the
+    relevance: `noise` (1 - alpha) times a standard normal number and the standard deviation of the token's channels.
 
     The authors' code normalises all tokens first, by a norm that is not there in deployment. A frozen model was not
     trained with that; its next block's own norm sees the same ratio of token to noise without it.
     """
     assert isinstance(record.learned, Alpha)
-    prefix = record.num_prefix_tokens
+    x, prefix = record.hidden, record.num_prefix_tokens
     body = x[:, prefix:]
     alpha = (body @ record.learned.weight.to(x.dtype)).softmax(1)
     spread = body.detach().std(-1, keepdim=True, correction=0)
@@ -87,6 +88,11 @@ def first_blocks(layout: Layout, at: tuple[int, ...] | None = None) -> tuple[int
     return tuple(range(max(1, round(layout.depth * 5 / 12)))) if at is None else checked_places(at, layout.depth)
 
 
+def nothing_leaves(progress: float, dense: bool) -> float:
+    """Share of what a budget removes that leaves in training."""
+    return 0.0
+
+
 def _peak(name: str, steps: int) -> float:
     return RATE
 
@@ -121,7 +127,8 @@ def tnt(
         position="post",
         learned=Learned(
             part=Alpha,
-            penalty=None,
+            penalty=no_penalty,
+            curriculum=nothing_leaves,
             rate=_peak,
             recipe=Recipe(epochs=40, batch_size=256, opt="adamw", weight_decay=0.05, smoothing=0.1),
             disturb=partial(add_noise, noise=noise),

@@ -11,32 +11,36 @@ from torch.nn import functional as F
 from tokenprune.errors import TokenPruneError
 from tokenprune.learning import Lesson
 from tokenprune.patch import Patch
+from tokenprune.training.distillation import Distillation, logits_divergence, outputs_of, token_error, unpatched
 
 
 class Taught(nn.Module):
-    """What the optimiser and DDP see. model: patched by `patch`. width: channels of its tokens. flops: the budget.
-    smoothing: of the labels. across: the mean of a tensor over all processes. progress: the share of the training that
-    is done."""
+    """What the optimiser and DDP see. model: patched by `patch`. last: its last block. width: channels of its tokens.
+    flops: the budget. smoothing: of the labels. across: the mean of a tensor over all processes. progress: the share of
+    the training that is done."""
 
     def __init__(
         self,
         model: nn.Module,
         patch: Patch,
         *,
+        last: nn.Module,
         width: int,
         flops: float,
         smoothing: float,
+        distill: Distillation,
         across: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__()
         assert patch.learned is not None
         self.model, self.parts = model, patch.learned
         self.patch, self.width, self.flops = patch, width, flops
-        self.smoothing, self.across, self.progress = smoothing, across, 0.0
+        self.smoothing, self.distill, self.across, self.progress = smoothing, distill, across, 0.0
+        self.last = (last,)  # no submodule twice
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss [], and of what it consists [3]: that of the task, what the method adds, and the share of the
-        prunable tokens behind the last place. labels: classes [B], or maps of them [B, h, w]."""
+        """The loss [], and of what it consists [3]: that of the task with distillation, what the method adds, and the
+        share of the prunable tokens behind the last place. labels: classes [B], or maps of them [B, h, w]."""
         patch, learned = self.patch, self.patch.method.learned
         assert learned is not None
         # It stays until the next forward: where gradient checkpointing runs a block once more, it is looked for again.
@@ -47,24 +51,45 @@ class Taught(nn.Module):
             depth=patch.depth,
             counted=self._counted,
             across=self.across,
-            strength=learned.curriculum(self.progress, labels.ndim > 1) if learned.curriculum is not None else 0.0,
+            strength=learned.curriculum(self.progress, labels.ndim > 1) if learned.curriculum is not None else 1.0,
             labels=labels,
             parts=self.parts,
             grid=patch.grid,
         )
-        logits = _logits(self.model(images), labels)
+        teacher = self._teacher(images, labels) if self.distill else None
+        logits, tokens = self._forward(images, labels)
+        if not patch.method.adaptive:
+            lesson.leaving = patch.counts(patch.entered)
         lesson.prunable = patch.entered
         lesson.tokens = patch.num_prefix_tokens + patch.entered
         task = F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
-        penalty = learned.penalty(lesson, self.flops) if learned.penalty is not None else torch.zeros_like(task)
-        return task + penalty, torch.stack([task, penalty, self._left(lesson, task)]).detach()
+        if teacher is not None:
+            task = task + self._distilled(logits, tokens, *teacher)
+        penalty = learned.penalty(lesson, self.flops)
+        told = (torch.as_tensor(one, dtype=torch.float32, device=task.device) for one in (task, penalty, lesson.left()))
+        return task + penalty, torch.stack([one.detach() for one in told])
 
-    def _left(self, lesson: Lesson, task: Tensor) -> Tensor:
-        if lesson.alive:
-            return lesson.alive[max(lesson.alive)].mean()
-        leaving = self.patch.counts(lesson.prunable)
-        gone = 1 - leaving[max(leaving)] / lesson.prunable
-        return torch.full_like(task, 1 - lesson.strength * gone)
+    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits, and the tokens behind the last block where they are compared."""
+        if not self.distill.tokens:
+            return _logits(self.model(images), labels), None
+        with outputs_of(self.last[0]) as caught:
+            logits = _logits(self.model(images), labels)
+        return logits, caught[0]
+
+    def _teacher(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        with unpatched(self.patch):
+            return self._forward(images, labels)
+
+    def _distilled(self, logits: Tensor, tokens: Tensor | None, given: Tensor, others: Tensor | None) -> Tensor:
+        each, wanted = (one.movedim(1, -1).flatten(0, -2) for one in (logits, given))  # a row for each label
+        loss = self.distill.logits * logits_divergence(each, wanted)
+        if tokens is not None and others is not None:
+            assert self.patch.lesson is not None
+            prefix, alive = self.patch.num_prefix_tokens, self.patch.lesson.alive
+            compared = token_error(tokens[:, prefix:], others[:, prefix:], alive[max(alive)])
+            loss = loss + self.distill.tokens * compared
+        return loss
 
     def _counted(self, leaving: Mapping[int, float]) -> float:
         costs, tokens = self.patch.costs, self.patch.entered

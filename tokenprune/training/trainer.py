@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.api import patched
-from tokenprune.budget import checked_count, checked_share
+from tokenprune.budget import checked_count, checked_share, parse_budget
 from tokenprune.calibration import evaluating
 from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.evals.data import ImageData, Transform, open_data
@@ -21,10 +21,13 @@ from tokenprune.family import active_patches
 from tokenprune.finding import bare, find_models
 from tokenprune.learned_parts import LearnedParts
 from tokenprune.learning import Recipe, Shape
+from tokenprune.method import Method
 from tokenprune.patch import Patch
 from tokenprune.registry import make_method
+from tokenprune.schedule import Layout
 from tokenprune.towers import Towers, untrained
-from tokenprune.training.budget import on_budget
+from tokenprune.training.budget import budget_of, on_budget
+from tokenprune.training.distillation import Distillation, checked_weight
 from tokenprune.training.sampling import ByTurn, Order, loader
 from tokenprune.training.state import FILE, generators, set_generators
 from tokenprune.training.taught import Taught
@@ -55,6 +58,8 @@ def train(
     transform: Transform | None = None,
     split: str | None = None,
     show_progress: bool = False,
+    distill_logits: float | None = None,
+    distill_tokens: float | None = None,
     **options: Any,
 ) -> LearnedParts:
     """Train what `method` learns on `model`, an image tower with a classifier, or what holds one and puts out maps of
@@ -73,19 +78,29 @@ def train(
     the paper's. seed: of the order and the augmentation of the images, which depend on nothing else. options: of the
     method.
 
+    distill_logits, distill_tokens: weights of two losses by which the unpatched model is a teacher, None for the
+    paper's (DynamicViT, Rao et al., NeurIPS 2021, equations 9 and 10, has 0.5 of each): the divergence of its class
+    probabilities from those under the patch, and the squared difference of the tokens that are left behind the last
+    block, layer-normalised without a scale. The second is of methods that mask, as mixed tokens have no teacher.
+
     Under `accelerate launch` it runs on as many processes and machines as that says, each calling this with the same
     arguments. mixed_precision: "bf16" or "fp16", None as accelerate is set up.
 
     Returns what `tokenprune.patch(model, method, weights=...)` takes. The model is left as it is.
 
     Raises:
-        BudgetError: `flops` is no share in (0, 1].
-        UnsupportedMethod: the method learns nothing. UnsupportedModel: no image tower with a classifier.
+        BudgetError: `flops` is no share in (0, 1], or one that the method cannot meet.
+        UnsupportedMethod: the method learns nothing, or cannot be on the model. UnsupportedModel: no image tower with a
+            classifier.
         TokenPruneError: no images, fewer than a step takes, no labels, a state of another training, a loss that is not
             finite (the state then stays the last one that was written).
     """
     aim, recipe = checked_share("flops", flops), _recipe(method, options)
-    start = _start(model, method, options)
+    distill = Distillation(
+        checked_weight("distill_logits", recipe.distill_logits if distill_logits is None else distill_logits),
+        checked_weight("distill_tokens", recipe.distill_tokens if distill_tokens is None else distill_tokens),
+    )
+    start = _start(model, method, aim, seed, distill, options)
     data = _labelled(images, model, transform, split)
     accelerator = _accelerator(mixed_precision, checked_count("accumulate", accumulate, smallest=1, example=1))
     accumulate, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
@@ -109,6 +124,8 @@ def train(
         "processes": processes,
         "accumulate": accumulate,
         "learning_rate": learning_rate,
+        "distill_logits": distill.logits,
+        "distill_tokens": distill.tokens,
         "opt": opt or recipe.opt,
         "sched": sched or recipe.sched,
         "mixed_precision": accelerator.mixed_precision,
@@ -126,14 +143,17 @@ def train(
         process=accelerator.process_index,
         processes=processes,
     )
-    seeded = seed + accelerator.process_index
-    with _session(model, method, options, aim, start, data, accelerator.device, seeded) as patch:
+    session, seeded = _told(make_method(method, options), options, aim, start), seed + accelerator.process_index
+    with _session(model, method, session, start, data, accelerator.device, seeded) as patch:
+        tower = find_models(model)[0][0]
         taught = Taught(
             model,
             patch,
+            last=tower.get_submodule(patch.names[-1]),
             width=int(start.architecture["width"]),
             flops=aim,
             smoothing=recipe.smoothing,
+            distill=distill,
             across=partial(accelerator.reduce, reduction="mean"),
         )
         work = Work(patch, taught, accelerator, start, told, steps=per_epoch * epochs, per_epoch=per_epoch)
@@ -160,8 +180,20 @@ def _recipe(method: str, options: dict[str, Any]) -> Recipe:
     return learned.recipe
 
 
-def _start(model: nn.Module, method: str, options: dict[str, Any]) -> LearnedParts:
+def _start(
+    model: nn.Module, method: str, flops: float, seed: int, distill: Distillation, options: dict[str, Any]
+) -> LearnedParts:
     """The learned parts as they start."""
+    recipe = make_method(method, options)
+    option = recipe.schedule.option
+    budget = parse_budget(flops=budget_of(recipe, flops).get("flops"), own=(option, options.get(option)))
+    if budget.is_full:
+        raise BudgetError(f"{budget} leaves nothing out, and {method} has nothing to learn; use flops=0.6")
+    if distill.tokens and recipe.mask is None:
+        raise UnsupportedMethod(
+            f"distill_tokens={distill.tokens:g} compares tokens that are left with the same ones of the unpatched"
+            f" model, and {method} mixes them; distill_logits= works"
+        )
     found = find_models(model)
     tower, family = found[0]
     if len(found) != 1 or not isinstance(family, Towers):
@@ -170,12 +202,17 @@ def _start(model: nn.Module, method: str, options: dict[str, Any]) -> LearnedPar
         )
     with bare(tower, family):
         host = family.adapter.host(tower)
-        recipe = make_method(method, options)
-        if recipe.mask is not None and not all(block.takes_bias for block in host.blocks):
-            raise UnsupportedMethod(
-                f"in training {method} masks keys, and {type(host.blocks[0].module).__name__} takes no bias"
-            )
-        return untrained(host, family.name, recipe, options)
+        if recipe.learned is not None and recipe.learned.places is not None:
+            learning = recipe.learned.places(Layout(len(host.blocks), host.num_prefix_tokens))
+            budget = parse_budget(schedule=dict.fromkeys(learning, 1.0))
+        return untrained(host, family.adapter, recipe, options, budget, seed)
+
+
+def _told(recipe: Method, options: dict[str, Any], flops: float, start: LearnedParts) -> dict[str, Any]:
+    """What `patch` is told in a training: with the budget, or the blocks that learn where these are others."""
+    if recipe.learned is None or recipe.learned.places is None:
+        return {**options, **budget_of(recipe, flops)}
+    return {**options, "places": None, "schedule": {int(name.split(".", 1)[0]): 1.0 for name in start.tensors}}
 
 
 def _labelled(source: object, model: nn.Module, transform: Transform | None, split: str | None) -> ImageData:
@@ -210,7 +247,6 @@ def _session(
     model: nn.Module,
     method: str,
     options: dict[str, Any],
-    flops: float,
     start: LearnedParts,
     data: ImageData,
     device: torch.device,
@@ -218,23 +254,17 @@ def _session(
 ) -> Iterator[Patch]:
     """The model on `device`, frozen, in eval mode, patched with parts that take gradients, and the global generators
     seeded; all as it was behind it."""
-    learned = make_method(method, options).learned
-    assert learned is not None
-    budget: dict[str, Any] = {"flops": flops}
-    if learned.places is not None:
-        places = {int(name.split(".")[0]) for name in start.tensors}
-        options, budget = {**options, "places": None}, {"schedule": dict.fromkeys(places, 1.0)}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before, states = _device(model), generators()
     model.to(device)
     try:
-        with patched(model, method, weights=start, **budget, **options), evaluating(model):
+        with patched(model, method, weights=start, **options), evaluating(model):
             patch = next(one for one in active_patches(model).values() if isinstance(one, Patch))
+            assert patch.learned is not None
+            assert patch.method.learned is not None
             torch.manual_seed(seed)
-            if learned.trained is not None:
-                patch.learned = _trained(learned.trained, start, data, patch)
-            if patch.learned is None:
-                raise BudgetError(f"flops={flops:g} removes nothing, and {method} has nothing to learn; use flops=0.6")
+            if patch.method.learned.trained is not None:
+                patch.learned = _trained(patch.method.learned.trained, patch, int(start.architecture["width"]), data)
             model.requires_grad_(False)
             patch.learned.to(device).requires_grad_(True)
             yield patch
@@ -245,15 +275,11 @@ def _session(
         model.to(before)
 
 
-def _trained(
-    make: Callable[[Shape], nn.Module], start: LearnedParts, data: ImageData, patch: Patch
-) -> nn.ModuleDict | None:
-    if patch.learned is None:
-        return None
+def _trained(make: Callable[[Shape], nn.Module], patch: Patch, width: int, data: ImageData) -> nn.ModuleDict:
     assert data.classes is not None
-    width, labels = start.architecture["width"], patch.tokens if data.dense else 1
-    shapes = {place: Shape(width, int(place), patch.depth, data.classes, labels) for place in patch.learned}
-    return nn.ModuleDict({place: make(shape) for place, shape in shapes.items()})
+    labels = patch.tokens if data.dense else 1
+    shapes = {p: Shape(width, p, patch.depth, classes=data.classes, labels=labels) for p in patch.places}
+    return nn.ModuleDict({str(place): make(shape) for place, shape in shapes.items()})
 
 
 def _device(model: nn.Module) -> torch.device:

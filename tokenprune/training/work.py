@@ -126,7 +126,8 @@ class Work:
             for place, state in states.items()
             for name, tensor in state.items()
         }
-        names = ("flops", "data", "images", "epochs", "batch_size", "processes", "accumulate", "learning_rate", "seed")
+        names = ["flops", "data", "images", "epochs", "batch_size", "processes", "accumulate", "learning_rate", "seed"]
+        names += [name for name in ("distill_logits", "distill_tokens") if self.recipe[name]]
         found = {name: self.recipe[name] for name in names} | {"steps": self.step}
         if self.history:
             found |= dict(zip(("loss", "added_loss", "kept"), self.history[-1], strict=True))
