@@ -49,6 +49,7 @@ EXAMPLES = {
         "tokenprune train lvlm-digits --output lvlm-run",
         "tokenprune train digit-masks --output masks-run",
         "tokenprune train digits-vit --method ltmp --flops 0.6 --batch-size 32 --output digits-ltmp",
+        "tokenprune train digits-vit --method dynamicvit --flops 0.6 --epochs 4 --batch-size 32 --output dynamicvit",
         "tokenprune train deit_small_patch16_224 --method ltmp --data imagenet/train --flops 0.75 --output deit-ltmp",
     ],
 }
@@ -314,6 +315,10 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     options.add_argument("--batch-size", type=_positive, help="of a process at a time (default: the paper's)")
     options.add_argument("--accumulate", type=_positive, default=1, help="batches of a step (default: %(default)s)")
     options.add_argument("--learning-rate", type=float, default=1.0, help="times the paper's (default: %(default)s)")
+    options.add_argument(
+        "--distill-logits", type=float, metavar="WEIGHT", help="of the unpatched model's classes in the loss"
+    )
+    options.add_argument("--distill-tokens", type=float, metavar="WEIGHT", help="of its tokens (defaults: the paper's)")
     options.add_argument("--opt", metavar="NAME", help="optimiser of timm (default: the paper's)")
     options.add_argument("--sched", metavar="NAME", help="schedule of timm (default: the paper's)")
     options.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], help="(default: as accelerate is set up)")

@@ -44,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         accumulate=options.accumulate,
         learning_rate=options.learning_rate,
+        distill_logits=options.distill_logits,
+        distill_tokens=options.distill_tokens,
         opt=options.opt,
         sched=options.sched,
         mixed_precision=options.mixed_precision,
