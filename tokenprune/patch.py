@@ -120,9 +120,13 @@ class Patch(Portable):
         """
         if self.probe is not None:
             return self.probe.leaving(state)
+        if self.lesson is not None and self.lesson.strength == 0.0:
+            return None
         keep = self.counts(state.entering)[index]
         if self.method.adaptive:
             return keep
+        if self.lesson is not None:
+            keep = state.entering - round(self.lesson.strength * (state.entering - keep))
         if keep > state.tokens or (keep == state.tokens and self.shares is None):
             return None
         return keep

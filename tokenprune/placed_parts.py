@@ -26,7 +26,9 @@ def chosen(host: Host, adapter: str, patch: Patch, weights: object) -> LearnedPa
     """What `weights` names, as `tokenprune.learned_parts.chosen_parts`."""
     if isinstance(weights, Untrained):
         return weights
-    flops = patch.budget.value if patch.budget.kind == "flops" else None
+    assert patch.method.learned is not None
+    bound = patch.method.learned.bound
+    flops = patch.budget.value if patch.budget.kind == "flops" and bound else None
     return chosen_parts(host, adapter, patch.method.name, flops, weights)
 
 
@@ -45,8 +47,12 @@ def loaded(host: Host, patch: Patch, stored: LearnedParts | Untrained) -> nn.Mod
     if isinstance(stored, Untrained):
         return _made(host, patch, counts, "cpu", stored.seed)
     parts = _made(host, patch, counts, "cpu")
+    assert patch.method.learned is not None
+    bound = patch.method.learned.bound
     try:
-        parts.load_state_dict(dict(stored.tensors))
+        parts.load_state_dict(
+            {name: t for name, t in stored.tensors.items() if bound or name.split(".", 1)[0] in parts}
+        )
     except RuntimeError as error:
         budget = stored.found.get("flops")
         advice = "" if budget is None else f" (they are for flops={budget:g})"

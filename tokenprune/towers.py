@@ -44,7 +44,7 @@ class Towers:
             raise UnsupportedMethod(
                 f"positions= is of the tokens of a prompt, and {type(model).__name__} has none; leave it out"
             )
-        method = _restoring(method, request.restore)
+        method = restoring(method, request.restore)
         return prepare(
             self.adapter.host(model),
             self.adapter,
@@ -129,7 +129,7 @@ def prepare(
     return patch
 
 
-def _restoring(method: Method, restore: str | None) -> Method:
+def restoring(method: Method, restore: str | None) -> Method:
     """The method with what a user wants to stand for the tokens that leave, None for its own."""
     known: tuple[Restore, ...] = get_args(Restore)
     choice = next((name for name in known if name == restore), None)
@@ -190,6 +190,7 @@ def untrained(
     Raises:
         TokenPruneError: as of `prepare`, where the method cannot be on this model.
     """
+    method = restoring(method, None)
     patch = prepare(host, adapter, method, budget, prefix_only_last=True, weights=Untrained(seed))
     assert patch.learned is not None
     tensors = patch.learned.state_dict()

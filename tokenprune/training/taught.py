@@ -16,7 +16,8 @@ from tokenprune.training.distillation import Distillation, logits_divergence, ou
 
 class Taught(nn.Module):
     """What the optimiser and DDP see. model: patched by `patch`. last: its last block. width: channels of its tokens.
-    flops: the budget. smoothing: of the labels. across: the mean of a tensor over all processes."""
+    flops: the budget. smoothing: of the labels. across: the mean of a tensor over all processes. progress: the share of
+    the training that is done."""
 
     def __init__(
         self,
@@ -34,12 +35,12 @@ class Taught(nn.Module):
         assert patch.learned is not None
         self.model, self.parts = model, patch.learned
         self.patch, self.width, self.flops = patch, width, flops
-        self.smoothing, self.distill, self.across = smoothing, distill, across
+        self.smoothing, self.distill, self.across, self.progress = smoothing, distill, across, 0.0
         self.last = (last,)  # no submodule twice
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss [], and of what it consists [3]: that of the task with distillation, that of the budget, and the
-        share of the prunable tokens behind the last place."""
+        """The loss [], and of what it consists [3]: that of the task with distillation, what the method adds, and the
+        share of the prunable tokens behind the last place. labels: classes [B], or maps of them [B, h, w]."""
         patch, learned = self.patch, self.patch.method.learned
         assert learned is not None
         # It stays until the next forward: where gradient checkpointing runs a block once more, it is looked for again.
@@ -50,13 +51,13 @@ class Taught(nn.Module):
             depth=patch.depth,
             counted=self._counted,
             across=self.across,
+            strength=learned.curriculum(self.progress, labels.ndim > 1) if learned.curriculum is not None else 1.0,
+            labels=labels,
+            parts=self.parts,
+            grid=patch.grid,
         )
-        teacher = self._teacher(images) if self.distill else None
-        logits, tokens = self._forward(images)
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
-            raise TokenPruneError(
-                f"labels from {int(labels.min())} to {int(labels.max())}, and the model has {logits.shape[-1]} classes"
-            )
+        teacher = self._teacher(images, labels) if self.distill else None
+        logits, tokens = self._forward(images, labels)
         if not patch.method.adaptive:
             lesson.leaving = patch.counts(patch.entered)
         lesson.prunable = patch.entered
@@ -68,20 +69,21 @@ class Taught(nn.Module):
         told = (torch.as_tensor(one, dtype=torch.float32, device=task.device) for one in (task, penalty, lesson.left()))
         return task + penalty, torch.stack([one.detach() for one in told])
 
-    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits, and the tokens behind the last block where they are compared."""
         if not self.distill.tokens:
-            return _logits(self.model(images)), None
+            return _logits(self.model(images), labels), None
         with outputs_of(self.last[0]) as caught:
-            logits = _logits(self.model(images))
+            logits = _logits(self.model(images), labels)
         return logits, caught[0]
 
-    def _teacher(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _teacher(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         with unpatched(self.patch):
-            return self._forward(images)
+            return self._forward(images, labels)
 
     def _distilled(self, logits: Tensor, tokens: Tensor | None, given: Tensor, others: Tensor | None) -> Tensor:
-        loss = self.distill.logits * logits_divergence(logits, given)
+        each, wanted = (one.movedim(1, -1).flatten(0, -2) for one in (logits, given))  # a row for each label
+        loss = self.distill.logits * logits_divergence(each, wanted)
         if tokens is not None and others is not None:
             assert self.patch.lesson is not None
             prefix, alive = self.patch.num_prefix_tokens, self.patch.lesson.alive
@@ -95,11 +97,18 @@ class Taught(nn.Module):
         return costs.total(tokens, leaving, adaptive=True) / costs.total(tokens)
 
 
-def _logits(output: object) -> Tensor:
+def _logits(output: object, labels: Tensor) -> Tensor:
+    """The logits [B, classes] of labels [B], or [B, classes, h, w] of [B, h, w]."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+    if not isinstance(logits, Tensor) or logits.ndim != 1 + labels.ndim or logits.shape[2:] != labels.shape[1:]:
+        found = "no logits" if not isinstance(logits, Tensor) else f"no logits but {list(logits.shape)}"
+        wanted = "[B, classes]" if labels.ndim == 1 else f"[B, classes, {', '.join(map(str, labels.shape[1:]))}]"
         raise TokenPruneError(
-            "the model's output is no logits [B, classes], which the labels are compared with: train on a model with a"
-            " classifier"
+            f"the model's output is {found}, and {wanted} is what the labels are compared with: train on a model with a"
+            " classifier, or with a head whose maps are of the size of the labels'"
+        )
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise TokenPruneError(
+            f"labels from {int(labels.min())} to {int(labels.max())}, and the model has {logits.shape[1]} classes"
         )
     return logits

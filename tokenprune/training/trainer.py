@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -20,9 +20,11 @@ from tokenprune.evals.data import ImageData, Transform, open_data
 from tokenprune.family import active_patches
 from tokenprune.finding import bare, find_models
 from tokenprune.learned_parts import LearnedParts
-from tokenprune.learning import Recipe
+from tokenprune.learning import Recipe, Shape
+from tokenprune.method import Method
 from tokenprune.patch import Patch
 from tokenprune.registry import make_method
+from tokenprune.schedule import Layout
 from tokenprune.towers import Towers, untrained
 from tokenprune.training.budget import budget_of, on_budget
 from tokenprune.training.distillation import Distillation, checked_weight
@@ -60,11 +62,13 @@ def train(
     distill_tokens: float | None = None,
     **options: Any,
 ) -> LearnedParts:
-    """Train what `method` learns on `model`, an image tower with a classifier, whose own weights stay as they are.
+    """Train what `method` learns on `model`, an image tower with a classifier, or what holds one and puts out maps of
+    logits [B, classes, h, w]. The model's own weights stay as they are.
 
-    images: a pair of images [N, C, H, W] and labels [N], a folder with a subfolder for each class, a Hugging Face data
-    set (of its `split`), or an `ImageData`. transform: from an RGB PIL image to [C, H, W]; None takes timm's training
-    transform of the model. flops: share of the multiply-adds, scoring counted, that the mean image is to cost.
+    images: a pair of images [N, C, H, W] and labels [N], or maps of labels [N, h, w], a folder with a subfolder for
+    each class, a Hugging Face data set (of its `split`), or an `ImageData`. transform: from an RGB PIL image to
+    [C, H, W]; None takes timm's training transform of the model. flops: share of the multiply-adds, scoring counted,
+    that the mean image is to cost; what a method has learned that scores for any budget is used at others too.
 
     output: a folder for what is learned (`learned.safetensors` and `learned.json`) and for the state, every
     `save_every` steps, from which a call with the same arguments goes on exactly where a killed one has stopped.
@@ -139,8 +143,8 @@ def train(
         process=accelerator.process_index,
         processes=processes,
     )
-    session = {**options, **budget_of(make_method(method, options), aim)}
-    with _session(model, method, session, start, accelerator.device, seed + accelerator.process_index) as patch:
+    session, seeded = _told(make_method(method, options), options, aim, start), seed + accelerator.process_index
+    with _session(model, method, session, start, data, accelerator.device, seeded) as patch:
         tower = find_models(model)[0][0]
         taught = Taught(
             model,
@@ -197,7 +201,18 @@ def _start(
             f"{method} is trained on an image tower with a classifier, not on {type(model).__name__}"
         )
     with bare(tower, family):
-        return untrained(family.adapter.host(tower), family.adapter, recipe, options, budget, seed)
+        host = family.adapter.host(tower)
+        if recipe.learned is not None and recipe.learned.places is not None:
+            learning = recipe.learned.places(Layout(len(host.blocks), host.num_prefix_tokens))
+            budget = parse_budget(schedule=dict.fromkeys(learning, 1.0))
+        return untrained(host, family.adapter, recipe, options, budget, seed)
+
+
+def _told(recipe: Method, options: dict[str, Any], flops: float, start: LearnedParts) -> dict[str, Any]:
+    """What `patch` is told in a training: with the budget, or the blocks that learn where these are others."""
+    if recipe.learned is None or recipe.learned.places is None:
+        return {**options, **budget_of(recipe, flops)}
+    return {**options, "places": None, "schedule": {int(name.split(".", 1)[0]): 1.0 for name in start.tensors}}
 
 
 def _labelled(source: object, model: nn.Module, transform: Transform | None, split: str | None) -> ImageData:
@@ -229,7 +244,13 @@ def _accelerator(mixed_precision: str | None, accumulate: int) -> Any:
 
 @contextmanager
 def _session(
-    model: nn.Module, method: str, options: dict[str, Any], start: LearnedParts, device: torch.device, seed: int
+    model: nn.Module,
+    method: str,
+    options: dict[str, Any],
+    start: LearnedParts,
+    data: ImageData,
+    device: torch.device,
+    seed: int,
 ) -> Iterator[Patch]:
     """The model on `device`, frozen, in eval mode, patched with parts that take gradients, and the global generators
     seeded; all as it was behind it."""
@@ -240,15 +261,25 @@ def _session(
         with patched(model, method, weights=start, **options), evaluating(model):
             patch = next(one for one in active_patches(model).values() if isinstance(one, Patch))
             assert patch.learned is not None
+            assert patch.method.learned is not None
+            torch.manual_seed(seed)
+            if patch.method.learned.trained is not None:
+                patch.learned = _trained(patch.method.learned.trained, patch, int(start.architecture["width"]), data)
             model.requires_grad_(False)
             patch.learned.to(device).requires_grad_(True)
-            torch.manual_seed(seed)
             yield patch
     finally:
         set_generators(states)
         for parameter in learning:
             parameter.requires_grad_(True)
         model.to(before)
+
+
+def _trained(make: Callable[[Shape], nn.Module], patch: Patch, width: int, data: ImageData) -> nn.ModuleDict:
+    assert data.classes is not None
+    labels = patch.tokens if data.dense else 1
+    shapes = {p: Shape(width, p, patch.depth, classes=data.classes, labels=labels) for p in patch.places}
+    return nn.ModuleDict({str(place): make(shape) for place, shape in shapes.items()})
 
 
 def _device(model: nn.Module) -> torch.device:

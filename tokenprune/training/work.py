@@ -24,7 +24,7 @@ SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly")
 
 
 class Work:
-    """step: how many of `steps` are done. history: of each the loss of the task, that of the budget, and the share of
+    """step: how many of `steps` are done. history: of each the loss of the task, what the method adds, and the share of
     the tokens behind the last place, means over all processes. saved: the step of the last state, if any."""
 
     def __init__(
@@ -65,6 +65,7 @@ class Work:
         self.scheduler, _ = create_scheduler_v2(
             optimizer, recipe["sched"], recipe["epochs"], step_on_epochs=False, updates_per_epoch=per_epoch
         )
+        self.inner = taught
         self.taught, self.optimizer = accelerator.prepare(taught, optimizer)
 
     def run(
@@ -80,6 +81,7 @@ class Work:
         with _bar(self.steps, self.step, show=show and self.accelerator.is_main_process) as bar:
             while self.step < self.steps:
                 self.scheduler.step_update(self.step)
+                self.inner.progress = self.step / self.steps
                 seen = self._gradients(taken, accumulate)
                 if not all(map(math.isfinite, seen)):
                     raise TokenPruneError(self._not_finite(seen, state))
@@ -91,7 +93,7 @@ class Work:
                 self.step += 1
                 self.history.append(seen)
                 bar.update(1)
-                bar.set_postfix(loss=f"{seen[0]:.3f}", budget=f"{seen[1]:.4f}", kept=f"{seen[2]:.3f}")
+                bar.set_postfix(loss=f"{seen[0]:.3f}", added=f"{seen[1]:.4f}", kept=f"{seen[2]:.3f}")
                 if state is not None and (self.step == self.steps or self.step % save_every == 0):
                     self.save(state)
 
@@ -110,19 +112,25 @@ class Work:
     def _not_finite(self, seen: list[float], state: Path | None) -> str:
         kept = f"{state} is that of step {self.saved}" if self.saved else "no state had been written"
         return (
-            f"the loss of step {self.step + 1} is {seen[0]:g} for the task and {seen[1]:g} for the budget, and the"
-            f" training stops; {kept}. Look for NaN among the images and in the model's output; a smaller learning_rate"
-            " or mixed_precision='no' may help"
+            f"the loss of step {self.step + 1} is {seen[0]:g} for the task and {seen[1]:g} that the method adds, and"
+            f" the training stops; {kept}. Look for NaN among the images and in the model's output; a smaller"
+            " learning_rate or mixed_precision='no' may help"
         )
 
     def parts(self) -> LearnedParts:
         """What is learned so far."""
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.learned.state_dict().items()}
+        strip = self.declared.strip
+        states = {place: part.state_dict() if strip is None else strip(part) for place, part in self.learned.items()}
+        tensors = {
+            f"{place}.{name}": tensor.detach().cpu().clone()
+            for place, state in states.items()
+            for name, tensor in state.items()
+        }
         names = ["flops", "data", "images", "epochs", "batch_size", "processes", "accumulate", "learning_rate", "seed"]
         names += [name for name in ("distill_logits", "distill_tokens") if self.recipe[name]]
         found = {name: self.recipe[name] for name in names} | {"steps": self.step}
         if self.history:
-            found |= dict(zip(("loss", "budget_loss", "kept"), self.history[-1], strict=True))
+            found |= dict(zip(("loss", "added_loss", "kept"), self.history[-1], strict=True))
         return replace(self.start, tensors=tensors, found=found)
 
     def save(self, path: Path) -> None:
