@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
         learning_rate=options.learning_rate,
         distill_logits=options.distill_logits,
         distill_tokens=options.distill_tokens,
+        model_rate=options.model_rate,
         opt=options.opt,
         sched=options.sched,
         mixed_precision=options.mixed_precision,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -19,7 +20,7 @@ from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, U
 from tokenprune.evals.data import ImageData, Transform, open_data
 from tokenprune.family import active_patches
 from tokenprune.finding import bare, find_models
-from tokenprune.learned_parts import LearnedParts
+from tokenprune.learned_parts import LearnedParts, block_norms
 from tokenprune.learning import Recipe, Shape
 from tokenprune.method import Method
 from tokenprune.patch import Patch
@@ -27,7 +28,7 @@ from tokenprune.registry import make_method
 from tokenprune.schedule import Layout
 from tokenprune.towers import Towers, untrained
 from tokenprune.training.budget import budget_of, on_budget
-from tokenprune.training.distillation import Distillation, checked_weight
+from tokenprune.training.distillation import Distillation, checked_weight, twin
 from tokenprune.training.sampling import ByTurn, Order, loader
 from tokenprune.training.state import FILE, generators, set_generators
 from tokenprune.training.taught import Taught
@@ -60,10 +61,11 @@ def train(
     show_progress: bool = False,
     distill_logits: float | None = None,
     distill_tokens: float | None = None,
+    model_rate: float | None = None,
     **options: Any,
 ) -> LearnedParts:
     """Train what `method` learns on `model`, an image tower with a classifier, or what holds one and puts out maps of
-    logits [B, classes, h, w]. The model's own weights stay as they are.
+    logits [B, classes, h, w]. The model's own weights stay as they are, or are trained at a model_rate.
 
     images: a pair of images [N, C, H, W] and labels [N], or maps of labels [N, h, w], a folder with a subfolder for
     each class, a Hugging Face data set (of its `split`), or an `ImageData`. transform: from an RGB PIL image to
@@ -83,10 +85,16 @@ def train(
     probabilities from those under the patch, and the squared difference of the tokens that are left behind the last
     block, layer-normalised without a scale. The second is of methods that mask, as mixed tokens have no teacher.
 
+    model_rate: peak learning rate of the model's own weights that require a gradient; None takes the recipe's, which is
+    0.0, none at all, of every method here. Above zero the model is changed, and `model.safetensors` in the folder has
+    its weights, which belong to what is learned (DynamicViT was published with a hundredth of its rate, 1e-5). It stays
+    in eval mode, and the teacher is a copy of what it was.
+
     Under `accelerate launch` it runs on as many processes and machines as that says, each calling this with the same
     arguments. mixed_precision: "bf16" or "fp16", None as accelerate is set up.
 
-    Returns what `tokenprune.patch(model, method, weights=...)` takes. The model is left as it is.
+    Returns what `tokenprune.patch(model, method, weights=...)` takes. But for its trained weights the model is left as
+    it is.
 
     Raises:
         BudgetError: `flops` is no share in (0, 1], or one that the method cannot meet.
@@ -100,6 +108,7 @@ def train(
         checked_weight("distill_logits", recipe.distill_logits if distill_logits is None else distill_logits),
         checked_weight("distill_tokens", recipe.distill_tokens if distill_tokens is None else distill_tokens),
     )
+    own = checked_weight("model_rate", recipe.model_rate if model_rate is None else model_rate, example=1e-5)
     start = _start(model, method, aim, seed, distill, options)
     data = _labelled(images, model, transform, split)
     accelerator = _accelerator(mixed_precision, checked_count("accumulate", accumulate, smallest=1, example=1))
@@ -126,6 +135,7 @@ def train(
         "learning_rate": learning_rate,
         "distill_logits": distill.logits,
         "distill_tokens": distill.tokens,
+        "model_rate": own,
         "opt": opt or recipe.opt,
         "sched": sched or recipe.sched,
         "mixed_precision": accelerator.mixed_precision,
@@ -144,17 +154,18 @@ def train(
         processes=processes,
     )
     session, seeded = _told(make_method(method, options), options, aim, start), seed + accelerator.process_index
-    with _session(model, method, session, start, data, accelerator.device, seeded) as patch:
-        tower = find_models(model)[0][0]
+    teacher = twin(model).to(accelerator.device) if distill and own else None
+    with _session(model, method, session, start, data, accelerator.device, seeded, frozen=not own) as patch:
         taught = Taught(
             model,
             patch,
-            last=tower.get_submodule(patch.names[-1]),
+            last=_last(model, patch),
             width=int(start.architecture["width"]),
             flops=aim,
             smoothing=recipe.smoothing,
             distill=distill,
             across=partial(accelerator.reduce, reduction="mean"),
+            teacher=None if teacher is None else (teacher, _last(teacher, patch)),
         )
         work = Work(patch, taught, accelerator, start, told, steps=per_epoch * epochs, per_epoch=per_epoch)
         state = None if output is None else Path(output) / FILE
@@ -164,6 +175,8 @@ def train(
         taken = iter(loader(data.items, order, workers=workers))
         work.run(taken, state, accumulate=accumulate, save_every=save_every, show=show_progress)
         parts = work.parts()
+    if own:
+        parts = replace(parts, norms=_norms(model))
     items = ByTurn(data.items, seed)
     sample = torch.stack([items[epochs - 1, image][0] for image in range(min(data.size, MEASURED))])
     parts = on_budget(model, parts, sample.to(_device(model)), batch)
@@ -251,9 +264,11 @@ def _session(
     data: ImageData,
     device: torch.device,
     seed: int,
+    *,
+    frozen: bool,
 ) -> Iterator[Patch]:
-    """The model on `device`, frozen, in eval mode, patched with parts that take gradients, and the global generators
-    seeded; all as it was behind it."""
+    """The model on `device`, `frozen` or not, in eval mode, patched with parts that take gradients, and the global
+    generators seeded; all as it was behind it."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before, states = _device(model), generators()
     model.to(device)
@@ -265,13 +280,16 @@ def _session(
             torch.manual_seed(seed)
             if patch.method.learned.trained is not None:
                 patch.learned = _trained(patch.method.learned.trained, patch, int(start.architecture["width"]), data)
-            model.requires_grad_(False)
+            if frozen:
+                model.requires_grad_(False)
             patch.learned.to(device).requires_grad_(True)
             yield patch
     finally:
         set_generators(states)
         for parameter in learning:
             parameter.requires_grad_(True)
+            if not frozen:
+                parameter.grad = None
         model.to(before)
 
 
@@ -280,6 +298,18 @@ def _trained(make: Callable[[Shape], nn.Module], patch: Patch, width: int, data:
     labels = patch.tokens if data.dense else 1
     shapes = {p: Shape(width, p, patch.depth, classes=data.classes, labels=labels) for p in patch.places}
     return nn.ModuleDict({str(place): make(shape) for place, shape in shapes.items()})
+
+
+def _last(model: nn.Module, patch: Patch) -> nn.Module:
+    """The last block."""
+    return find_models(model)[0][0].get_submodule(patch.names[-1])
+
+
+def _norms(model: nn.Module) -> tuple[float, ...]:
+    tower, family = find_models(model)[0]
+    assert isinstance(family, Towers)
+    with bare(tower, family):
+        return block_norms(family.adapter.host(tower))
 
 
 def _device(model: nn.Module) -> torch.device:
