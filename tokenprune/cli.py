@@ -49,6 +49,7 @@ EXAMPLES = {
         "tokenprune train lvlm-digits --output lvlm-run",
         "tokenprune train digit-masks --output masks-run",
         "tokenprune train digits-vit --method ltmp --flops 0.6 --batch-size 32 --output digits-ltmp",
+        "tokenprune train digits-vit --method dynamicvit --flops 0.6 --epochs 4 --batch-size 32 --output dynamicvit",
         "tokenprune train deit_small_patch16_224 --method ltmp --data imagenet/train --flops 0.75 --output deit-ltmp",
     ],
 }
@@ -303,7 +304,7 @@ def _add_generation(command: argparse.ArgumentParser) -> None:
 
 
 def _add_training(command: argparse.ArgumentParser) -> None:
-    options = command.add_argument_group("what a method learns (the model itself stays as it is)")
+    options = command.add_argument_group("what a method learns (the model itself stays as it is without --model-rate)")
     options.add_argument("--method", metavar="NAME", help="one that learns, see tokenprune methods")
     options.add_argument("--flops", type=float, metavar="SHARE", help="of the multiply-adds, of the mean image")
     _add_data(options, "labelled images to train on (default: the model's own)")
@@ -314,6 +315,13 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     options.add_argument("--batch-size", type=_positive, help="of a process at a time (default: the paper's)")
     options.add_argument("--accumulate", type=_positive, default=1, help="batches of a step (default: %(default)s)")
     options.add_argument("--learning-rate", type=float, default=1.0, help="times the paper's (default: %(default)s)")
+    options.add_argument(
+        "--distill-logits", type=float, metavar="WEIGHT", help="of the unpatched model's classes in the loss"
+    )
+    options.add_argument("--distill-tokens", type=float, metavar="WEIGHT", help="of its tokens (defaults: the paper's)")
+    options.add_argument(
+        "--model-rate", type=float, metavar="RATE", help="learning rate of the model's own weights (default: 0, frozen)"
+    )
     options.add_argument("--opt", metavar="NAME", help="optimiser of timm (default: the paper's)")
     options.add_argument("--sched", metavar="NAME", help="schedule of timm (default: the paper's)")
     options.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], help="(default: as accelerate is set up)")

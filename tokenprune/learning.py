@@ -87,7 +87,8 @@ class Lesson:
 @dataclass(frozen=True)
 class Recipe:
     """How a paper trains: names and values of timm's optimisers and schedulers. smoothing: of the labels.
-    distill_logits, distill_tokens: weights of what the unpatched model teaches, see `tokenprune.training.train`."""
+    distill_logits, distill_tokens, model_rate: weights of what the unpatched model teaches, and the peak learning rate
+    of the model's own weights, see `tokenprune.training.train`."""
 
     epochs: int
     batch_size: int
@@ -98,6 +99,7 @@ class Recipe:
     smoothing: float = 0.0
     distill_logits: float = 0.0
     distill_tokens: float = 0.0
+    model_rate: float = 0.0
 
 
 @dataclass(frozen=True)

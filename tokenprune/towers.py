@@ -100,6 +100,10 @@ def prepare(
             raise UnsupportedMethod(
                 f"{method.name} needs {', '.join(sorted(missing))}, which this model does not expose"
             )
+    if method.learned is not None and host.row is not None:
+        raise UnsupportedMethod(
+            f"{method.name} learns from images in a batch, and those of a {type(host.model).__name__} lie in one row"
+        )
     if method.mask is not None and not all(block.takes_bias for block in host.blocks):
         raise UnsupportedMethod(
             f"{method.name} masks keys while it learns, and {type(host.blocks[0].module).__name__} takes no bias; a"

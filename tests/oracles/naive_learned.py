@@ -94,17 +94,22 @@ def patch_merger(place: Place, learned: Mapping[int, Learned]) -> list[Token]:
 
 
 def sinkhorn(place: Place, learned: Mapping[int, Learned]) -> list[Token]:
-    """exp of the cosines to the centres, in turn its rows and its columns divided by their sums, three times."""
+    """Averages by the transport of the tokens to the centres, by cosines."""
     centres, tokens = learned[place.block]["centres"], place.tokens
-    plan = [
-        [math.exp((centre @ token.hidden / centre.norm() / token.hidden.norm()).item()) for token in tokens]
-        for centre in centres
+    cosines = [
+        [(centre @ token.hidden / centre.norm() / token.hidden.norm()).item() for token in tokens] for centre in centres
     ]
+    return mixed(place, [[value / sum(row) for value in row] for row in transport(cosines)])
+
+
+def transport(similarity: Sequence[Sequence[float]]) -> list[list[float]]:
+    """exp of the similarities, its rows and then its columns divided by their sums, three times."""
+    plan = [[math.exp(value) for value in row] for row in similarity]
     for _ in range(3):
         plan = [[value / sum(row) for value in row] for row in plan]
-        columns = [sum(row[j] for row in plan) for j in range(len(tokens))]
+        columns = [sum(row[j] for row in plan) for j in range(len(plan[0]))]
         plan = [[value / column for value, column in zip(row, columns, strict=True)] for row in plan]
-    return mixed(place, [[value / sum(row) for value in row] for row in plan])
+    return plan
 
 
 def masked_forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import naive_learned
 import pytest
 import torch
 from families import build, images
@@ -54,6 +55,9 @@ def test_gradients_say_how_the_loss_changes(method: str) -> None:
 
 def test_a_transport_gives_every_token_away_and_fills_every_centre() -> None:
     similarity = torch.randn(2, 7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    few = 3 * similarity[:, :4]
+    loops = torch.tensor([naive_learned.transport(image) for image in few.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(transport(few), loops)
     plan = transport(similarity, epsilon=0.5, iterations=60)
     torch.testing.assert_close(plan.sum(1), torch.ones(2, 7, dtype=torch.float64))
     torch.testing.assert_close(plan.sum(2), torch.ones(2, 7, dtype=torch.float64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenprune import api
 from tokenprune.budget import is_number
 from tokenprune.errors import TokenPruneError
 from tokenprune.patch import Patch
@@ -27,14 +29,14 @@ class Distillation:
         return self.logits > 0 or self.tokens > 0
 
 
-def checked_weight(name: str, value: object) -> float:
-    """`value` as the weight of a loss.
+def checked_weight(name: str, value: object, *, example: float = 0.5) -> float:
+    """`value` as the weight of a loss, or a learning rate.
 
     Raises:
         TokenPruneError: it is no number of at least 0.
     """
     if not is_number(value) or value < 0:
-        raise TokenPruneError(f"{name} is the weight of a loss, at least 0, got {value!r}; for example {name}=0.5")
+        raise TokenPruneError(f"{name} must be a number of at least 0, got {value!r}; for example {name}={example:g}")
     return float(value)
 
 
@@ -51,6 +53,11 @@ def token_error(student: Tensor, teacher: Tensor, alive: Tensor) -> Tensor:
     kept = alive.detach() > 0
     own, given = (F.layer_norm(x[kept].float(), x.shape[-1:]) for x in (student, teacher))
     return (own - given).square().sum() / max(own.numel(), 1)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """An unpatched copy, that stays as it is while the model's own weights are trained."""
+    return api.unpatch(deepcopy(model)).eval().requires_grad_(False)
 
 
 @contextmanager

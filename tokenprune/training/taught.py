@@ -16,8 +16,9 @@ from tokenprune.training.distillation import Distillation, logits_divergence, ou
 
 class Taught(nn.Module):
     """What the optimiser and DDP see. model: patched by `patch`. last: its last block. width: channels of its tokens.
-    flops: the budget. smoothing: of the labels. across: the mean of a tensor over all processes. progress: the share of
-    the training that is done."""
+    flops: the budget. smoothing: of the labels. across: the mean of a tensor over all processes. teacher: the model as
+    it was and its last block, None where that is `model` unpatched. progress: the share of the training that is done.
+    """
 
     def __init__(
         self,
@@ -30,13 +31,14 @@ class Taught(nn.Module):
         smoothing: float,
         distill: Distillation,
         across: Callable[[Tensor], Tensor],
+        teacher: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         assert patch.learned is not None
         self.model, self.parts = model, patch.learned
         self.patch, self.width, self.flops = patch, width, flops
         self.smoothing, self.distill, self.across, self.progress = smoothing, distill, across, 0.0
-        self.last = (last,)  # no submodule twice
+        self.last, self.teacher = (last,), teacher  # no submodule twice, and none that is not trained
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss [], and of what it consists [3]: that of the task with distillation, what the method adds, and the
@@ -57,7 +59,7 @@ class Taught(nn.Module):
             grid=patch.grid,
         )
         teacher = self._teacher(images, labels) if self.distill else None
-        logits, tokens = self._forward(images, labels)
+        logits, tokens = self._forward(self.model, self.last[0], images, labels)
         if not patch.method.adaptive:
             lesson.leaving = patch.counts(patch.entered)
         lesson.prunable = patch.entered
@@ -69,17 +71,22 @@ class Taught(nn.Module):
         told = (torch.as_tensor(one, dtype=torch.float32, device=task.device) for one in (task, penalty, lesson.left()))
         return task + penalty, torch.stack([one.detach() for one in told])
 
-    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _forward(
+        self, model: nn.Module, last: nn.Module, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits, and the tokens behind the last block where they are compared."""
         if not self.distill.tokens:
-            return _logits(self.model(images), labels), None
-        with outputs_of(self.last[0]) as caught:
-            logits = _logits(self.model(images), labels)
+            return _logits(model(images), labels), None
+        with outputs_of(last) as caught:
+            logits = _logits(model(images), labels)
         return logits, caught[0]
 
     def _teacher(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.teacher is not None:
+            with torch.no_grad():
+                return self._forward(*self.teacher, images, labels)
         with unpatched(self.patch):
-            return self._forward(images, labels)
+            return self._forward(self.model, self.last[0], images, labels)
 
     def _distilled(self, logits: Tensor, tokens: Tensor | None, given: Tensor, others: Tensor | None) -> Tensor:
         each, wanted = (one.movedim(1, -1).flatten(0, -2) for one in (logits, given))  # a row for each label
