@@ -38,7 +38,7 @@ PROMPTS = (*BEHIND_TOWER, *INSIDE_MODEL)
 STEPS = ("ras", "region", "toca")
 DIFFUSION = ("at_edm", "todo", "toma", "tomesd", *STEPS)
 LEARNED = ("ltmp", "ltmp_fixed")
-FIXED = ("dynamicvit", "patch_merger", "sinkhorn", "sit")
+FIXED = ("cropr", "dynamicvit", "patch_merger", "sinkhorn", "sit", "tnt")
 BOTH = ("random", "top_k", "uniform", "zero_tprune", "zero_tprune_uni")
 
 # (methods, families, what the reason says) of the cells that may be empty.

@@ -17,7 +17,7 @@ Learned = Mapping[str, Tensor]
 
 
 def product(a: Tensor, b: Tensor) -> float:
-    return sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
+    return sum(x * y for x, y in zip(a.tolist(), b.tolist(), strict=True))
 
 
 def cropr(place: Place, learned: Mapping[int, Learned]) -> list[Token]:
