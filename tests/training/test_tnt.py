@@ -27,7 +27,6 @@ from tokenprune.methods.tnt import nothing_leaves
 from tokenprune.scores.fixed import hashed_scores
 from tokenprune.training import train
 
-Data = tuple[Tensor, Tensor]
 SHARES = {1: 0.6, 4: 0.5, 9: 0.4}
 pytestmark = [pytest.mark.filterwarnings("ignore:what was learned costs"), pytest.mark.usefixtures("short")]
 
@@ -88,13 +87,13 @@ def test_the_noise_of_a_training_and_its_gradients_are_those_of_the_loops() -> N
         torch.testing.assert_close(got.double(), one, rtol=1e-3, atol=1e-3 * one.abs().max().item())
 
 
-def test_one_training_is_for_every_budget_and_place(model: nn.Module, data: Data, tmp_path: Path) -> None:
+def test_one_training_is_for_every_budget_and_place(tmp_path: Path) -> None:
     deep = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=48, num_heads=3, num_classes=5
     )
-    x = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x, y = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 5
     state, before = torch.get_rng_state(), copy.deepcopy(deep.state_dict())
-    found = train(deep, (x, data[1]), "tnt", flops=0.6, epochs=2, batch_size=8, noise=0.5, output=tmp_path)
+    found = train(deep, (x, y), "tnt", flops=0.6, epochs=2, batch_size=8, noise=0.5, output=tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in deep.state_dict().items())
     assert sorted(found.tensors) == [f"{block}.weight" for block in range(5)]
@@ -112,7 +111,7 @@ def test_one_training_is_for_every_budget_and_place(model: nn.Module, data: Data
         tokenprune.patch(deep, "tnt", weights=tmp_path, places=(7,))
     tokenprune.patch(deep, weights=load_learned(tmp_path), flops=0.6)
     assert torch.equal(run(deep.train(), x), run(deep.eval(), x))  # the trainer alone adds noise
-    assert train(deep, (x, data[1]), "tnt", flops=0.6, epochs=1, batch_size=8, places=(3,)).tensors.keys() == {
+    assert train(deep, (x, y), "tnt", flops=0.6, epochs=1, batch_size=8, places=(3,)).tensors.keys() == {
         "3.weight"
     }
 
