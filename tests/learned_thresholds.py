@@ -23,7 +23,7 @@ def parts(model: nn.Module, merge: Sequence[float], prune: Sequence[float]) -> L
     tower, family = find_models(model)[0]
     with bare(tower, family):
         host = family.adapter.host(tower)  # type: ignore[attr-defined]
-        found = untrained(host, family.name, make_method("ltmp", {}), {})
+        found = untrained(host, family.adapter, make_method("ltmp", {}), {})
     given = {"merge": merge, "prune": prune}
     for name in found.tensors:
         block, kind = name.split(".")

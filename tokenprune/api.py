@@ -87,6 +87,7 @@ def patch(
 
     weights: what a method that learns has learned for this model: what `tokenprune.train` returns, its folder or file
     (safetensors with JSON beside it), or the name of shipped ones. None takes the shipped ones of this very model.
+    Without a budget they have that which they were trained for.
 
     options: of the method, see `methods()`; one of them is a budget of its own (`r` of tome, `rate` of the others), and
     then the only one. An earlier patch of the same model is replaced. At another input size the
@@ -110,6 +111,8 @@ def patch(
         raise UnsupportedMethod(f"options {sorted(options)} need a method to belong to; name one")
     own = (named.schedule.option, options.get(named.schedule.option)) if named is not None else None
     budget = parse_budget(keep=keep, flops=flops, tokens=tokens, schedule=schedule, own=own)
+    if budget.kind == "default" and weights is not None and named is not None and not named.adaptive:
+        budget = parse_budget(flops=weights.found.get("flops"))  # what they were trained for
     if weights is not None and (named is None or named.learned is None):
         raise UnsupportedMethod(f"weights= are learned parts, and {method} learns nothing; leave them out")
     if schedule is not None and options.get("places") is not None:

@@ -75,7 +75,8 @@ def _probed(host: Host, adapter: Adapter, patch: Patch, *, last_alone: bool = Fa
     """Counted runs at different token counts."""
     runs = []
     schedule = patch.method.schedule
-    unbounded = patch.method.mask is not None and patch.budget.kind in ("default", "flops")
+    masked = patch.method.adaptive and patch.method.mask is not None
+    unbounded = masked and patch.budget.kind in ("default", "flops")
     for tokens in probe_sizes(host.tokens):
         probe = Probe(tokens, lambda n: n if unbounded else max(schedule.fewest(n, patch.layout), n - n // 8))
         copy = ghosted(host, adapter, patch, probe, last_alone=last_alone)

@@ -30,9 +30,10 @@ FLOOR = 1e-9
 class Masking:
     """What becomes of n tokens at a place, some of which may be none any more (`AttentionRecord.alive`).
 
-    alive: [B, n] one for a token that goes on and zero for one that does not, with the gradient of what decided it; one
-    for what is none any more. target: [B, n] position of the token that each is merged into, which then goes on or not
-    for both of them, and its own where it is not merged.
+    alive: [B, n] one for a token that goes on and zero for one that does not, with the gradient of what decided it; it
+    is multiplied with those before it, so that of what is none any more it decides no more than gradients. target:
+    [B, n] position of the token that each is merged into, which then goes on or not for both of them, and its own where
+    it is not merged.
     """
 
     alive: Tensor

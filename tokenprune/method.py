@@ -89,9 +89,9 @@ class Method:
     inside_model: what leaves between layers of the language model.
 
     learned: what it learns, None for a method that works on any model as it is. mask: (record, K) -> what becomes of
-    each token, at most K alive in an image, of an `adaptive` method that can do so where some tokens are none any more
-    (`AttentionRecord.alive`); it decides in the place of score and selection, and in training its masks carry
-    gradients.
+    each token, where some tokens are none any more (`AttentionRecord.alive`), with gradients: in training, in the place
+    of score and selection, and of an `adaptive` method everywhere, then with at most K alive in an image. A method that
+    learns without it is trained through its reduction.
     """
 
     name: str

@@ -12,7 +12,7 @@ from torch import nn
 
 from tokenprune.budget import Budget
 from tokenprune.costs import CostModel, Probe
-from tokenprune.errors import BudgetError, UnsupportedModel
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Portable
 from tokenprune.host import Host
 from tokenprune.latency import LatencyTable
@@ -92,8 +92,19 @@ class Patch(Portable):
     @constant_in_graphs
     def _counts(self, key: str, entering: int) -> Counts:
         if entering not in self.solved:
-            self.solved[entering] = self._solve(entering)
+            counts = self._solve(entering)
+            self._check_size(entering, counts)
+            self.solved[entering] = counts
         return self.solved[entering]
+
+    def _check_size(self, entering: int, counts: Counts) -> None:
+        learned, known = self.method.learned, self.solved.get(self.tokens)
+        if learned is not None and learned.sized and known is not None and counts != known:
+            raise UnsupportedMethod(
+                f"{self.method.name} has learned to leave {list(known.values())} of {self.tokens} tokens, and of an"
+                f" image of {entering} the budget would leave {list(counts.values())}: use images of the model's usual"
+                " size, or train it for this one"
+            )
 
     def _solve(self, entering: int, target: float | None = None) -> Counts:
         if self.shares is not None:
@@ -109,9 +120,13 @@ class Patch(Portable):
         """
         if self.probe is not None:
             return self.probe.leaving(state)
+        if self.lesson is not None and self.lesson.strength == 0.0:
+            return None
         keep = self.counts(state.entering)[index]
         if self.method.adaptive:
             return keep
+        if self.lesson is not None:
+            keep = state.entering - round(self.lesson.strength * (state.entering - keep))
         if keep > state.tokens or (keep == state.tokens and self.shares is None):
             return None
         return keep

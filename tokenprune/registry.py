@@ -25,7 +25,7 @@ _BUILTIN_METHODS = (
     "dpc_knn", "pitome", "tofu", "diffrate", "saint", "algm", "pomt", "sparsevit",
     "at_edm", "tomesd", "todo", "toma", "region", "ras", "toca", "fopru", "visionzip", "prumerge", "divprune",
     "cdpruner", "pool", "feather", "fastv", "pyramid_drop", "ltmp",
-    "ltmp_fixed",
+    "ltmp_fixed", "dynamicvit", "sit", "sinkhorn", "patch_merger", "tnt", "cropr",
 )  # fmt: skip
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {

@@ -7,6 +7,7 @@ and leaves nothing behind. It knows no library (its facts come from the adapter)
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from tokenprune.state import Entry, TokenState, flow, in_backward, recall, remem
 from tokenprune.taps import Taps
 
 if TYPE_CHECKING:
+    from tokenprune.learning import Lesson
     from tokenprune.patch import Patch
     from tokenprune.ragged import Pack
 
@@ -196,8 +198,10 @@ class Site:
         state = flow().state
         if not self.reduces or state is None or flow().front is not None:  # nobody would see which tokens leave
             return x
-        if self.patch.lesson is not None:
+        if self.patch.lesson is not None and self.patch.method.mask is not None:
             return mask_tokens(self, x, state)
+        if self.patch.lesson is not None:
+            x = self._taught(x, state, self.patch.lesson)
         keep = self.patch.leaving(self.index, state)
         if keep is None:
             return x
@@ -207,9 +211,17 @@ class Site:
         leaving, flow().state = self._reduced(x, state, keep)
         return leaving
 
+    def _taught(self, x: Tensor, state: TokenState, lesson: Lesson) -> Tensor:
+        """Note the tokens that enter a place of a training forward, and disturb them."""
+        if not in_backward():  # where gradient checkpointing runs the block once more
+            lesson.entered[self.index] = x.detach()
+        learned = self.patch.method.learned
+        assert learned is not None
+        return x if learned.disturb is None else learned.disturb(self.taps.record(x, state))
+
     def _reduced(self, x: Tensor, state: TokenState, keep: int, captured: Any = None) -> tuple[Tensor, TokenState]:
         """The `keep` tokens that leave of x [B, P + n, C], and their state; `captured` as in `Taps.record`."""
-        with torch.no_grad():
+        with nullcontext() if self.patch.lesson is not None else torch.no_grad():
             record = self.taps.record(x, state, captured)
             reduction = self.patch.method.reduce(record, keep)
         if reduction.tokens != keep:

@@ -79,14 +79,15 @@ class Taps:
         return queries, keys, values
 
     def record(self, x: Tensor, state: TokenState, captured: Any = None) -> AttentionRecord:
-        """What a method may look at of x [B, P + n, C]. captured: queries, keys and values where they are known."""
+        """What a method may look at of x [B, P + n, C]. captured: queries, keys and values where they are known. In a
+        training forward the hidden states have their gradient."""
         now = flow()
         queries, keys, values = self.captured() if captured is None else captured
         rotate: Callable[[Tensor], Tensor] | None = None
         if now.rope is not None and self.rotate is not None:
             rotate = partial(_rotated, self.rotate, now.rope)
         return AttentionRecord(
-            hidden=x.detach(),
+            hidden=x if self.patch.lesson is not None else x.detach(),
             origin=state.origins(x),
             num_prefix_tokens=self.patch.num_prefix_tokens,
             place=self.index,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -10,15 +10,17 @@ from torch import nn
 
 from tokenprune.budget import Budget
 from tokenprune.counting import compute_prefix_only, corrected, count_costs, count_patched, reads_prefix_only
-from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.host import Adapter, BlockHost, Host
-from tokenprune.learned_parts import LearnedParts, architecture, block_norms, chosen_parts
-from tokenprune.learning import Shape
+from tokenprune.learned_parts import LearnedParts, architecture, block_norms
 from tokenprune.method import Method, Restore
 from tokenprune.patch import Patch, attach
-from tokenprune.schedule import BeforeLast, Layout
+from tokenprune.placed_parts import Untrained, chosen, loaded, of_any_size
+from tokenprune.schedule import BeforeLast
 from tokenprune.self_check import check_bias, check_blocks, check_packing, follow, verdicts
+
+_DEFAULT = Budget()
 
 
 class Towers:
@@ -42,7 +44,7 @@ class Towers:
             raise UnsupportedMethod(
                 f"positions= is of the tokens of a prompt, and {type(model).__name__} has none; leave it out"
             )
-        method = _restoring(method, request.restore)
+        method = restoring(method, request.restore)
         return prepare(
             self.adapter.host(model),
             self.adapter,
@@ -98,8 +100,19 @@ def prepare(
             raise UnsupportedMethod(
                 f"{method.name} needs {', '.join(sorted(missing))}, which this model does not expose"
             )
+    if method.learned is not None and host.row is not None:
+        raise UnsupportedMethod(
+            f"{method.name} learns from images in a batch, and those of a {type(host.model).__name__} lie in one row"
+        )
+    if method.mask is not None and not all(block.takes_bias for block in host.blocks):
+        raise UnsupportedMethod(
+            f"{method.name} masks keys while it learns, and {type(host.blocks[0].module).__name__} takes no bias; a"
+            " method that learns nothing works, such as 'top_k'"
+        )
+    stored = None
     if patch.active and method.learned is not None:
-        patch.learned = _learned_parts(host, adapter.name, patch, weights)
+        stored = chosen(host, adapter.name, patch, weights)
+        patch.learned = of_any_size(host, patch) if method.learned.sized else loaded(host, patch, stored)
     check_blocks(host)
     patch.costs = count_costs(host, adapter, patch)
     if prefix_only_last and not patch.fuses and reads_prefix_only(host, patch):
@@ -110,11 +123,13 @@ def prepare(
             patch.solved[host.tokens], patch.counted = corrected(host, adapter, patch, counts)
         elif not method.adaptive:  # what an image costs is known when it is there
             patch.counted = count_patched(host, adapter, patch)
+        if stored is not None and method.learned is not None and method.learned.sized:
+            patch.learned = loaded(host, patch, stored)
     patch.verdicts = verdicts(host)
     return patch
 
 
-def _restoring(method: Method, restore: str | None) -> Method:
+def restoring(method: Method, restore: str | None) -> Method:
     """The method with what a user wants to stand for the tokens that leave, None for its own."""
     known: tuple[Restore, ...] = get_args(Restore)
     choice = next((name for name in known if name == restore), None)
@@ -162,33 +177,24 @@ def _check_adaptive(host: Host, method: Method, budget: Budget) -> None:
     check_packing(host)
 
 
-def untrained(host: Host, adapter: str, method: Method, options: Mapping[str, Any]) -> LearnedParts:
-    """The learned parts of a method as they are before a training."""
-    parts = _fresh(host, method, method.schedule.places(Layout(len(host.blocks), host.num_prefix_tokens)))
-    bound = architecture(host, adapter)
-    return LearnedParts(method.name, options, parts.state_dict(), bound, block_norms(host))
+def untrained(
+    host: Host,
+    adapter: Adapter,
+    method: Method,
+    options: Mapping[str, Any],
+    budget: Budget = _DEFAULT,
+    seed: int = 0,
+) -> LearnedParts:
+    """The learned parts of a method as they are before a training for `budget`.
 
-
-def _fresh(host: Host, method: Method, places: Iterable[int]) -> nn.ModuleDict:
-    assert method.learned is not None
-    width, depth = host.blocks[0].width, len(host.blocks)
-    return nn.ModuleDict({str(place): method.learned.part(Shape(width, place, depth)) for place in places})
-
-
-def _learned_parts(host: Host, adapter: str, patch: Patch, weights: object) -> nn.ModuleDict:
-    """The learned parts of the places of a patch, by block."""
-    method = patch.method
-    parts = _fresh(host, method, patch.places)
-    flops = patch.budget.value if patch.budget.kind == "flops" else None
-    stored = chosen_parts(host, adapter, method.name, flops, weights)
-    try:
-        parts.load_state_dict(dict(stored.tensors))
-    except RuntimeError as error:
-        raise TokenPruneError(
-            f"the learned parts do not fit {method.name} in the blocks {', '.join(parts)}: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from error
-    return parts.requires_grad_(False)
+    Raises:
+        TokenPruneError: as of `prepare`, where the method cannot be on this model.
+    """
+    method = restoring(method, None)
+    patch = prepare(host, adapter, method, budget, prefix_only_last=True, weights=Untrained(seed))
+    assert patch.learned is not None
+    tensors = patch.learned.state_dict()
+    return LearnedParts(method.name, options, tensors, architecture(host, adapter.name), block_norms(host))
 
 
 def _caught(block: BlockHost) -> set[str]:

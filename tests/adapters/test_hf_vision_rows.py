@@ -287,6 +287,8 @@ def test_what_cannot_be_is_refused() -> None:
         tokenprune.patch(model, "ats", keep=0.5)
     with pytest.raises(tokenprune.UnsupportedMethod, match="in one row"):
         tokenprune.patch(model, "top_k", keep=0.5, restore="fusion")
+    with pytest.raises(tokenprune.UnsupportedMethod, match="dynamicvit learns from images in a batch, and those of a"):
+        tokenprune.patch(model, "dynamicvit", keep=0.5)
     tokenprune.patch(model, "top_k", keep=0.5, restore="place")
     tokenprune.patch(model, "top_k", keep=0.5)
     with pytest.raises(tokenprune.UnsupportedModel, match="output_attentions"):

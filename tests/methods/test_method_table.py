@@ -38,6 +38,7 @@ PROMPTS = (*BEHIND_TOWER, *INSIDE_MODEL)
 STEPS = ("ras", "region", "toca")
 DIFFUSION = ("at_edm", "todo", "toma", "tomesd", *STEPS)
 LEARNED = ("ltmp", "ltmp_fixed")
+FIXED = ("cropr", "dynamicvit", "patch_merger", "sinkhorn", "sit", "tnt")
 BOTH = ("random", "top_k", "uniform", "zero_tprune", "zero_tprune_uni")
 
 # (methods, families, what the reason says) of the cells that may be empty.
@@ -58,12 +59,14 @@ ALLOWED = (
     (("ras",), ("U-Net",), "in a U-Net no token owns a part of the prediction"),
     (("toca",), ("Flux",), "blocks whose attention and MLP are modules of their own"),
     (("todo", "toma", "tomesd"), ("Flux",), "has no part"),
-    (("ltmp",), WINDOWS, "learns for the blocks of an image tower"),
+    (("ltmp", *FIXED), WINDOWS, "learns for the blocks of an image tower"),
     (("ltmp",), DENOISERS, "a different number of tokens in each image, which no denoiser runs"),
     (("ltmp_fixed",), DENOISERS, "take no bias \\(proportional=False works\\)"),
     (("ltmp_fixed",), ("SAM",), "windows .* hold padding"),
     (LEARNED, ("CaiT",), "takes no bias \\(proportional=False works\\)"),
-    (LEARNED, (BEHIND, INSIDE), "works inside an image tower"),
+    (FIXED, DENOISERS, "learns for the blocks of an image tower, not for those of a denoiser"),
+    (("dynamicvit",), ("CaiT",), "masks keys while it learns, and LayerScaleBlock takes no bias"),
+    ((*LEARNED, *FIXED), (BEHIND, INSIDE), "works inside an image tower"),
 )
 
 

@@ -47,6 +47,7 @@ EXAMPLES = {
         "tokenprune train lvlm-digits --output lvlm-run",
         "tokenprune train digit-masks --output masks-run",
         "tokenprune train digits-vit --method ltmp --flops 0.6 --batch-size 32 --output digits-ltmp",
+        "tokenprune train digits-vit --method dynamicvit --flops 0.6 --epochs 4 --batch-size 32 --output dynamicvit",
         "tokenprune train deit_small_patch16_224 --method ltmp --data imagenet/train --flops 0.75 --output deit-ltmp",
     ],
 }

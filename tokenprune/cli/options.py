@@ -35,7 +35,7 @@ def add_generation(command: argparse.ArgumentParser) -> None:
 
 
 def add_training(command: argparse.ArgumentParser) -> None:
-    options = command.add_argument_group("what a method learns (the model itself stays as it is)")
+    options = command.add_argument_group("what a method learns (the model itself stays as it is without --model-rate)")
     options.add_argument("--method", metavar="NAME", help="one that learns, see tokenprune methods")
     options.add_argument("--flops", type=float, metavar="SHARE", help="of the multiply-adds, of the mean image")
     add_data(options, "labelled images to train on (default: the model's own)")
@@ -46,6 +46,13 @@ def add_training(command: argparse.ArgumentParser) -> None:
     options.add_argument("--batch-size", type=positive, help="of a process at a time (default: the paper's)")
     options.add_argument("--accumulate", type=positive, default=1, help="batches of a step (default: %(default)s)")
     options.add_argument("--learning-rate", type=float, default=1.0, help="times the paper's (default: %(default)s)")
+    options.add_argument(
+        "--distill-logits", type=float, metavar="WEIGHT", help="of the unpatched model's classes in the loss"
+    )
+    options.add_argument("--distill-tokens", type=float, metavar="WEIGHT", help="of its tokens (defaults: the paper's)")
+    options.add_argument(
+        "--model-rate", type=float, metavar="RATE", help="learning rate of the model's own weights (default: 0, frozen)"
+    )
     options.add_argument("--opt", metavar="NAME", help="optimiser of timm (default: the paper's)")
     options.add_argument("--sched", metavar="NAME", help="schedule of timm (default: the paper's)")
     options.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], help="(default: as accelerate is set up)")

@@ -32,6 +32,8 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
         raise UnsupportedMethod(
             f"{method.name} keeps a different number of tokens in each image, which no denoiser runs"
         )
+    if method.learned is not None:
+        raise UnsupportedMethod(f"{method.name} learns for the blocks of an image tower, not for those of a denoiser")
     if method.proportional:
         raise UnsupportedMethod(
             f"{method.name} adds log(size) to the attention logits, and these attentions take no bias;"

@@ -20,18 +20,19 @@ UNLABELLED = -1
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images [C, H, W] with class numbers (-1 for none).
+    """Images [C, H, W] with class numbers (-1 for none), or where `dense` with maps [h, w] of them.
 
     classes: how many, None where there are no labels. groups: [size], equal for images that are not independent (crops
     of one photograph). is_test: [size], bool, which images are classified by the others as their nearest neighbours.
     """
 
     name: str
-    items: Dataset[tuple[Tensor, int]]
+    items: Dataset[tuple[Tensor, Any]]
     size: int
     classes: int | None
     groups: Tensor | None = None
     is_test: Tensor | None = None
+    dense: bool = False
 
     def batches(
         self, batch_size: int, *, samples: int | None = None, seed: int = 0, workers: int = 0
@@ -57,7 +58,7 @@ def open_data(
 ) -> ImageData:
     """Images from `source`:
 
-    - images [N, C, H, W], or a pair of them and labels [N], ready for the model;
+    - images [N, C, H, W], or a pair of them and labels [N] or maps of labels [N, h, w], ready for the model;
     - a folder: one subfolder a class (ImageFolder), in the order of their names, or pictures without labels;
     - the name of a Hugging Face data set, or one that is loaded (`split`: validation or test by default).
 
@@ -81,12 +82,15 @@ def open_data(
     return data
 
 
-class _Tensors(Dataset[tuple[Tensor, int]]):
+class _Tensors(Dataset[tuple[Tensor, Any]]):
     def __init__(self, images: Tensor, labels: Tensor | None) -> None:
         self.images, self.labels = images, labels
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], UNLABELLED if self.labels is None else int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        if self.labels is None:
+            return self.images[index], UNLABELLED
+        label = self.labels[index]
+        return self.images[index], label if label.ndim else int(label)
 
 
 class _Files(Dataset[tuple[Tensor, int]]):
@@ -117,7 +121,8 @@ def _from_tensors(source: Any) -> ImageData:
     if labels is not None and len(labels) != len(images):
         raise TokenPruneError(f"{len(images)} images and {len(labels)} labels")
     classes = None if labels is None else int(labels.max()) + 1
-    return ImageData("tensors", _Tensors(images, labels), len(images), classes)
+    dense = labels is not None and labels.ndim > 1
+    return ImageData("tensors", _Tensors(images, labels), len(images), classes, dense=dense)
 
 
 def _from_folder(folder: Path, transform: Transform, num_classes: int | None) -> ImageData:

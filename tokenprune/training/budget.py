@@ -11,21 +11,28 @@ from tokenprune.bisection import nearest_to
 from tokenprune.calibration import MET, NEAR, mean_flops
 from tokenprune.learned_parts import LearnedParts
 from tokenprune.learning import Learned, Shape
+from tokenprune.method import Method
 from tokenprune.registry import make_method
 
 ROUNDS = 12
 
 
+def budget_of(method: Method, flops: float) -> dict[str, float]:
+    """What `patch` is told of the budget: nothing where it follows from what is learned."""
+    return {} if method.adaptive else {"flops": flops}
+
+
 def on_budget(model: nn.Module, parts: LearnedParts, images: Tensor, batch_size: int) -> LearnedParts:
     """`parts` with `flops_ratio`, the mean over the images [N, C, H, W] counted where tokens really leave, among what
     was found; where that is not near the budget, weakened or strengthened as a whole until it is."""
-    learned = make_method(parts.method, dict(parts.options)).learned
+    method = make_method(parts.method, dict(parts.options))
+    learned = method.learned
     assert learned is not None
     aim = parts.found["flops"]
 
     def tried(factor: float) -> tuple[float, LearnedParts]:
         changed = parts if learned.weaken is None else _weakened(parts, learned, factor)
-        options = {**parts.options, "weights": changed}
+        options = {**parts.options, **budget_of(method, aim), "weights": changed}
         ratio, _ = mean_flops(model, images, parts.method, batch_size, options)
         return ratio, replace(changed, found={**parts.found, "flops_ratio": ratio, "factor": factor})
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -12,21 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.api import patched
 from tokenprune.budget import checked_count, checked_share
-from tokenprune.calibration import evaluating
-from tokenprune.errors import TokenPruneError, UnsupportedMethod, UnsupportedModel
+from tokenprune.errors import TokenPruneError, UnsupportedMethod
 from tokenprune.evals.data import ImageData, Transform, open_data
-from tokenprune.family import active_patches
-from tokenprune.finding import bare, find_models
 from tokenprune.learned_parts import LearnedParts
 from tokenprune.learning import Recipe
-from tokenprune.patch import Patch
 from tokenprune.registry import make_method
-from tokenprune.towers import Towers, untrained
 from tokenprune.training.budget import on_budget
+from tokenprune.training.distillation import Distillation, checked_weight, twin
 from tokenprune.training.sampling import ByTurn, Order, loader
-from tokenprune.training.state import FILE, generators, set_generators
+from tokenprune.training.session import (
+    accelerator_of,
+    device_of,
+    last_block,
+    norms_of,
+    session,
+    session_options,
+    start_of,
+)
+from tokenprune.training.state import FILE
 from tokenprune.training.taught import Taught
 from tokenprune.training.work import Work
 
@@ -55,13 +58,18 @@ def train(
     transform: Transform | None = None,
     split: str | None = None,
     show_progress: bool = False,
+    distill_logits: float | None = None,
+    distill_tokens: float | None = None,
+    model_rate: float | None = None,
     **options: Any,
 ) -> LearnedParts:
-    """Train what `method` learns on `model`, an image tower with a classifier, whose own weights stay as they are.
+    """Train what `method` learns on `model`, an image tower with a classifier, or what holds one and puts out maps of
+    logits [B, classes, h, w]. The model's own weights stay as they are, or are trained at a model_rate.
 
-    images: a pair of images [N, C, H, W] and labels [N], a folder with a subfolder for each class, a Hugging Face data
-    set (of its `split`), or an `ImageData`. transform: from an RGB PIL image to [C, H, W]; None takes timm's training
-    transform of the model. flops: share of the multiply-adds, scoring counted, that the mean image is to cost.
+    images: a pair of images [N, C, H, W] and labels [N], or maps of labels [N, h, w], a folder with a subfolder for
+    each class, a Hugging Face data set (of its `split`), or an `ImageData`. transform: from an RGB PIL image to
+    [C, H, W]; None takes timm's training transform of the model. flops: share of the multiply-adds, scoring counted,
+    that the mean image is to cost; what a method has learned that scores for any budget is used at others too.
 
     output: a folder for what is learned (`learned.safetensors` and `learned.json`) and for the state, every
     `save_every` steps, from which a call with the same arguments goes on exactly where a killed one has stopped.
@@ -71,21 +79,38 @@ def train(
     the paper's. seed: of the order and the augmentation of the images, which depend on nothing else. options: of the
     method.
 
+    distill_logits, distill_tokens: weights of two losses by which the unpatched model is a teacher, None for the
+    paper's (DynamicViT, Rao et al., NeurIPS 2021, equations 9 and 10, has 0.5 of each): the divergence of its class
+    probabilities from those under the patch, and the squared difference of the tokens that are left behind the last
+    block, layer-normalised without a scale. The second is of methods that mask, as mixed tokens have no teacher.
+
+    model_rate: peak learning rate of the model's own weights that require a gradient; None takes the recipe's, which is
+    0.0, none at all, of every method here. Above zero the model is changed, and `model.safetensors` in the folder has
+    its weights, which belong to what is learned (DynamicViT was published with a hundredth of its rate, 1e-5). It stays
+    in eval mode, and the teacher is a copy of what it was.
+
     Under `accelerate launch` it runs on as many processes and machines as that says, each calling this with the same
     arguments. mixed_precision: "bf16" or "fp16", None as accelerate is set up.
 
-    Returns what `tokenprune.patch(model, method, weights=...)` takes. The model is left as it is.
+    Returns what `tokenprune.patch(model, method, weights=...)` takes. But for its trained weights the model is left as
+    it is.
 
     Raises:
-        BudgetError: `flops` is no share in (0, 1].
-        UnsupportedMethod: the method learns nothing. UnsupportedModel: no image tower with a classifier.
+        BudgetError: `flops` is no share in (0, 1], or one that the method cannot meet.
+        UnsupportedMethod: the method learns nothing, or cannot be on the model. UnsupportedModel: no image tower with a
+            classifier.
         TokenPruneError: no images, fewer than a step takes, no labels, a state of another training, a loss that is not
             finite (the state then stays the last one that was written).
     """
     aim, recipe = checked_share("flops", flops), _recipe(method, options)
-    start = _start(model, method, options)
+    distill = Distillation(
+        checked_weight("distill_logits", recipe.distill_logits if distill_logits is None else distill_logits),
+        checked_weight("distill_tokens", recipe.distill_tokens if distill_tokens is None else distill_tokens),
+    )
+    own = checked_weight("model_rate", recipe.model_rate if model_rate is None else model_rate, example=1e-5)
+    start = start_of(model, method, aim, seed, distill, options)
     data = _labelled(images, model, transform, split)
-    accelerator = _accelerator(mixed_precision, checked_count("accumulate", accumulate, smallest=1, example=1))
+    accelerator = accelerator_of(mixed_precision, checked_count("accumulate", accumulate, smallest=1, example=1))
     accumulate, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     batch = checked_count(
         "batch_size", recipe.batch_size if batch_size is None else batch_size, smallest=1, example=128
@@ -98,7 +123,7 @@ def train(
             f"{data.name} has {data.size} images, and a step takes {batch * processes * accumulate}: batch_size={batch}"
             f" of {processes} processes, {accumulate} times; use a smaller batch_size"
         )
-    told = {
+    written = {
         "method": method,
         "options": dict(options),
         "flops": aim,
@@ -107,6 +132,9 @@ def train(
         "processes": processes,
         "accumulate": accumulate,
         "learning_rate": learning_rate,
+        "distill_logits": distill.logits,
+        "distill_tokens": distill.tokens,
+        "model_rate": own,
         "opt": opt or recipe.opt,
         "sched": sched or recipe.sched,
         "mixed_precision": accelerator.mixed_precision,
@@ -124,16 +152,21 @@ def train(
         process=accelerator.process_index,
         processes=processes,
     )
-    with _session(model, method, options, start, accelerator.device, seed + accelerator.process_index) as patch:
+    asked, seeded = session_options(make_method(method, options), options, aim, start), seed + accelerator.process_index
+    teacher = twin(model).to(accelerator.device) if distill and own else None
+    with session(model, method, asked, start, data, accelerator.device, seeded, frozen=not own) as patch:
         taught = Taught(
             model,
             patch,
+            last=last_block(model, patch),
             width=int(start.architecture["width"]),
             flops=aim,
             smoothing=recipe.smoothing,
+            distill=distill,
             across=partial(accelerator.reduce, reduction="mean"),
+            teacher=None if teacher is None else (teacher, last_block(teacher, patch)),
         )
-        work = Work(patch, taught, accelerator, start, told, steps=per_epoch * epochs, per_epoch=per_epoch)
+        work = Work(patch, taught, accelerator, start, written, steps=per_epoch * epochs, per_epoch=per_epoch)
         state = None if output is None else Path(output) / FILE
         if state is not None and state.exists():
             work.resume(state)
@@ -141,9 +174,11 @@ def train(
         taken = iter(loader(data.items, order, workers=workers))
         work.run(taken, state, accumulate=accumulate, save_every=save_every, show=show_progress)
         parts = work.parts()
+    if own:
+        parts = replace(parts, norms=norms_of(model))
     items = ByTurn(data.items, seed)
     sample = torch.stack([items[epochs - 1, image][0] for image in range(min(data.size, MEASURED))])
-    parts = on_budget(model, parts, sample.to(_device(model)), batch)
+    parts = on_budget(model, parts, sample.to(device_of(model)), batch)
     if output is not None and accelerator.is_main_process:
         parts.save(output)
     accelerator.wait_for_everyone()
@@ -155,23 +190,6 @@ def _recipe(method: str, options: dict[str, Any]) -> Recipe:
     if learned is None:
         raise UnsupportedMethod(f"{method} learns nothing: patch(model, {method!r}, flops=0.6) works as it is")
     return learned.recipe
-
-
-def _start(model: nn.Module, method: str, options: dict[str, Any]) -> LearnedParts:
-    """The learned parts as they start."""
-    found = find_models(model)
-    tower, family = found[0]
-    if len(found) != 1 or not isinstance(family, Towers):
-        raise UnsupportedModel(
-            f"{method} is trained on an image tower with a classifier, not on {type(model).__name__}"
-        )
-    with bare(tower, family):
-        host = family.adapter.host(tower)
-        if not all(block.takes_bias for block in host.blocks):
-            raise UnsupportedMethod(
-                f"in training {method} masks keys, and {type(host.blocks[0].module).__name__} takes no bias"
-            )
-        return untrained(host, family.name, make_method(method, options), options)
 
 
 def _labelled(source: object, model: nn.Module, transform: Transform | None, split: str | None) -> ImageData:
@@ -187,43 +205,3 @@ def _labelled(source: object, model: nn.Module, transform: Transform | None, spl
             " for each class"
         )
     return data
-
-
-def _accelerator(mixed_precision: str | None, accumulate: int) -> Any:
-    try:
-        import accelerate
-        import timm.optim  # noqa: F401
-    except ImportError as error:
-        raise TokenPruneError(f"training needs {error.name}: pip install 'tokenprune-torch[train]'") from error
-    try:
-        return accelerate.Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
-    except ValueError as error:  # an unknown precision, or another one than this process has begun with
-        raise TokenPruneError(f"mixed_precision={mixed_precision!r}: {error}") from error
-
-
-@contextmanager
-def _session(
-    model: nn.Module, method: str, options: dict[str, Any], start: LearnedParts, device: torch.device, seed: int
-) -> Iterator[Patch]:
-    """The model on `device`, frozen, in eval mode, patched with parts that take gradients, and the global generators
-    seeded; all as it was behind it."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before, states = _device(model), generators()
-    model.to(device)
-    try:
-        with patched(model, method, weights=start, **options), evaluating(model):
-            patch = next(one for one in active_patches(model).values() if isinstance(one, Patch))
-            assert patch.learned is not None
-            model.requires_grad_(False)
-            patch.learned.to(device).requires_grad_(True)
-            torch.manual_seed(seed)
-            yield patch
-    finally:
-        set_generators(states)
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        model.to(before)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -14,18 +14,23 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.learned_parts import LearnedParts
+from tokenprune.learned_parts import LearnedParts, safetensors, write_whole
 from tokenprune.patch import Patch
 from tokenprune.training.state import generators, read_state, set_generators, write_state
 from tokenprune.training.taught import Taught
 
+MODEL = "model.safetensors"
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly")
 """Those of timm that follow the number of steps alone."""
 
 
+_MODEL = "the model's own weights"
+
+
 class Work:
-    """step: how many of `steps` are done. history: of each the loss of the task, that of the budget, and the share of
-    the tokens behind the last place, means over all processes. saved: the step of the last state, if any."""
+    """model: that whose own weights are trained too, None where they stay. step: how many of `steps` are done. history:
+    of each the loss of the task, what the method adds, and the share of the tokens behind the last place, means over
+    all processes. saved: the step of the last state, if any."""
 
     def __init__(
         self,
@@ -54,6 +59,10 @@ class Work:
         for name, parameter in self.learned.named_parameters():
             groups.setdefault(name.split(".", 1)[1], []).append(parameter)
         rates = {name: recipe["learning_rate"] * self.declared.rate(name, steps) for name in groups}
+        self.model = taught.model if recipe["model_rate"] else None
+        if self.model is not None:
+            groups[_MODEL] = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            rates[_MODEL] = recipe["learning_rate"] * recipe["model_rate"]
         paper = self.declared.recipe
         optimizer = create_optimizer_v2(
             [{"params": group, "lr": rates[name]} for name, group in groups.items()],
@@ -65,6 +74,7 @@ class Work:
         self.scheduler, _ = create_scheduler_v2(
             optimizer, recipe["sched"], recipe["epochs"], step_on_epochs=False, updates_per_epoch=per_epoch
         )
+        self.inner = taught
         self.taught, self.optimizer = accelerator.prepare(taught, optimizer)
 
     def run(
@@ -80,6 +90,7 @@ class Work:
         with _bar(self.steps, self.step, show=show and self.accelerator.is_main_process) as bar:
             while self.step < self.steps:
                 self.scheduler.step_update(self.step)
+                self.inner.progress = self.step / self.steps
                 seen = self._gradients(taken, accumulate)
                 if not all(map(math.isfinite, seen)):
                     raise TokenPruneError(self._not_finite(seen, state))
@@ -91,7 +102,7 @@ class Work:
                 self.step += 1
                 self.history.append(seen)
                 bar.update(1)
-                bar.set_postfix(loss=f"{seen[0]:.3f}", budget=f"{seen[1]:.4f}", kept=f"{seen[2]:.3f}")
+                bar.set_postfix(loss=f"{seen[0]:.3f}", added=f"{seen[1]:.4f}", kept=f"{seen[2]:.3f}")
                 if state is not None and (self.step == self.steps or self.step % save_every == 0):
                     self.save(state)
 
@@ -110,28 +121,39 @@ class Work:
     def _not_finite(self, seen: list[float], state: Path | None) -> str:
         kept = f"{state} is that of step {self.saved}" if self.saved else "no state had been written"
         return (
-            f"the loss of step {self.step + 1} is {seen[0]:g} for the task and {seen[1]:g} for the budget, and the"
-            f" training stops; {kept}. Look for NaN among the images and in the model's output; a smaller learning_rate"
-            " or mixed_precision='no' may help"
+            f"the loss of step {self.step + 1} is {seen[0]:g} for the task and {seen[1]:g} that the method adds, and"
+            f" the training stops; {kept}. Look for NaN among the images and in the model's output; a smaller"
+            " learning_rate or mixed_precision='no' may help"
         )
 
     def parts(self) -> LearnedParts:
         """What is learned so far."""
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.learned.state_dict().items()}
-        names = ("flops", "data", "images", "epochs", "batch_size", "processes", "accumulate", "learning_rate", "seed")
+        strip = self.declared.strip
+        states = {place: part.state_dict() if strip is None else strip(part) for place, part in self.learned.items()}
+        tensors = {
+            f"{place}.{name}": tensor.detach().cpu().clone()
+            for place, state in states.items()
+            for name, tensor in state.items()
+        }
+        names = ["flops", "data", "images", "epochs", "batch_size", "processes", "accumulate", "learning_rate", "seed"]
+        names += [name for name in ("distill_logits", "distill_tokens", "model_rate") if self.recipe[name]]
         found = {name: self.recipe[name] for name in names} | {"steps": self.step}
         if self.history:
-            found |= dict(zip(("loss", "budget_loss", "kept"), self.history[-1], strict=True))
+            found |= dict(zip(("loss", "added_loss", "kept"), self.history[-1], strict=True))
         return replace(self.start, tensors=tensors, found=found)
 
     def save(self, path: Path) -> None:
-        """Write the state to `path`, and what is learned beside it."""
+        """Write the state to `path`, and what is learned beside it, with the model's weights where they are trained."""
         states = [self.accelerator.gather(one.to(self.accelerator.device)[None]).cpu() for one in generators()]
         if self.accelerator.is_main_process:
             self.parts().save(path.parent)
+            own = None if self.model is None else {name: x.cpu().clone() for name, x in self.model.state_dict().items()}
+            if own is not None:
+                write_whole(path.parent / MODEL, safetensors().torch.save(own))
             scaler = self.accelerator.scaler
             state = {
                 "learned": self.learned.state_dict(),
+                "model": own,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "generators": states,
@@ -146,6 +168,8 @@ class Work:
         """The inverse of `save`."""
         state = read_state(path, self.recipe)
         self.learned.load_state_dict(state["learned"])
+        if self.model is not None:
+            self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

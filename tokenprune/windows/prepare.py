@@ -22,9 +22,9 @@ Describe = Callable[[nn.Module], WindowsHost]
 
 
 def chooses_windows(method: Method) -> bool:
-    """Whether a method works on whole windows as it does on tokens: one that merges none and does not look at
-    attention, all of which stays in a window."""
-    return not (method.adaptive or method.merges or method.proportional or method.needs - {"windows"})
+    """Whether a method works on whole windows as it does on tokens: one that learns nothing, merges none and does not
+    look at attention, all of which stays in a window."""
+    return not (method.learned or method.adaptive or method.merges or method.proportional or method.needs - {"windows"})
 
 
 def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, request: Request) -> WindowsPatch:
