@@ -102,7 +102,7 @@ def prepare(
         patch.learned = _learned_parts(host, adapter.name, patch, weights)
     check_blocks(host)
     patch.costs = count_costs(host, adapter, patch)
-    if prefix_only_last and not patch.fuses and reads_prefix_only(host, patch):
+    if prefix_only_last and not patch.fuses and not method.training_only and reads_prefix_only(host, patch):
         compute_prefix_only(host, adapter, patch)
     if patch.active:
         counts = patch.counts(host.tokens)
@@ -194,4 +194,4 @@ def _learned_parts(host: Host, adapter: str, patch: Patch, weights: object) -> n
 def _caught(block: BlockHost) -> set[str]:
     kinds = {kind for kind, _ in block.taps}
     own = {"block_input"} | ({"queries", "keys"} if "inputs" in kinds else set())
-    return kinds | own | ({"values"} if block.values else set())
+    return kinds | own | ({"values"} if block.values else set()) | (set() if block.in_row else {"first_block"})
