@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tokenprune.errors import TokenPruneError, UnsupportedModel
 from tokenprune.family import active_patches
@@ -77,8 +78,10 @@ def masked_mse(prediction: Tensor, target: Tensor, kept: KeptPatches | None) -> 
     """
     if prediction.shape != target.shape:
         raise TokenPruneError(f"a prediction {list(prediction.shape)} has no error to a target {list(target.shape)}")
-    errors = (prediction.float() - target.float()).square()
-    return errors.mean() if kept is None else kept.mean(errors).mean()
+    prediction, target = prediction.float(), target.float()
+    if kept is None:
+        return functional.mse_loss(prediction, target)
+    return kept.mean((prediction - target).square()).mean()
 
 
 def spread(tokens: Tensor, grid: tuple[int, int] | None, x: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ class Site:
         block = facts.module
         block.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True)
         if self.reduces:
-            self.taps.attach(facts)
+            if not self.front:
+                self.taps.attach(facts)
             if not self.mid and not self.front:
                 block.register_forward_hook(self.reduce_output, prepend=True)
         block.register_forward_hook(self.leave)
@@ -218,7 +219,8 @@ class Site:
         self.patch.mark(self, "score")
         if self.patch.method.adaptive:
             return reduce_ragged(self, x, state, keep)
-        leaving, flow().state = self._reduced(x, state, keep)
+        captured = (None, None, None) if self.front else None  # nothing of the block has run
+        leaving, flow().state = self._reduced(x, state, keep, captured)
         return leaving
 
     def _reduced(self, x: Tensor, state: TokenState, keep: int, captured: Any = None) -> tuple[Tensor, TokenState]:
