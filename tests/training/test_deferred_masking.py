@@ -6,9 +6,9 @@ import copy
 from functools import partial
 from typing import Any
 
+import denoisers_zoo
 import pytest
 import torch
-import denoisers_zoo
 from denoisers_zoo import nothing_is_left
 from families import full_but
 from hidden_keys import hidden

@@ -41,7 +41,9 @@ def assert_all_close(found: list[Tensor | None], expected: list[Tensor | None]) 
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * max(1.0, float(other.abs().max())))
 
 
-@pytest.mark.parametrize("family", full_but(("class_token", "map_pool", "rotary_registers", "bias_own_table"), FAMILIES))
+@pytest.mark.parametrize(
+    "family", full_but(("class_token", "map_pool", "rotary_registers", "bias_own_table"), FAMILIES)
+)
 def test_a_step_is_that_of_the_kept_patches_alone(family: str) -> None:
     model: Any = families.build(family)
     for module in model.modules():
@@ -257,7 +259,7 @@ def test_other_families_refuse(method: str, what: str) -> None:
 def test_options_that_mean_nothing_are_refused() -> None:
     model = families.build("class_token")
     for options in ({"color": "pink"}, {"sigma": 0.0}, {"sigma": True}):
-        with pytest.raises(tokenprune.UnsupportedMethod, match="for example|none of"):
+        with pytest.raises(tokenprune.UnsupportedMethod, match=r"for example|none of"):
             tokenprune.patch(model, "noise_mask", **options)
     with pytest.raises(tokenprune.BudgetError):
         tokenprune.patch(model, "flip", rate=0.0)

@@ -1,5 +1,5 @@
-"""``python -m tokenprune.evals.train_masked --masked-steps 1200 --whole-steps 1450 --output FOLDER`` trains the small DiT
-with most of its patches dropped, and then on all of them.
+"""``python -m tokenprune.evals.train_masked --masked-steps 1200 --whole-steps 1450 --output FOLDER`` trains the small
+DiT with most of its patches dropped, and then on all of them.
 
 The recipe is that of `tokenprune.evals.train_diffusion` with fewer steps: small canvases, on which nothing is dropped,
 then whole ones, of which the first `masked_steps` run under `deferred_masking`. With no masked steps it is the training

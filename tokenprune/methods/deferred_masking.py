@@ -14,9 +14,7 @@ from tokenprune.selection.top_k import keep_top_k
 
 
 @register_method("deferred_masking")
-def deferred_masking(
-    *, rate: float = 0.25, mixer: float = 0.25, color: Color = "white", sigma: float = 1.0
-) -> Method:
+def deferred_masking(*, rate: float = 0.25, mixer: float = 0.25, color: Color = "white", sigma: float = 1.0) -> Method:
     """In training alone, drop patches at random behind the first blocks, of each image its own (section 2.2).
 
     The first blocks are the paper's patch mixer and see all patches; the others compute the kept ones, and the loss is
