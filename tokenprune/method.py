@@ -60,11 +60,11 @@ class Method:
     select: (scores, record, K) -> the Reduction to K tokens, or of an `adaptive` method the RaggedReduction to at most
     K, a number of its own for each image (a record then holds images of equal length). schedule: in which blocks, how
     much at each.
-    position: "mid" reduces between attention and MLP, "post" after the block, "front" before it.
-    merges: whether leaving tokens stand for several patches (sizes are tracked). drops: of a method that merges, (block, depth, tokens removed) -> how many of
-    those it drops instead. proportional: whether log(size) is added to the attention logits of a key. restore: what
-    stands for a token that left, where the full grid is read (see `tokenprune.restore`); None: "unmerge" of a method
-    that merges, else "regression".
+    position: "mid" reduces between attention and MLP, "post" after the block, "front" before it. merges: whether
+    leaving tokens stand for several patches (sizes are tracked). drops: of a method that merges, (block, depth, tokens
+    removed) -> how many of those it drops instead. proportional: whether log(size) is added to the attention logits of
+    a key. restore: what stands for a token that left, where the full grid is read (see `tokenprune.restore`); None:
+    "unmerge" of a method that merges, else "regression".
     needs: what must be captured ("queries", "keys", "values", "block_input": hidden states in front of the block,
     "cross": those of the cross-attention; "stacks": that all tokens are back behind a few blocks; "grid": that the
     tokens fill one; "windows": that attention stays in windows; "steps": that the model is run once for each step of a

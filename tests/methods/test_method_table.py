@@ -38,6 +38,7 @@ PROMPTS = (*BEHIND_TOWER, *INSIDE_MODEL)
 STEPS = ("ras", "region", "toca")
 DIFFUSION = ("at_edm", "todo", "toma", "tomesd", *STEPS)
 LEARNED = ("ltmp", "ltmp_fixed")
+IN_FRONT = ("flip", "noise_mask")
 BOTH = ("random", "top_k", "uniform", "zero_tprune", "zero_tprune_uni")
 
 # (methods, families, what the reason says) of the cells that may be empty.
@@ -63,7 +64,9 @@ ALLOWED = (
     (("ltmp_fixed",), DENOISERS, "take no bias \\(proportional=False works\\)"),
     (("ltmp_fixed",), ("SAM",), "windows .* hold padding"),
     (LEARNED, ("CaiT",), "takes no bias \\(proportional=False works\\)"),
-    (LEARNED, (BEHIND, INSIDE), "works inside an image tower"),
+    ((*LEARNED, *IN_FRONT), (BEHIND, INSIDE), "works inside an image tower"),
+    (IN_FRONT, (*WINDOWS, *DENOISERS), "needs first_block"),
+    (("deferred_masking",), (*PLAIN, *WINDOWS, TOWER, BEHIND, INSIDE, "U-Net"), "needs mixer"),
 )
 
 
