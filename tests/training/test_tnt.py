@@ -16,7 +16,6 @@ from families import build, full_but, images, run
 from learned_starts import by_place, random_parts
 from learned_thresholds import in_training
 from naive_ltmp import attend
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tokenprune
