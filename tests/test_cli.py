@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -10,10 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+import tokenprune
 from tokenprune import cli
 from tokenprune.evals import bench, doctor
+from tokenprune.evals.models import load_model
 from tokenprune.evals.table import Table
 from tokenprune.evals.throughput import measure
+from tokenprune.stored_schedule import StoredSchedule
 
 QUICK = ["--quiet", "--threads", "1"]
 
@@ -243,3 +247,37 @@ def test_doctor_finds_what_is_too_old_and_what_is_not_there(monkeypatch, capsys)
     assert rows["timm"]["state"] == "wrong"
     assert "pip install -U timm" in rows["timm"]["why"]
     assert rows["diffusers"]["state"] == "missing"
+
+
+def test_report_is_that_of_the_patched_model(capsys):
+    assert run("report", "--model", "digits-vit", "--method", "tome", "--flops", "0.6", *QUICK, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    model = load_model("digits-vit").model
+    tokenprune.patch(model, "tome", flops=0.6)
+    model(torch.zeros(1, 3, 80, 80))
+    assert told == json.loads(json.dumps(tokenprune.report(model).to_dict()))
+    assert run("report", "--model", "digits-vit", "--keep", "0.5", *QUICK) == 0
+    shown = capsys.readouterr().out
+    assert "was chosen for timm_vit" in shown
+    assert run("report", "--model", "digits-vit", "--keep", "0.5", "--flops", "0.6", *QUICK) == 1
+    assert "of one budget" in capsys.readouterr().err
+
+
+def test_report_takes_a_searched_schedule(capsys, tmp_path):
+    path = tmp_path / "schedule.json"
+    StoredSchedule("top_k", {3: 0.5}).save(path)
+    assert run("report", "--model", "digits-vit", "--schedule", path, *QUICK, "--json") == 0
+    places = json.loads(capsys.readouterr().out)["places"]
+    assert [(place["name"], place["tokens_out"]) for place in places] == [("blocks.3", 50)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("tokenprune comp", {"compare "}), ("tokenprune eval --fl", {"--flops "})]
+)
+def test_a_shell_completes_commands_and_options(typed, offered, tmp_path):
+    answer = tmp_path / "answer"
+    shell = {"_ARGCOMPLETE": "1", "COMP_LINE": typed, "COMP_POINT": str(len(typed)), "IFS": "\n"}
+    environment = {**os.environ, **shell, "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    subprocess.run([sys.executable, "-m", "tokenprune.cli"], env=environment, check=True, capture_output=True)
+    assert set(answer.read_text().split("\v")[0].splitlines()) <= offered
+    assert answer.read_text().startswith(next(iter(offered)).strip())

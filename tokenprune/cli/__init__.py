@@ -6,6 +6,7 @@ Nothing but argparse is imported until a command runs, so that `--help` is quick
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,7 +18,12 @@ __all__ = ["EXAMPLES", "RECIPES", "main", "parser"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0 for success, 1 for a failure told in one line on standard error, 2 for wrong usage."""
-    options = parser().parse_args(arguments)
+    known = parser()
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(known)
+    options = known.parse_args(arguments)
     if options.command == "train" and options.method is None and options.model not in RECIPES:
         parser().error(f"recipes are for {', '.join(RECIPES)}; for what a method learns for a model add --method ltmp")
     from tokenprune.errors import TokenPruneError
@@ -62,6 +68,7 @@ def _run(options: argparse.Namespace) -> int:
         "demo": demo.run,
         "doctor": doctor.run_doctor,
         "methods": commands.methods,
+        "report": commands.report,
         "bench": commands.run_bench,
         "eval": commands.run_eval,
         "compare": run_compare,

@@ -6,6 +6,7 @@ import argparse
 
 from tokenprune.cli.examples import EXAMPLES
 from tokenprune.cli.options import (
+    add_budgets,
     add_data,
     add_format,
     add_generation,
@@ -58,6 +59,14 @@ def parser() -> argparse.ArgumentParser:
     doctor = _command(commands, "doctor", "what is installed here, what works together, which kernels run and why")
     add_machine(doctor)
     add_format(doctor)
+
+    report = _command(commands, "report", "what a patch would do to a model: places, tokens, multiply-adds, and why")
+    add_model(report)
+    report.add_argument("--method", metavar="NAME", help="(default: chosen by family and budget)")
+    add_budgets(report)
+    report.add_argument("--schedule", metavar="FILE", help="of tokenprune search, in the place of a budget")
+    report.add_argument("--json", action="store_const", const="json", dest="format", help="print json")
+    add_machine(report)
 
     bench = _command(commands, "bench", "speed, FLOPs and memory, patched and unpatched interleaved in one process")
     add_model(bench)

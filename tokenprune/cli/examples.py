@@ -7,6 +7,10 @@ EXAMPLES = {
     "demo-diffusion": ["tokenprune demo-diffusion --checkpoint dit-run --checkpoint unet-run"],
     "methods": ["tokenprune methods", "tokenprune methods --model digits-vit --markdown", "tokenprune methods --table"],
     "doctor": ["tokenprune doctor", "tokenprune doctor --device cuda --dtype bfloat16 --json"],
+    "report": [
+        "tokenprune report --model digits-vit --flops 0.6",
+        "tokenprune report --model vit_small_patch16_224 --random-weights --method tome --keep 0.5 --json",
+    ],
     "bench": [
         "tokenprune bench --model digits-vit --flops 0.6 --batch-size 1 --batch-size 16",
         "tokenprune bench --model vit_small_patch16_224 --random-weights --method tome --flops 0.6 --json",

@@ -22,6 +22,10 @@ def add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
 
 def add_methods(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", action="append", metavar="NAME", help="repeatable (default: all that fit)")
+    add_budgets(command)
+
+
+def add_budgets(command: argparse.ArgumentParser) -> None:
     budgets = command.add_argument_group("budgets, each repeatable (default: --flops 0.6; lvlm-digits: --keep 0.25)")
     budgets.add_argument("--flops", type=float, action="append", metavar="SHARE", help="of the multiply-adds")
     budgets.add_argument("--keep", type=float, action="append", metavar="SHARE", help="of the patch tokens at the end")

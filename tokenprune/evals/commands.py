@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,23 @@ def _method_table(options: argparse.Namespace) -> int:
     print(table.to_json() if options.format == "json" else to_markdown(table), end="")
     if path is not None:
         path.write_text(table.to_json() if path.suffix == ".json" else to_markdown(table), encoding="utf-8")
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """`tokenprune report`"""
+    loaded = load(options)
+    asked = budgets(options, ())
+    if options.schedule is not None:
+        asked.append({"schedule": options.schedule})
+    if len(asked) > 1:
+        raise TokenPruneError("a report is of one budget or schedule; tokenprune bench compares several")
+    tokenprune.patch(loaded.model, options.method, **(asked[0] if asked else DEFAULT_BUDGET))
+    example = noise(loaded, 1, options.seed) if loaded.data is None else first_images(loaded.data(1, 0), 1, 0)
+    with torch.inference_mode():
+        loaded.model(example.to(options.device, getattr(torch, options.dtype)))
+    told = tokenprune.report(loaded.model)
+    print(json.dumps(told.to_dict(), indent=2) if options.format == "json" else told)
     return 0
 
 
