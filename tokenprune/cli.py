@@ -1,4 +1,4 @@
-"""The command line: `tokenprune demo | demo-diffusion | methods | bench | eval | viz | patterns | search |
+"""The command line: `tokenprune demo | demo-diffusion | methods | bench | eval | viz | patterns | search | calibrate |
 score | train`.
 
 Nothing but argparse is imported until a command runs, so that `--help` is quick and needs no extra.
@@ -40,6 +40,11 @@ EXAMPLES = {
         "tokenprune search --model digits-swin --method sparsevit --speedup 1.3 --output found",
         "tokenprune search --model deit_small_patch16_224 --data pictures --method tome --min-agreement 0.99"
         " --output found",
+    ],
+    "calibrate": [
+        "tokenprune calibrate --model digits-vit --flops 0.6 --output digits-adaptive.json",
+        "tokenprune calibrate --model deit_small_patch16_224 --data pictures --method saint --flops 0.7"
+        " --restore feature --output saint.json",
     ],
     "score": ["tokenprune score --pictures patched --real coco-val --prompts captions.txt"],
     "train": [
@@ -193,6 +198,7 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--batch-size", type=_positive, default=8, help="of what is timed (default: %(default)s)")
     search.add_argument("--candidates", type=_positive, default=200, help="schedules to try (default: %(default)s)")
     search.add_argument("--strategy", choices=["evolution", "monte_carlo"], default="evolution")
+    _add_restore(search)
     search.add_argument(
         "--output",
         required=True,
@@ -200,6 +206,23 @@ def parser() -> argparse.ArgumentParser:
         help="for schedule.json and the state, from which a killed search goes on",
     )
     _add_machine(search)
+
+    calibrate = _command(
+        commands, "calibrate", "the threshold at which a method that adapts to each image meets a budget in the mean"
+    )
+    _add_model(calibrate)
+    calibrate.add_argument(
+        "--method", default="tome", metavar="NAME", help="tome, saint, algm or ltmp (default: %(default)s)"
+    )
+    calibrate.add_argument(
+        "--flops", type=float, required=True, metavar="SHARE", help="of the multiply-adds, of the mean image"
+    )
+    _add_data(calibrate, "unlabelled images (default: images of the model's own that eval does not take)")
+    calibrate.add_argument("--samples", type=_positive, default=64, help="images (default: %(default)s)")
+    calibrate.add_argument("--batch-size", type=_positive, default=64, help="(default: %(default)s)")
+    _add_restore(calibrate)
+    calibrate.add_argument("--output", required=True, metavar="FILE", help=".json, which patch(schedule=...) takes")
+    _add_machine(calibrate)
 
     score = _command(commands, "score", "Inception FID and CLIP score of pictures from a full-size diffusion model")
     score.add_argument("--pictures", required=True, metavar="FOLDER", help="generated, by name in the prompts' order")
@@ -223,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tokenprune.evals import commands, demo, search_command
+    from tokenprune.evals import calibrate_command, commands, demo, search_command
     from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
     from tokenprune.evals.digits_lvlm import LVLM
     from tokenprune.evals.patterns.command import run_patterns
@@ -256,6 +279,7 @@ def _run(options: argparse.Namespace) -> int:
         "viz": commands.viz,
         "patterns": run_patterns,
         "search": search_command.run_search,
+        "calibrate": calibrate_command.run_calibrate,
         "train": commands.train,
     }
     return run[options.command](options)
@@ -321,6 +345,14 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     options.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
     options.add_argument("--seed", type=int, default=0, help="of the images' order (default: %(default)s)")
     options.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_restore(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--restore",
+        choices=["unmerge", "regression", "feature", "place", "fusion"],
+        help="what stands for a token that left, where the full grid is read (default: the method's own)",
+    )
 
 
 def _add_data(command: argparse._ActionsContainer, what: str) -> None:
