@@ -8,7 +8,6 @@ the state rides on the traced tensor instead.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from tokenprune.of_thread import OfThread
 from tokenprune.tables import is_wrapped, positions
 
 if TYPE_CHECKING:
@@ -147,20 +147,12 @@ class Flow:
         self.entry, self.left = (None, None) if self.entry is None else self.entry.outer
 
 
-class _OfThread(threading.local):
-    """One Flow for each thread, made once and changed in place: torch.compile loses what a compiled block sets anew in
-    thread-local storage."""
-
-    def __init__(self) -> None:
-        self.flow = Flow()
-
-
-_THREAD = _OfThread()
+_THREAD = OfThread(Flow)
 
 
 def flow() -> Flow:
     """The Flow of this thread."""
-    return _THREAD.flow
+    return _THREAD.value
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

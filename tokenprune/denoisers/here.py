@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from tokenprune.denoisers.host import Arguments
+from tokenprune.of_thread import OfThread
 from tokenprune.reduction import Reduction
 
 if TYPE_CHECKING:
@@ -50,19 +50,12 @@ class _Here:
         self.queries, self.keys, self.cross_queries, self.cross_keys = caught
 
 
-class _OfThread(threading.local):
-    """Made once and changed in place: torch.compile does not see what is set anew in a thread's storage."""
-
-    def __init__(self) -> None:
-        self.here = _Here()
-
-
-_THREAD = _OfThread()
+_THREAD = OfThread(_Here)
 
 
 def here() -> _Here:
     """What this thread runs."""
-    return _THREAD.here
+    return _THREAD.value
 
 
 def run_here(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Any:

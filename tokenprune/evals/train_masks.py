@@ -25,6 +25,7 @@ from tokenprune.evals.digit_masks import (
 )
 from tokenprune.evals.digits import PIXEL_MEAN, PIXEL_STD, Split
 from tokenprune.evals.digits_vit import digits_vit
+from tokenprune.evals.short_training import fit, store
 from tokenprune.evals.train_digits import DATA
 
 SEED = 2
@@ -51,30 +52,20 @@ def train(output: Path, steps: int = STEPS) -> dict[str, Any]:
 
     The global generator is seeded: the initial weights are drawn from it.
     """
-    from safetensors.torch import save_file
-
     start = time.process_time()
     torch.manual_seed(SEED)
     model, head = digits_vit(), MaskHead()
     features, truth = _seen(model, "train", CANVASES)
-    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=max(steps, 4))
-    for step in range(steps):
+
+    def loss_at(step: int) -> Tensor:
         index = torch.randint(CANVASES, (BATCH,))
-        loss = nn.functional.cross_entropy(head(features[index]), truth[index])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        if step + 1 == steps or (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {time.process_time() - start:.0f} s", flush=True)
-    stored = {name: value.half() for name, value in head.state_dict().items()}
-    output.mkdir(parents=True, exist_ok=True)
-    save_file(stored, output / CHECKPOINT)
-    head.load_state_dict(stored)
-    features, truth = _seen(model, "test", TEST_IMAGES)
+        return nn.functional.cross_entropy(head(features[index]), truth[index])
+
+    fit(head, loss_at, steps, peak_rate=PEAK_LR, weight_decay=WEIGHT_DECAY)
+    store(head, output / CHECKPOINT)
+    seen, wanted = _seen(model, "test", TEST_IMAGES)
     with torch.inference_mode():
-        counts = overlaps(head(features).argmax(1), truth)
+        counts = overlaps(head(seen).argmax(1), wanted)
     record = {
         "architecture": "tokenprune.evals.digit_masks, on the patch features of tokenprune.evals.digits_vit",
         "recipe": {**RECIPE, "steps": steps},

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.evals.digit_reader import CHECKPOINT, DigitReader, read
 from tokenprune.evals.drawn_digits import PIXEL_MEAN, PIXEL_STD, drawn_digit_pictures, to_model
+from tokenprune.evals.short_training import fit, store
 from tokenprune.evals.train_diffusion import DATA
 
 SEED = 1
@@ -48,26 +49,16 @@ def train(output: Path, steps: int = STEPS) -> dict[str, Any]:
 
     The global generator is seeded: the initial weights are drawn from it.
     """
-    from safetensors.torch import save_file
-
     start = time.process_time()
     torch.manual_seed(SEED)
     reader = DigitReader().train()
-    optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=max(steps, 4))
-    for step in range(steps):
+
+    def loss_at(step: int) -> Tensor:
         images, labels = batch(step)
-        loss = nn.functional.cross_entropy(reader(images), labels)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        if step + 1 == steps or (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {time.process_time() - start:.0f} s", flush=True)
-    stored = {name: value.half() for name, value in reader.state_dict().items()}
-    output.mkdir(parents=True, exist_ok=True)
-    save_file(stored, output / CHECKPOINT)
-    reader.load_state_dict(stored)
+        return nn.functional.cross_entropy(reader(images), labels)
+
+    fit(reader, loss_at, steps, peak_rate=PEAK_LR, weight_decay=WEIGHT_DECAY)
+    store(reader, output / CHECKPOINT)
     pictures, labels_, _ = drawn_digit_pictures("test", TEST_IMAGES, SEED)
     _, digits = read(reader.eval(), to_model(pictures))
     record = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from tokenprune.lvlm.cache import CacheMap
 from tokenprune.lvlm.costs import Given
 from tokenprune.lvlm.funnel import repad
+from tokenprune.of_thread import OfThread
 
 if TYPE_CHECKING:
     from tokenprune.lvlm.encoded import Encoded
@@ -60,17 +60,12 @@ class Local:
     scores: list[Tensor] | None = None
 
 
-class _OfThread(threading.local):
-    def __init__(self) -> None:
-        self.by_patch: MutableMapping[LvlmPatch, Local] = WeakKeyDictionary()
-
-
-_THREAD = _OfThread()
+_THREAD: OfThread[MutableMapping[LvlmPatch, Local]] = OfThread(WeakKeyDictionary)
 
 
 def local_of(patch: LvlmPatch) -> Local:
     """This thread's part of a patch."""
-    return _THREAD.by_patch.setdefault(patch, Local())
+    return _THREAD.value.setdefault(patch, Local())
 
 
 def arguments_around(model: nn.Module) -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
 from tokenprune.kernels.merge import gather
 from tokenprune.narrow.host import Captured, NarrowBlock, window_grid, window_index, window_places
+from tokenprune.of_thread import OfThread
 from tokenprune.ragged import Repacking, pack_batch, repack
 from tokenprune.recording import Forward, PlaceRecord
 from tokenprune.reduction import Reduction
@@ -46,19 +46,12 @@ class _Here:
         self.forwards: dict[int, Forward] = {}
 
 
-class _OfThread(threading.local):
-    """Made once and changed in place: torch.compile does not see what is set anew in a thread's storage."""
-
-    def __init__(self) -> None:
-        self.here = _Here()
-
-
-_THREAD = _OfThread()
+_THREAD = OfThread(_Here)
 
 
 def here() -> _Here:
     """What this thread runs."""
-    return _THREAD.here
+    return _THREAD.value
 
 
 class NarrowSite:

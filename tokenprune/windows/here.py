@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from tokenprune.of_thread import OfThread
 from tokenprune.recording import Forward
 from tokenprune.windows.tiling import Chosen, Grid, Tiling
 
@@ -50,19 +50,12 @@ class _Here:
         self.site: Running | None = None
 
 
-class _OfThread(threading.local):
-    """Made once and changed in place: torch.compile does not see what is set anew in a thread's storage."""
-
-    def __init__(self) -> None:
-        self.here = _Here()
-
-
-_THREAD = _OfThread()
+_THREAD = OfThread(_Here)
 
 
 def here() -> _Here:
     """What this thread runs."""
-    return _THREAD.here
+    return _THREAD.value
 
 
 def finish(patch: WindowsPatch) -> None:
