@@ -66,7 +66,7 @@ def test_weights_are_of_the_recipe_or_asked_for(model: nn.Module, data: Data, tm
 
 
 def test_what_is_refused(model: nn.Module, data: Data) -> None:
-    with pytest.raises(UnsupportedMethod, match="sit mixes them; distill_logits= works"):
+    with pytest.raises(UnsupportedMethod, match="sit masks none; distill_logits= works"):
         train(model, data, "sit", distill_tokens=0.5, **QUICK)
     for wrong in (-1, float("nan"), "half", True):
         with pytest.raises(TokenPruneError, match="distill_logits must be a number of at least 0"):

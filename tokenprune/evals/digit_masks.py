@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.evals.digits import IMAGE_SIZE, NUM_CLASSES, Split, inked_digit_pictures, normalise
+from tokenprune.evals.digits_vit import digits_vit
 
 CHECKPOINT = "digit_masks.safetensors"
 CELL = 4
@@ -62,6 +63,20 @@ def mask_head() -> MaskHead:
     head = MaskHead()
     head.load_state_dict(load((resources.files("tokenprune.evals") / "checkpoints" / CHECKPOINT).read_bytes()))
     return head.eval()
+
+
+class DigitMasks(nn.Module):
+    """The shipped ViT, read without pooling, and the head: images [B, 3, 80, 80] to logits [B, 11, 20, 20]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vit: Any = digits_vit()
+        vit.reset_classifier(0, "")
+        self.vit, self.head = vit, mask_head()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(patch_features(self.vit, images))
+        return logits
 
 
 def overlaps(predicted: Tensor, truth: Tensor, classes: int = CLASSES) -> Tensor:

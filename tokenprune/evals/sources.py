@@ -33,6 +33,13 @@ def digits_training(count: int, seed: int) -> ImageData:
     return ImageData("cluttered digits (train)", _DrawnDigits(seed), count, NUM_CLASSES)
 
 
+def masks_training(count: int, seed: int) -> ImageData:
+    """The same pictures with the class of each cell, see `tokenprune.evals.digit_masks`."""
+    from tokenprune.evals.digit_masks import CLASSES
+
+    return ImageData("masks of cluttered digits (train)", _DrawnMasks(seed), count, CLASSES, dense=True)
+
+
 def photographs_data(size: int, mean: Sequence[float], std: Sequence[float]) -> ImageData:
     """The photographs of scikit-image and scikit-learn, in crops of `size` pixels that count as one per photograph."""
     from tokenprune.evals.images import photographs
@@ -67,6 +74,17 @@ class _DrawnDigits(Dataset[tuple[Tensor, int]]):
 
         pictures, labels = cluttered_digit_pictures("train", 1, self.seed, index)
         return normalise(pictures)[0], int(labels[0])
+
+
+class _DrawnMasks(Dataset[tuple[Tensor, Tensor]]):
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        from tokenprune.evals.digit_masks import masked_digits
+
+        images, masks = masked_digits("train", 1, self.seed, index)
+        return images[0], masks[0]
 
 
 class _Pictures(Dataset[tuple[Tensor, int]]):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.budget import is_number
+from tokenprune.errors import UnsupportedMethod
 from tokenprune.kernels.merge import gather
 from tokenprune.learning import Learned, Recipe, Shape
 from tokenprune.method import Method
@@ -118,6 +120,12 @@ def tnt(
     ones: 25 of 78 in the paper's single place. With several places the paper drops 40 of 196 in front of the first
     block instead, where nothing leaves here. seed: of the halves that are compared.
     """
+    if not is_number(similarity) or not 0 <= similarity <= 1:
+        raise UnsupportedMethod(
+            f"similarity of tnt is a share in [0, 1], got {similarity!r}; for example similarity={SIMILARITY:g}"
+        )
+    if not is_number(noise) or not noise > 0:
+        raise UnsupportedMethod(f"noise of tnt is a positive number, got {noise!r}; for example noise={NOISE:g}")
     return Method(
         name="tnt",
         paper="Rao et al., Training Noise Token Pruning, 2024",

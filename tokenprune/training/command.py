@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.models import DIGITS, load_model
+from tokenprune.evals.models import DIGITS, MASKS, load_model
 from tokenprune.training.trainer import train
 
 OWN_SAMPLES = 6400
@@ -25,8 +25,8 @@ def run(options: argparse.Namespace) -> int:
     loaded = load_model(options.model, checkpoint=options.checkpoint, random_weights=options.random_weights)
     if options.data is None and loaded.training is None:
         raise TokenPruneError(f"{options.model} has no images of its own to train on; name some with --data")
-    if options.samples is not None and (options.data is not None or options.model != DIGITS):
-        raise TokenPruneError(f"--samples is of the images that {DIGITS} has itself")
+    if options.samples is not None and (options.data is not None or loaded.training is None):
+        raise TokenPruneError(f"--samples is of the images that {DIGITS} and {MASKS} have themselves")
     images: object = options.data
     transform = None
     if options.data is None:

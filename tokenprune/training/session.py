@@ -44,7 +44,7 @@ def start_of(
     if distill.tokens and recipe.mask is None:
         raise UnsupportedMethod(
             f"distill_tokens={distill.tokens:g} compares tokens that are left with the same ones of the unpatched"
-            f" model, and {method} mixes them; distill_logits= works"
+            f" model, where tokens are masked, and {method} masks none; distill_logits= works"
         )
     found = find_models(model)
     tower, family = found[0]
