@@ -93,7 +93,7 @@ def undo(choice: Restore, state: TokenState, reduction: Reduction, x: Tensor, le
 def _undo(choice: Restore, state: TokenState, reduction: Reduction, x: Tensor) -> Undo:
     count = x.shape[1]
     if reduction.mixes:
-        if choice in ("feature", "place"):
+        if choice != "unmerge":
             raise UnsupportedMethod(f"every token is a mixture here, and restore={choice!r} needs some that are kept")
         return Undo(reduction.source(count))
     own = represented(reduction) if choice == "unmerge" else Reduction(reduction.kept)
