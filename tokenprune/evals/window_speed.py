@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,7 @@ def compare(
     *,
     patches: Mapping[str, tuple[str, dict[str, Any]]] = SPARSEVIT,
     rounds: int = 26,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Table:
     """Time of a forward of `model` under each of `patches` {name: (method, its budget)} on images [B, C, H, W].
 
@@ -44,7 +46,7 @@ def compare(
     """
     patched = [tokenprune.patch(shared_copy(model), method, **budget) for method, budget in patches.values()]
     arms = [partial(_run, arm, images) for arm in (model, *patched, shared_copy(model))]
-    found = measure_together(arms, rounds)[1:-1]
+    found = measure_together(arms, rounds, clock=clock)[1:-1]
     rows: list[Row] = []
     for name, one, arm in zip(patches, found, patched, strict=True):
         flops = tokenprune.report(arm).to_dict()["flops_ratio"]
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--flops", action="append", type=float, help="of a --method; repeatable (default: 0.7)")
     parser.add_argument("--rounds", type=int, default=26, help="at least 20 (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: %(default)s)")
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, for a machine that others use too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model = timm.create_model(options.model, img_size=options.size).eval()
@@ -77,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for flops in options.flops or [0.7]
         for method in options.method or []
     }
-    print(compare(model, images, patches=asked or SPARSEVIT, rounds=options.rounds).to_markdown())
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    print(compare(model, images, patches=asked or SPARSEVIT, rounds=options.rounds, clock=clock).to_markdown())
     return 0
 
 

@@ -45,6 +45,8 @@ class Tile:
         _softmax(logits, out, log_sums)
         # A query that may attend to nothing pays nothing.
         silent = bias.amax(-1, keepdim=True) == float("-inf")
+        if out.device.type == "cpu" and not silent.any():  # which of other devices would be waited for
+            return out
         out.unflatten(0, pairs).masked_fill_(silent, 0.0)  # type: ignore[no-untyped-call]
         if log_sums is not None:
             log_sums.unflatten(0, pairs).masked_fill_(silent.squeeze(-1), float("inf"))  # type: ignore[no-untyped-call]
