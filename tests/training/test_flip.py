@@ -263,3 +263,12 @@ def test_options_that_mean_nothing_are_refused() -> None:
             tokenprune.patch(model, "noise_mask", **options)
     with pytest.raises(tokenprune.BudgetError):
         tokenprune.patch(model, "flip", rate=0.0)
+
+
+def test_it_compiles_in_eval_mode_to_what_is_unpatched() -> None:
+    model = families.build("rotary_registers")
+    x = families.images(model)
+    expected = families.run(model, x)
+    tokenprune.patch(model, "flip")
+    assert torch.equal(families.run(torch.compile(model, fullgraph=True, backend="eager"), x), expected)
+    torch._dynamo.reset()
