@@ -125,7 +125,7 @@ class Site:
         if module.training:
             return False
         known = recall(x) if self.index or in_backward() else None
-        return known is None or known.origin is None
+        return known is None or (known.origin is None and known.drawn is None)
 
     def _first_tokens(self, x: Tensor, state: TokenState, count: int) -> tuple[Tensor, TokenState]:
         """The first `count` of the prunable tokens of x, which alone are counted."""

@@ -249,3 +249,18 @@ def test_what_cannot_be_is_refused(name: str) -> None:
     model.transformer_blocks = model.transformer_blocks[:1]
     with pytest.raises(tokenprune.UnsupportedMethod, match="applied nowhere"):
         tokenprune.patch(model, "deferred_masking")
+
+
+@pytest.mark.full
+def test_compiled_blocks_train_as_others_do() -> None:
+    model, inputs = build("flux")
+    call = inputs(2, 16, 12)
+    tokenprune.patch(model, "deferred_masking")
+    outs = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        torch.manual_seed(5)
+        outs.append(predicted(model.train(), call))
+    torch.testing.assert_close(outs[1], outs[0])
+    torch._dynamo.reset()

@@ -164,6 +164,7 @@ def test_checkpointing_that_forgets_the_generator_drops_the_same_patches() -> No
         tokens = run(block, tokens, use_reentrant=False, preserve_rng_state=False)
     out = model.forward_head(model.norm(tokens))
     assert torch.equal(out.detach(), expected[0])
+    model.eval()  # a validation that is prepared before the backward
     (out * torch.linspace(-1, 1, out.shape[-1])).square().sum().backward()
     assert_all_close([p.grad for p in model.parameters()], expected[1])
 
@@ -263,3 +264,12 @@ def test_options_that_mean_nothing_are_refused() -> None:
             tokenprune.patch(model, "noise_mask", **options)
     with pytest.raises(tokenprune.BudgetError):
         tokenprune.patch(model, "flip", rate=0.0)
+
+
+def test_it_compiles_in_eval_mode_to_what_is_unpatched() -> None:
+    model = families.build("rotary_registers")
+    x = families.images(model)
+    expected = families.run(model, x)
+    tokenprune.patch(model, "flip")
+    assert torch.equal(families.run(torch.compile(model, fullgraph=True, backend="eager"), x), expected)
+    torch._dynamo.reset()
