@@ -16,7 +16,6 @@ from families import build, full_but, images, run
 from learned_starts import by_place, random_parts
 from learned_thresholds import in_training
 from naive_ltmp import attend
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tokenprune
@@ -111,9 +110,7 @@ def test_one_training_is_for_every_budget_and_place(tmp_path: Path) -> None:
         tokenprune.patch(deep, "tnt", weights=tmp_path, places=(7,))
     tokenprune.patch(deep, weights=load_learned(tmp_path), flops=0.6)
     assert torch.equal(run(deep.train(), x), run(deep.eval(), x))  # the trainer alone adds noise
-    assert train(deep, (x, y), "tnt", flops=0.6, epochs=1, batch_size=8, places=(3,)).tensors.keys() == {
-        "3.weight"
-    }
+    assert train(deep, (x, y), "tnt", flops=0.6, epochs=1, batch_size=8, places=(3,)).tensors.keys() == {"3.weight"}
 
 
 @pytest.mark.parametrize("family", full_but(("class_token",), ("class_token", "talking_heads", "mean_pool", "hybrid")))
