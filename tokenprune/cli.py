@@ -50,6 +50,8 @@ EXAMPLES = {
         "tokenprune train digit-masks --output masks-run",
         "tokenprune train digits-vit --method ltmp --flops 0.6 --batch-size 32 --output digits-ltmp",
         "tokenprune train digits-vit --method dynamicvit --flops 0.6 --epochs 4 --batch-size 32 --output dynamicvit",
+        "tokenprune train digits-vit --method tnt --option noise=0.3 --flops 0.6 --batch-size 32 --output tnt",
+        "tokenprune train digit-masks --method cropr --flops 0.5 --batch-size 32 --epochs 2 --output masks-cropr",
         "tokenprune train deit_small_patch16_224 --method ltmp --data imagenet/train --flops 0.75 --output deit-ltmp",
     ],
 }
@@ -308,7 +310,7 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     options.add_argument("--method", metavar="NAME", help="one that learns, see tokenprune methods")
     options.add_argument("--flops", type=float, metavar="SHARE", help="of the multiply-adds, of the mean image")
     _add_data(options, "labelled images to train on (default: the model's own)")
-    options.add_argument("--samples", type=_positive, help="of digits-vit's own images (default: 6400)")
+    options.add_argument("--samples", type=_positive, help="of the model's own images (default: 6400)")
     options.add_argument("--checkpoint", metavar="FILE", help="weights of the model, safetensors only")
     options.add_argument("--random-weights", action="store_true", help="download none: to try the command out")
     options.add_argument("--epochs", type=_positive, help="(default: the paper's)")
@@ -321,6 +323,9 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     options.add_argument("--distill-tokens", type=float, metavar="WEIGHT", help="of its tokens (defaults: the paper's)")
     options.add_argument(
         "--model-rate", type=float, metavar="RATE", help="learning rate of the model's own weights (default: 0, frozen)"
+    )
+    options.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the method, as JSON; repeatable"
     )
     options.add_argument("--opt", metavar="NAME", help="optimiser of timm (default: the paper's)")
     options.add_argument("--sched", metavar="NAME", help="schedule of timm (default: the paper's)")
