@@ -108,7 +108,7 @@ def _read(file: Any, described: Any) -> LearnedParts:
 
 
 def _file(path: Path) -> Path:
-    return path if path.suffix and not path.is_dir() else path / f"{NAME}{SUFFIX}"
+    return path if path.suffix == SUFFIX or path.is_file() else path / f"{NAME}{SUFFIX}"
 
 
 def require_safetensors(path: Path) -> None:
