@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -10,10 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+import tokenprune
 from tokenprune import cli
-from tokenprune.evals import bench
+from tokenprune.evals import bench, doctor
+from tokenprune.evals.models import load_model
 from tokenprune.evals.table import Table
 from tokenprune.evals.throughput import measure
+from tokenprune.stored_schedule import StoredSchedule
 
 QUICK = ["--quiet", "--threads", "1"]
 
@@ -216,3 +220,64 @@ def test_evals_import_no_host_library():
     code = "import sys, tokenprune.evals; print(sorted({'timm', 'matplotlib', 'PIL', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_doctor_names_versions_kernels_and_why(capsys):
+    assert run("doctor", "--json") == 0
+    rows = {row["what"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["torch"]["found"] == torch.__version__.split("+")[0]
+    assert rows["torch"]["state"] == "fine"
+    assert rows["attention_mass, 257 tokens, 30 iterations"]["found"] == "tiled"
+    assert rows["attention_mass, 257 tokens, 1 iteration"]["found"] == "matrix_free"
+    assert rows["packed_attention"] == {
+        "what": "packed_attention",
+        "found": "per_length",
+        "state": "fine",
+        "why": "no kernel for ragged batches runs on a cpu",
+    }
+    assert all(row["why"] for row in rows.values())
+
+
+def test_doctor_finds_what_is_too_old_and_what_is_not_there(monkeypatch, capsys):
+    versions = {"torch": "2.14.1+cpu", "timm": "0.9.12", "diffusers": None}
+    monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, "99.0"))
+    assert run("doctor", "--json") == 1
+    rows = {row["what"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["torch"]["state"] == "fine", "2.14 is not older than 2.6"
+    assert rows["timm"]["state"] == "wrong"
+    assert "pip install -U timm" in rows["timm"]["why"]
+    assert rows["diffusers"]["state"] == "missing"
+
+
+def test_report_is_that_of_the_patched_model(capsys):
+    assert run("report", "--model", "digits-vit", "--method", "tome", "--flops", "0.6", *QUICK, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    model = load_model("digits-vit").model
+    tokenprune.patch(model, "tome", flops=0.6)
+    model(torch.zeros(1, 3, 80, 80))
+    assert told == json.loads(json.dumps(tokenprune.report(model).to_dict()))
+    assert run("report", "--model", "digits-vit", "--keep", "0.5", *QUICK) == 0
+    shown = capsys.readouterr().out
+    assert "was chosen for timm_vit" in shown
+    assert run("report", "--model", "digits-vit", "--keep", "0.5", "--flops", "0.6", *QUICK) == 1
+    assert "of one budget" in capsys.readouterr().err
+
+
+def test_report_takes_a_searched_schedule(capsys, tmp_path):
+    path = tmp_path / "schedule.json"
+    StoredSchedule("top_k", {3: 0.5}).save(path)
+    assert run("report", "--model", "digits-vit", "--schedule", path, *QUICK, "--json") == 0
+    places = json.loads(capsys.readouterr().out)["places"]
+    assert [(place["name"], place["tokens_out"]) for place in places] == [("blocks.3", 50)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("tokenprune comp", {"compare "}), ("tokenprune eval --fl", {"--flops "})]
+)
+def test_a_shell_completes_commands_and_options(typed, offered, tmp_path):
+    answer = tmp_path / "answer"
+    shell = {"_ARGCOMPLETE": "1", "COMP_LINE": typed, "COMP_POINT": str(len(typed)), "IFS": "\n"}
+    environment = {**os.environ, **shell, "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    subprocess.run([sys.executable, "-m", "tokenprune.cli"], env=environment, check=True, capture_output=True)
+    assert set(answer.read_text().split("\v")[0].splitlines()) <= offered
+    assert answer.read_text().startswith(next(iter(offered)).strip())

@@ -14,6 +14,7 @@ from tokenprune.errors import (
     UnsupportedModel,
     UntrainedMethod,
 )
+from tokenprune.kept_patches import kept_patches, masked_mse
 from tokenprune.pyramid.answer import coarse_to_fine
 from tokenprune.registry import register_adapter, register_method
 
@@ -32,7 +33,9 @@ __all__ = [
     "UntrainedMethod",
     "calibrate",
     "coarse_to_fine",
+    "kept_patches",
     "learned",
+    "masked_mse",
     "methods",
     "patch",
     "patched",

@@ -23,7 +23,7 @@ def ghosted(host: Host, adapter: Adapter, patch: Patch, probe: Probe | None, *, 
     """The host's ghost with a patch of its own attached, that counts or really reduces. last_alone: the blocks before
     the last one only hand on their input."""
     copy = follow(adapter.host(ghost(host.model, on_meta=True)), verdicts(host))
-    shadow = Patch(copy, patch.adapter, patch.method, patch.budget)
+    shadow = Patch(copy, patch.adapter, replace(patch.method, training_only=False), patch.budget)  # it is in eval mode
     shadow.costs, shadow.solved, shadow.probe = patch.costs, dict(patch.solved), probe
     shadow.learned = None if patch.learned is None else deepcopy(patch.learned).to("meta")
     shadow.active, shadow.prefix_only_last = patch.active, patch.prefix_only_last

@@ -77,7 +77,12 @@ def table_path(model: nn.Module) -> Path:
     if parameter.device.type == "cpu":
         told.append(str(torch.get_num_threads()))
     told += [f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()]
-    return _cache() / "latency" / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:32]}.json"
+    return tables_folder() / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:32]}.json"
+
+
+def tables_folder() -> Path:
+    """Where the tables of this user lie."""
+    return _cache() / "latency"
 
 
 def load_table(model: nn.Module) -> LatencyTable | None:
@@ -86,7 +91,7 @@ def load_table(model: nn.Module) -> LatencyTable | None:
     Raises:
         TokenPruneError: the file is not one that this release has written.
     """
-    if not (_cache() / "latency").is_dir() or not (path := table_path(model)).is_file():
+    if not tables_folder().is_dir() or not (path := table_path(model)).is_file():
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

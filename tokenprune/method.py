@@ -60,15 +60,17 @@ class Method:
     select: (scores, record, K) -> the Reduction to K tokens, or of an `adaptive` method the RaggedReduction to at most
     K, a number of its own for each image (a record then holds images of equal length). schedule: in which blocks, how
     much at each.
-    position: "mid" reduces between attention and MLP, "post" after the block. merges: whether leaving tokens stand for
-    several patches (sizes are tracked). drops: of a method that merges, (block, depth, tokens removed) -> how many of
-    those it drops instead. proportional: whether log(size) is added to the attention logits of a key. restore: what
-    stands for a token that left, where the full grid is read (see `tokenprune.restore`); None: "unmerge" of a method
-    that merges, else "regression".
+    position: "mid" reduces between attention and MLP, "post" after the block, "front" before it. merges: whether
+    leaving tokens stand for several patches (sizes are tracked). drops: of a method that merges, (block, depth, tokens
+    removed) -> how many of those it drops instead. proportional: whether log(size) is added to the attention logits of
+    a key. restore: what stands for a token that left, where the full grid is read (see `tokenprune.restore`); None:
+    "unmerge" of a method that merges, else "regression".
     needs: what must be captured ("queries", "keys", "values", "block_input": hidden states in front of the block,
     "cross": those of the cross-attention; "stacks": that all tokens are back behind a few blocks; "grid": that the
     tokens fill one; "windows": that attention stays in windows; "steps": that the model is run once for each step of a
-    run).
+    run; "first_block": that tokens may be missing in front of it; "mixer": that a model is a row of blocks, of which
+    the first may see all tokens).
+    training_only: whether it acts in training forwards alone, and leaves those in eval mode as they are.
 
     For denoisers: stack_share: share of the tokens that is computed in a stack of blocks where there is no budget.
     stack_depth: blocks that share one choice where a model does not divide them into stacks itself. steps: how strongly
@@ -78,8 +80,9 @@ class Method:
     attention map (which needs queries and keys). parts: of each block, what runs on fewer tokens where it is not the
     whole block ("attention", "cross", "mlp": on merged tokens, which are unmerged behind it; "keys": the attention's
     keys and values alone). levels: at which stacks, and which share of the tokens is computed there where there is no
-    budget; None for all. reuse: of a choice over steps. over_steps: what is taken from an earlier step, None for a
-    method that computes all anew.
+    budget; None for all. mixer: share of a row's blocks, the first ones, that stay whole in front of one stack of all
+    others. reuse: of a choice over steps. over_steps: what is taken from an earlier step, None for a method that
+    computes all anew.
 
     For models whose attention stays in windows, of which whole ones are left out (score is then of tokens [B, n], a
     window's is the L2 norm of its tokens', and select is given windows): window_ratios: (number of blocks in each
@@ -99,13 +102,14 @@ class Method:
     schedule: Schedule
     select: Select
     score: Score | None = None
-    position: Literal["mid", "post"] = "mid"
+    position: Literal["front", "mid", "post"] = "mid"
     merges: bool = False
     drops: Callable[[int, int, int], int] | None = None
     proportional: bool = False
     restore: Restore | None = None
     adaptive: bool = False
     needs: frozenset[str] = frozenset()
+    training_only: bool = False
     stack_share: float = 0.5
     stack_depth: int = 4
     steps: Steps = EVERY_STEP
@@ -113,6 +117,7 @@ class Method:
     similar_by: Literal["hidden", "attention"] = "hidden"
     parts: tuple[str, ...] = ()
     levels: Levels | None = None
+    mixer: float = 0.0
     reuse: Reuse | None = None
     over_steps: OverSteps | None = None
     window_ratios: WindowRatios | None = None

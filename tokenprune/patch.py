@@ -64,6 +64,10 @@ class Patch(Portable):
         self.names = tuple(block.name for block in host.blocks)
         self.skipped: dict[str, str] = {}
         self.notes = list(host.notes)
+        if self.active and method.training_only:
+            self.notes.append(
+                "acts in training forwards alone, whose multiply-adds these are; in eval mode every token is there"
+            )
         self.costs: CostModel | None = None
         self.solved: dict[int, Counts] = {}
         self.counted: int | None = None
@@ -150,7 +154,8 @@ class Patch(Portable):
         """Hook: a forward of the whole model starts."""
         entry = Entry(self.restored_blocks(model, kwargs), whole=True, grid=self.grid, owner=self)
         flow().start(entry)
-        if self.active and self.refused is not None:
+        rests = self.method.training_only and not model.training
+        if self.active and self.refused is not None and not rests:
             reason = self.refused(model, self.method.proportional, *args, **kwargs)
             if reason:
                 raise UnsupportedModel(reason)
@@ -187,9 +192,10 @@ class Patch(Portable):
 
     def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
         """Time at each (batch, prunable tokens) of `table`, as a share of the unpatched one; of an adaptive method
-        nothing is known before it has run."""
+        nothing is known before it has run, and of a training nothing at all."""
         found: dict[tuple[int, int], float] = {}
-        for row in table.rows if self.active and not self.method.adaptive else ():
+        timed = self.active and not self.method.adaptive and not self.method.training_only
+        for row in table.rows if timed else ():
             assert self.costs is not None
             counts = self.counts(row.tokens)
             ratio = self.costs.total(row.tokens, counts) / self.costs.total(row.tokens)

@@ -25,7 +25,7 @@ _BUILTIN_METHODS = (
     "dpc_knn", "pitome", "tofu", "diffrate", "saint", "algm", "pomt", "sparsevit",
     "at_edm", "tomesd", "todo", "toma", "region", "ras", "toca", "fopru", "visionzip", "prumerge", "divprune",
     "cdpruner", "pool", "feather", "fastv", "pyramid_drop", "ltmp",
-    "ltmp_fixed", "dynamicvit", "sit", "sinkhorn", "patch_merger", "tnt", "cropr",
+    "ltmp_fixed", "dynamicvit", "sit", "sinkhorn", "patch_merger", "tnt", "cropr", "flip", "deferred_masking",
 )  # fmt: skip
 # Adapter modules by the package whose presence in the process makes them worth importing.
 _BUILTIN_ADAPTERS = {
@@ -44,7 +44,8 @@ _loaded: set[str] = set()
 @dataclass(frozen=True)
 class MethodInfo:
     """A method as `methods()` lists it. needs: what it captures; options: name -> default of its own options;
-    own_budget: the one of them that is a budget, whose default is the published setting."""
+    own_budget: the one of them that is a budget, whose default is the published setting; training_only: whether it acts
+    in training forwards alone."""
 
     name: str
     paper: str
@@ -53,6 +54,7 @@ class MethodInfo:
     options: dict[str, Any]
     own_budget: str
     summary: str
+    training_only: bool = False
 
 
 def register_method(name: str) -> Callable[[Factory], Factory]:
@@ -125,7 +127,9 @@ def method_info(name: str, families: tuple[str, ...]) -> MethodInfo:
     needs = sorted(method.needs) + (["bias on the keys"] if method.proportional else [])
     needs += ["training"] if method.learned is not None else []
     summary = (inspect.getdoc(factory) or "").split("\n\n")[0].replace("\n", " ")
-    return MethodInfo(name, method.paper, tuple(needs), families, options, method.schedule.option, summary)
+    return MethodInfo(
+        name, method.paper, tuple(needs), families, options, method.schedule.option, summary, method.training_only
+    )
 
 
 def families() -> list[Family]:

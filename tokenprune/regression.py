@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenprune.errors import UnsupportedMethod
+
 SHARPNESS = 1.25
 NOISE = 0.01
 """Kernel exp(SHARPNESS * (cosine - 1)) and the variance beside it. On a DINOv2's photographs SHARPNESS from 0.4 and
@@ -36,7 +38,15 @@ def regression_cost(lost: int, kept: int, width: int, times: int = 1) -> float:
 
 def estimate(lost: Tensor, kept: Tensor) -> Tensor:
     """Weights [B, m, k], each row summing to one, with which the values of k tokens estimate those of m others: their
-    mean, and a regression of what differs from it. lost: [B, m, D], kept: [B, k, D] what similarity is measured on."""
+    mean, and a regression of what differs from it. lost: [B, m, D], kept: [B, k, D] what similarity is measured on.
+
+    Raises:
+        UnsupportedMethod: a program in ONNX, which has no Cholesky factors.
+    """
+    if torch.onnx.is_in_onnx_export():
+        raise UnsupportedMethod(
+            "ONNX cannot solve for what dropped tokens would be; patch(..., restore='feature') copies"
+        )
     device = "cpu" if lost.is_meta else lost.device.type  # of the meta device there is no autocast
     with torch.autocast(device, enabled=False):
         lost, kept = (functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in (lost, kept))

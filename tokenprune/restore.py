@@ -21,6 +21,7 @@ from tokenprune.kernels.attention_match import attention_match
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
 from tokenprune.kernels.pairwise import nearest
+from tokenprune.ordering import order_of
 from tokenprune.reduction import Reduction
 from tokenprune.regression import estimate, regression_cost, stride
 from tokenprune.state import TokenState
@@ -92,7 +93,7 @@ def undo(choice: Restore, state: TokenState, reduction: Reduction, x: Tensor, le
 def _undo(choice: Restore, state: TokenState, reduction: Reduction, x: Tensor) -> Undo:
     count = x.shape[1]
     if reduction.mixes:
-        if choice in ("feature", "place"):
+        if choice != "unmerge":
             raise UnsupportedMethod(f"every token is a mixture here, and restore={choice!r} needs some that are kept")
         return Undo(reduction.source(count))
     own = represented(reduction) if choice == "unmerge" else Reduction(reduction.kept)
@@ -174,7 +175,7 @@ def dropped(reduction: Reduction, count: int) -> Tensor:
     taken = torch.zeros(kept.shape[0], count, dtype=torch.int8, device=kept.device).scatter(1, kept, 1)
     if reduction.merges and reduction.moved is not None:
         taken, gone = taken.scatter(1, reduction.moved, 1), gone - reduction.moved.shape[1]
-    return taken.sort(dim=1, stable=True).indices[:, :gone]
+    return order_of(taken)[:, :gone]
 
 
 def attended_stand_ins(

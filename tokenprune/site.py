@@ -41,6 +41,7 @@ class Site:
         self.name = facts.name
         self.reduces = reduces
         self.mid = mid
+        self.front = patch.method.position == "front"
         self.taps = Taps(patch, index, facts)
         self.arguments = facts.arguments
         self.key_bias = facts.key_bias
@@ -55,8 +56,9 @@ class Site:
         block = facts.module
         block.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True)
         if self.reduces:
-            self.taps.attach(facts)
-            if not self.mid:
+            if not self.front:
+                self.taps.attach(facts)
+            if not self.mid and not self.front:
                 block.register_forward_hook(self.reduce_output, prepend=True)
         block.register_forward_hook(self.leave)
         if facts.records is not None:
@@ -77,6 +79,8 @@ class Site:
                 "a symbolic trace of a patched model cannot choose tokens; trace the unpatched model, or use"
                 " torch.compile or torch.export"
             )
+        if self.patch.method.training_only and self._rests(module, x):
+            return None
         if len(args) > 1 and self.arguments:
             args, kwargs = args[:1], {**dict(zip(self.arguments, args[1:], strict=False)), **kwargs}
         if kwargs.get("is_causal") or (self.mask_argument and kwargs.get(self.mask_argument) is not None):
@@ -105,12 +109,23 @@ class Site:
         if state.undo and self.patch.fuses and self.index == self.patch.depth - 1:
             full, state = self._all_tokens(args[0] if args else next(iter(kwargs.values())), state)
             args, kwargs, now.state = *_with_hidden(full, args, kwargs), state
+        if self.reduces and self.front:
+            args, kwargs = _with_hidden(self.reduce(args[0] if args else next(iter(kwargs.values()))), args, kwargs)
+            state = now.state
         if state.pack is not None:  # re-indexed where the attention is called
             now.kwargs, now.attended = kwargs, False
             return args, kwargs
         if self.reduces and "block_input" in self.patch.method.needs:
             now.before = args[0] if args else next(iter(kwargs.values()))
         return args, self._reindexed(kwargs, state, x.dtype)
+
+    def _rests(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether this block, of a method that acts in training alone, is in eval mode, and nothing was dropped in
+        front of an earlier one."""
+        if module.training:
+            return False
+        known = recall(x) if self.index or in_backward() else None
+        return known is None or known.origin is None
 
     def _first_tokens(self, x: Tensor, state: TokenState, count: int) -> tuple[Tensor, TokenState]:
         """The first `count` of the prunable tokens of x, which alone are counted."""
@@ -208,7 +223,8 @@ class Site:
         self.patch.mark(self, "score")
         if self.patch.method.adaptive:
             return reduce_ragged(self, x, state, keep)
-        leaving, flow().state = self._reduced(x, state, keep)
+        captured = (None, None, None) if self.front else None  # nothing of the block has run
+        leaving, flow().state = self._reduced(x, state, keep, captured)
         return leaving
 
     def _taught(self, x: Tensor, state: TokenState, lesson: Lesson) -> Tensor:
@@ -224,6 +240,10 @@ class Site:
         with nullcontext() if self.patch.lesson is not None else torch.no_grad():
             record = self.taps.record(x, state, captured)
             reduction = self.patch.method.reduce(record, keep)
+        if self.front and in_backward() and state.drawn is not None:
+            reduction = state.drawn  # it was drawn anew only so that what the block draws itself comes out as it did
+        elif self.front:
+            remember(x, replace(state, drawn=reduction))
         if reduction.tokens != keep:
             raise UnsupportedMethod(
                 f"{self.patch.method.name} left {reduction.tokens} tokens at {self.name} where {keep} were to be left"
@@ -242,7 +262,7 @@ class Site:
         if self.patch.probe is not None:  # counted, not removed
             self.patch.mark(self, "reduced")
             return x, state
-        return leaving, replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None)
+        return leaving, replace(state, tokens=keep, origin=origin, sizes=sizes, reduced=None, drawn=None)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After the block: hand the state to the next one, and restore the full grid where it is read here."""

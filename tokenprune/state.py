@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tokenprune.host import Caught, RopeTable, Stretch
     from tokenprune.ragged import Pack
     from tokenprune.recording import Forward
+    from tokenprune.reduction import Reduction
     from tokenprune.row_parts import Part
     from tokenprune.site import Site
 
@@ -44,6 +45,7 @@ class TokenState:
     each image).
     parts: of images that lie in one row, those of each size, which then hold all but dense, last and reduced; entering
     and tokens are those of the row.
+    drawn: of a hidden tensor in front of a first block that drops some, what was drawn there.
     alive: [B, n] masks of a training forward in which all tokens stay (see `tokenprune.masking`); source is then the
     position whose value a merged token takes.
     """
@@ -66,6 +68,7 @@ class TokenState:
     counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
     parts: tuple[Part, ...] = ()
     alive: Tensor | None = None
+    drawn: Reduction | None = None
 
     def undone_by(self, back: Callable[[Tensor], Tensor]) -> TokenState:
         """The same behind one place more, that `back` undoes."""

@@ -115,7 +115,7 @@ def prepare(
         patch.learned = of_any_size(host, patch) if method.learned.sized else loaded(host, patch, stored)
     check_blocks(host)
     patch.costs = count_costs(host, adapter, patch)
-    if prefix_only_last and not patch.fuses and reads_prefix_only(host, patch):
+    if prefix_only_last and not patch.fuses and not method.training_only and reads_prefix_only(host, patch):
         compute_prefix_only(host, adapter, patch)
     if patch.active:
         counts = patch.counts(host.tokens)
@@ -200,4 +200,4 @@ def untrained(
 def _caught(block: BlockHost) -> set[str]:
     kinds = {kind for kind, _ in block.taps}
     own = {"block_input"} | ({"queries", "keys"} if "inputs" in kinds else set())
-    return kinds | own | ({"values"} if block.values else set())
+    return kinds | own | ({"values"} if block.values else set()) | (set() if block.in_row else {"first_block"})

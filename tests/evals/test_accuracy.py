@@ -152,8 +152,13 @@ def test_every_fitting_method_is_taken_where_none_is_named(vit, labelled):
     arms = build_arms(vit, labelled[0][:2], None, [{"keep": 0.5}])
     named = [arm.method for arm in arms if arm.is_patched]
     trained = {info.name for info in tokenprune.methods(vit) if make_method(info.name, {}).learned is not None}
-    fitting = {info.name for info in tokenprune.methods(vit)} - trained
+    fitting = {info.name for info in tokenprune.methods(vit) if not info.training_only} - trained
     assert sorted(named) == sorted(fitting | {"random", "uniform"})
+    assert {"flip", "noise_mask"}.isdisjoint(fitting)
+    with pytest.raises(tokenprune.UnsupportedMethod, match="training alone"):
+        build_arms(vit, labelled[0][:2], ["flip"], [{"keep": 0.5}])
+    with pytest.raises(tokenprune.UnsupportedMethod, match="training alone"):
+        tokenprune.search(vit, labelled[0][:2], "flip", flops=0.6)
 
 
 def test_bench_has_every_row_and_its_conditions(vit, labelled, monkeypatch):

@@ -1,21 +1,17 @@
-from functools import partial
-
 import pytest
 import torch
 from PIL import Image
 
 import tokenprune
 from tokenprune import cli
-from tokenprune.evals import bench, demo
+from tokenprune.evals import demo
 from tokenprune.evals.models import load_model
 from tokenprune.evals.table import Table
-from tokenprune.evals.throughput import measure
 
 
 @pytest.fixture
 def quick(monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setitem(bench.__globals__, "measure", partial(measure, sample_seconds=0))
     monkeypatch.setattr(demo, "BUDGETS", [demo.PICTURE_BUDGET])
     monkeypatch.setattr(demo, "BATCH", 2)
     yield

@@ -27,7 +27,7 @@ def as_promised(arms: list[partial[None]], rounds: int, **_: object) -> list[Rel
     """Times as if they were the multiply-adds: of a model of a few tokens they are chance."""
     unpatched = (0, len(arms) - 1)
     speedups = [1.0 if i in unpatched else 1.0 / flops(arm.args[0]) for i, arm in enumerate(arms)]
-    return [Relative(Interval(one, one, one), 1.0) for one in speedups]
+    return [Relative(Interval(one, one, one), 1.0, 1.0 / one) for one in speedups]
 
 
 def test_rows_are_those_of_the_arms_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,4 @@
+import math
 import statistics
 
 import pytest
@@ -120,3 +121,9 @@ def test_a_share_without_a_difference_is_not_certain():
     got = bootstrap_share(same, same)
     reach = 1 - 0.025 ** (1 / 40)
     assert (got.estimate, got.low, got.high) == pytest.approx((1.0, 1 - reach / 0.75, 1 + reach / 0.75))
+
+
+@pytest.mark.parametrize("values", [torch.zeros(20), torch.ones(20), torch.zeros(0)])
+def test_there_is_no_share_of_nothing(values):
+    got = bootstrap_share(values, torch.zeros_like(values))
+    assert all(math.isnan(number) for number in (got.estimate, got.low, got.high))

@@ -39,6 +39,7 @@ STEPS = ("ras", "region", "toca")
 DIFFUSION = ("at_edm", "todo", "toma", "tomesd", *STEPS)
 LEARNED = ("ltmp", "ltmp_fixed")
 FIXED = ("cropr", "dynamicvit", "patch_merger", "sinkhorn", "sit", "tnt")
+IN_FRONT = ("flip", "noise_mask")
 BOTH = ("random", "top_k", "uniform", "zero_tprune", "zero_tprune_uni")
 
 # (methods, families, what the reason says) of the cells that may be empty.
@@ -66,7 +67,9 @@ ALLOWED = (
     (LEARNED, ("CaiT",), "takes no bias \\(proportional=False works\\)"),
     (FIXED, DENOISERS, "learns for the blocks of an image tower, not for those of a denoiser"),
     (("dynamicvit",), ("CaiT",), "masks keys while it learns, and LayerScaleBlock takes no bias"),
-    ((*LEARNED, *FIXED), (BEHIND, INSIDE), "works inside an image tower"),
+    ((*LEARNED, *FIXED, *IN_FRONT), (BEHIND, INSIDE), "works inside an image tower"),
+    (IN_FRONT, (*WINDOWS, *DENOISERS), "needs first_block"),
+    (("deferred_masking",), (*PLAIN, *WINDOWS, TOWER, BEHIND, INSIDE, "U-Net"), "needs mixer"),
 )
 
 

@@ -61,8 +61,15 @@ def test_budgets_are_met_and_what_is_saved_is_loaded(method: str, family: str, t
     tokenprune.patch(model, weights=load_learned(parts))
     assert torch.equal(run(model, x), reduced)
     assert torch.equal(run(tokenprune.unpatch(model), x), plain)
-    with pytest.raises(BudgetError, match=r"flops=0\.6 is not what these parts were trained for: flops=0\.75"):
+    if method in MIXING:
+        with pytest.raises(BudgetError, match=r"flops=0\.6 is not what these parts were trained for: flops=0\.75"):
+            tokenprune.patch(model, method, flops=0.6, weights=parts)
+        with pytest.raises(UnsupportedMethod, match="every token is a mixture here"):
+            tokenprune.patch(model, weights=parts, restore="regression").forward_features(x)
+        tokenprune.unpatch(model)
+    else:  # which ranks them for any budget
         tokenprune.patch(model, method, flops=0.6, weights=parts)
+        assert tokenprune.report(model).to_dict()["flops_ratio"] == pytest.approx(0.6, abs=0.02)
     with pytest.raises(UntrainedMethod, match=f"{method} has to learn for this model first: tokenprune train"):
         tokenprune.patch(model, method, flops=0.75)
 

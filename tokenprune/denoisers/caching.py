@@ -23,9 +23,10 @@ from tokenprune.denoisers.plan import Plan, solve
 from tokenprune.denoisers.records import grid_of
 from tokenprune.denoisers.run import Run, finish, forget, running
 from tokenprune.denoisers.stacks import divided
-from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
+from tokenprune.errors import BudgetError, UnsupportedMethod
 from tokenprune.family import Request
 from tokenprune.flop_count import FlopCount
+from tokenprune.kept_patches import spread
 from tokenprune.method import Method
 
 Count = Callable[[str, int, float, float], int]
@@ -227,12 +228,4 @@ def _observing(observe: Callable[[AttentionRecord], Tensor], tokens: int, heads:
 def _active(kept: Tensor, tokens: int, grid: tuple[int, int] | None, prediction: Tensor) -> Tensor:
     """Where in a prediction the computed tokens [B, K] are, of its shape but for the channels."""
     active = torch.zeros(kept.shape[0], tokens, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
-    if prediction.ndim == 3 and prediction.shape[1] == tokens:
-        return active.unsqueeze(-1)
-    cells = grid_of(grid, tokens)
-    if prediction.ndim != 4 or cells is None or prediction.shape[2] % cells[0] or prediction.shape[3] % cells[1]:
-        raise UnsupportedModel(
-            f"it is not known where in a prediction {list(prediction.shape)} the {tokens} tokens are"
-        )
-    high, wide = prediction.shape[2] // cells[0], prediction.shape[3] // cells[1]
-    return active.view(-1, 1, *cells).repeat_interleave(high, 2).repeat_interleave(wide, 3)
+    return spread(active, grid_of(grid, tokens), prediction)

@@ -6,6 +6,7 @@ from torch import nn
 
 from tokenprune.budget import Budget
 from tokenprune.denoisers.caching import CachingPatch
+from tokenprune.denoisers.deferred import DeferredPatch
 from tokenprune.denoisers.host import Stack
 from tokenprune.denoisers.patch import DenoiserPatch, Describe
 from tokenprune.denoisers.run import positions_from
@@ -39,7 +40,12 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
             f"{method.name} adds log(size) to the attention logits, and these attentions take no bias;"
             f" patch(pipe, {method.name!r}, proportional=False, ...) works"
         )
-    missing = method.needs - {"queries", "keys", "cross", "stacks", "grid", "steps"}
+    if "mixer" in method.needs and not host.divisible:
+        raise UnsupportedMethod(
+            f"{method.name} needs mixer blocks, one row in which the first may see all tokens, and a"
+            f" {type(model).__name__} is none: convolutions stand between its stacks"
+        )
+    missing = method.needs - {"queries", "keys", "cross", "stacks", "grid", "steps", "mixer"}
     if missing:
         raise UnsupportedMethod(f"{method.name} needs {', '.join(sorted(missing))}, which a denoiser does not expose")
     if request.budget.kind == "tokens":
@@ -47,6 +53,7 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
     _check_own(method, request.budget)
     _check_shares(method, request.budget)
     kind = DenoiserPatch if method.over_steps is None else CachingPatch
+    kind = DeferredPatch if method.mixer else kind
     patch = kind(describe, host, adapter, method, request)
     if patch.active and len(patch.barred) == len(divided(host, method)):
         raise UnsupportedMethod(

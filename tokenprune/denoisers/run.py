@@ -155,6 +155,17 @@ def run_of(key: str, latents: Tensor, timestep: float, whole: Sequence[float] | 
     return run, False
 
 
+def fresh(key: str, latents: Tensor) -> Run:
+    """A run of one forward alone, of a training, whose forwards are at steps that have nothing to do with another."""
+    run = _THREAD.runs[key] = Run(0.0, tuple(latents.shape), (0.0,), 1)
+    return run
+
+
+def last_run(key: str) -> Run | None:
+    """The run of a patch's last forward in this thread."""
+    return _THREAD.runs.get(key)
+
+
 def forget(key: str) -> None:
     """Drop what is kept of a patch's run in this thread."""
     _THREAD.runs.pop(key, None)

@@ -12,12 +12,15 @@ FUSED = "queries, keys and values are projected at once there; unfuse the projec
 
 
 def divided(host: DenoiserHost, method: Method) -> list[Stack]:
-    """The host's stacks, a mere row of blocks divided into stacks of the method's depth.
+    """The host's stacks, a mere row of blocks divided into stacks of the method's depth, or into a mixer and a stack
+    of what is behind it.
 
     Of such rows, which are one stage, the first and the last stack are those at the edges.
     """
     if not host.divisible:
         return list(host.stacks)
+    if method.mixer:
+        return _behind_mixer(host, method.mixer)
     stacks = []
     for row in host.stacks:
         for first in range(0, len(row.blocks), method.stack_depth):
@@ -27,10 +30,25 @@ def divided(host: DenoiserHost, method: Method) -> list[Stack]:
     return [replace(stack, edge=stack.name in ends) for stack in stacks]
 
 
+def _behind_mixer(host: DenoiserHost, share: float) -> list[Stack]:
+    """The first `share` of all blocks, rounded down, at least one, in stacks of their own: those with an edge."""
+    left = max(1, int(share * sum(len(row.blocks) for row in host.stacks)))
+    stacks = []
+    for row in host.stacks:
+        for first, blocks in ((0, row.blocks[:left]), (left, row.blocks[left:])):
+            if blocks:
+                name = f"{row.name}.{first}-{first + len(blocks) - 1}"
+                stacks.append(Stack(name, blocks, edge=first == 0 and left > 0))
+        left = max(0, left - len(row.blocks))
+    return stacks
+
+
 def barred_stacks(stacks: list[Stack], method: Method) -> tuple[list[str], dict[str, str]]:
     """What the report says of stacks one block deep, and those that the method cannot work in."""
     if method.over_steps is not None:
         return [], {}
+    if method.mixer:
+        return [], {stack.name: "left alone: the patch mixer, which sees all tokens" for stack in stacks if stack.edge}
     if method.parts:
         refused = {stack.name: _refuse_parts(stack, method) for stack in stacks}
         return [], {name: f"left alone: {why}" for name, why in refused.items() if why is not None}

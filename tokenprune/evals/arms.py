@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.budget import BUDGETS, parse_budget
-from tokenprune.errors import BudgetError, TokenPruneError
+from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod
 from tokenprune.evals.flops import multiply_adds
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.smaller_input import resize, smaller_input
+from tokenprune.registry import make_method, method_names
 
 T = TypeVar("T")
 Budget = Mapping[str, Any]
@@ -77,7 +78,7 @@ def build_arms(
     for budget in budgets:
         parse_budget(**{kind: value for kind, value in budget.items() if kind in BUDGETS})
     base = tokenprune.unpatch(shared_copy(model)).eval()
-    names = [method.name for method in tokenprune.methods(base)] if methods is None else list(methods)
+    names = comparable(base) if methods is None else list(methods)
     if baselines:
         names += [name for name in DROP_BASELINES if name not in names]
     arms = [Arm(UNPATCHED, "", base, flops=multiply_adds(base, images), flops_ratio=1.0)]
@@ -87,6 +88,20 @@ def build_arms(
         if baselines:
             arms.append(smaller_arm(base, images, budget, [r.flops_ratio for r in rows if r.flops_ratio is not None]))
     return arms
+
+
+def comparable(target: object) -> list[str]:
+    """Names of the methods that fit `target`, but for those that act in training alone."""
+    return [method.name for method in tokenprune.methods(target) if not method.training_only]
+
+
+def refuse_training_only(name: str) -> None:
+    """Raise UnsupportedMethod for a method that leaves a model in eval mode as it is."""
+    if name in method_names() and make_method(name, {}).training_only:
+        raise UnsupportedMethod(
+            f"{name} acts in training alone, and in eval mode there is nothing to compare; `python -m"
+            " tokenprune.evals.training_speed` times its steps"
+        )
 
 
 def budget_label(budget: Budget) -> str:
@@ -108,6 +123,7 @@ def method_arm(base: nn.Module, images: Tensor, name: str, budget: Budget, *, re
     label = budget_label(budget)
     model = shared_copy(base)
     try:
+        refuse_training_only(name)
         tokenprune.patch(model, name, **budget, prefix_only_last=not dense)
         with torch.inference_mode():
             model(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from tokenprune.evals.overhead import overhead_cells
 from tokenprune.evals.progress import progress
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.table import Row, Table, environment, interval_cells
-from tokenprune.evals.throughput import Timing, measure
+from tokenprune.evals.throughput import Timing, measure, measure_together
 
 
 def bench(
@@ -71,6 +72,38 @@ def bench_arms(
     return Table(rows, environment(inputs.device, inputs.dtype))
 
 
+def bench_together(
+    arms: Sequence[Arm],
+    inputs: Tensor,
+    *,
+    rounds: int = 20,
+    seed: int = 0,
+    group: int = 8,
+    show_progress: bool = False,
+) -> Table:
+    """The table of `bench` for arms that are built already, the unpatched one first, timed in groups of `group` arms
+    that share their two unpatched ones: a third of the time, in longer rounds, and a group is not tried again."""
+    base, rows = arms[0].model, list[Row]()
+    assert base is not None
+    control = shared_copy(base)
+    for start in progress(range(0, len(arms), group), f"bench, batch {len(inputs)}", show=show_progress):
+        some = arms[start : start + group]
+        timed = [(arm, arm.model) for arm in some if arm.model is not None]
+        with torch.inference_mode():
+            calls = [partial(model, arm.prepare(inputs)) for arm, model in timed]
+            found = measure_together(
+                [partial(base, inputs), *calls, partial(control, inputs)], rounds, seed=seed, device=inputs.device
+            )
+        times = {id(arm): one for (arm, _), one in zip(timed, found[1:-1], strict=True)}
+        for arm in some:
+            cells: Row = {}
+            if id(arm) in times:
+                one = times[id(arm)]
+                cells = {"images_per_s": len(inputs) / one.seconds, **one.cells()}
+            rows.append({**arm_cells(arm, len(inputs)), **cells, "note": arm.note})
+    return Table(rows, environment(inputs.device, inputs.dtype))
+
+
 def time_arm(
     arm: Arm, base: Arm, images: Tensor, *, rounds: int = 20, seed: int = 0, attempts: int = 3
 ) -> Timing | None:
@@ -114,20 +147,25 @@ def ratio_cells(timing: Timing) -> Row:
 
 def arm_row(arm: Arm, base: Arm, images: Tensor, *, rounds: int = 20, seed: int = 0, attempts: int = 3) -> Row:
     """The row of `bench` for `arm`, timed against the unpatched `base` on images [B, C, H, W]."""
+    row = arm_cells(arm, len(images))
+    timing = time_arm(arm, base, images, rounds=rounds, seed=seed, attempts=attempts)
+    if timing is not None:
+        row |= timing_cells(timing, len(images))
+    return {**row, "note": arm.note}
+
+
+def arm_cells(arm: Arm, batch: int) -> Row:
+    """What a row of `bench` says of `arm` before it is timed."""
     ratio = arm.flops_ratio
-    row: Row = {
+    return {
         "method": arm.method,
         "budget": arm.budget,
-        "batch": len(images),
+        "batch": batch,
         "gmacs": None if arm.flops is None else arm.flops / 1e9,
         "flops_ratio": ratio,
         "tokens": arm.tokens,
         "promised": None if ratio is None else 1.0 / ratio,
     }
-    timing = time_arm(arm, base, images, rounds=rounds, seed=seed, attempts=attempts)
-    if timing is not None:
-        row |= timing_cells(timing, len(images))
-    return {**row, "note": arm.note}
 
 
 def _megabytes(size: int | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +79,23 @@ def _method_table(options: argparse.Namespace) -> int:
     return 0
 
 
+def report(options: argparse.Namespace) -> int:
+    """`tokenprune report`"""
+    loaded = load(options)
+    asked = budgets(options, ())
+    if options.schedule is not None:
+        asked.append({"schedule": options.schedule})
+    if len(asked) > 1:
+        raise TokenPruneError("a report is of one budget or schedule; tokenprune bench compares several")
+    tokenprune.patch(loaded.model, options.method, **(asked[0] if asked else DEFAULT_BUDGET))
+    example = noise(loaded, 1, options.seed) if loaded.data is None else first_images(loaded.data(1, 0), 1, 0)
+    with torch.inference_mode():
+        loaded.model(example.to(options.device, getattr(torch, options.dtype)))
+    told = tokenprune.report(loaded.model)
+    print(json.dumps(told.to_dict(), indent=2) if options.format == "json" else told)
+    return 0
+
+
 def run_bench(options: argparse.Namespace) -> int:
     """`tokenprune bench`"""
     check_output(options)
@@ -144,7 +162,7 @@ def viz(options: argparse.Namespace) -> int:
     checked_path(options.output, Image.registered_extensions())
     loaded = load(options)
     if options.image:
-        inputs = _pictures(options.image, loaded)
+        inputs = image_files(options.image, loaded)
     elif loaded.data is None:
         raise TokenPruneError(f"{options.model} has no images of its own; name one with --image FILE")
     else:
@@ -225,12 +243,12 @@ def load(options: argparse.Namespace) -> LoadedModel:
     return loaded
 
 
-def budgets(options: argparse.Namespace, default: Budget = DEFAULT_BUDGET) -> list[Budget]:
+def budgets(options: argparse.Namespace, default: Sequence[Budget] = (DEFAULT_BUDGET,)) -> list[Budget]:
     """The budgets that the options name, `default` where they name none."""
     named: list[Budget] = [
         {kind: value} for kind in ("flops", "keep", "tokens") for value in getattr(options, kind) or ()
     ]
-    return named or [default]
+    return named or list(default)
 
 
 def image_data(options: argparse.Namespace, loaded: LoadedModel, count: int) -> ImageData:
@@ -255,7 +273,8 @@ def first_images(data: ImageData, count: int, seed: int) -> Tensor:
     return images
 
 
-def _pictures(paths: Sequence[str], loaded: LoadedModel) -> Tensor:
+def image_files(paths: Sequence[str], loaded: LoadedModel) -> Tensor:
+    """The pictures at `paths` as the model takes them, [B, C, H, W]."""
     from PIL import Image
 
     inputs = []

@@ -9,17 +9,18 @@ import torch
 
 from tokenprune.evals.accuracy import evaluate_arms
 from tokenprune.evals.arms import budget_label, build_arms
-from tokenprune.evals.bench import bench_arms
+from tokenprune.evals.bench import bench_together
 from tokenprune.evals.commands import kept_rows, set_machine
+from tokenprune.evals.comparison.measuring import join
 from tokenprune.evals.models import DIGITS, load_model
 from tokenprune.evals.plot import plot_accuracy_against_speed
-from tokenprune.evals.table import Row, Table
 from tokenprune.evals.viz import contact_sheet
 
 BUDGETS = ({"flops": 0.8}, {"flops": 0.6})
 PICTURE_BUDGET = {"flops": 0.6}
 BATCH = 16
 PLACES = 5
+COLUMNS = ("top1", "top1_drop", "agreement", "flops_ratio")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,9 +36,10 @@ def run(options: argparse.Namespace) -> int:
     images = next(data.batches(BATCH))[0].to(options.device, getattr(torch, options.dtype))
     arms = build_arms(loaded.model, images, None, BUDGETS)
     quality = evaluate_arms(arms, data, seed=options.seed, show_progress=show)
-    # A busy machine shows up in the column `trusted`; trying again would take the demo past its two minutes.
-    speed = bench_arms(arms, images, seed=options.seed, attempts=1, show_progress=show)
-    table = join(quality, speed)
+    # A busy machine shows up in the column `trusted`; trying again, and measuring each method by itself, would take the
+    # demo past its two minutes.
+    speed = bench_together(arms, images, seed=options.seed, show_progress=show)
+    table = join(quality, speed, COLUMNS)
     table.environment = {"model": DIGITS, "batch": BATCH, **table.environment}
     for suffix in (".md", ".csv", ".json"):
         table.save(folder / f"table{suffix}")
@@ -47,18 +49,3 @@ def run(options: argparse.Namespace) -> int:
     print(table.to_text())
     print(f"written to {folder}: table.md, table.csv, table.json, accuracy-against-speed.png, kept-tokens.png")
     return 0
-
-
-COLUMNS = ("top1", "top1_drop", "agreement", "flops_ratio", "speedup", "promised", "control", "trusted", "images_per_s")
-
-
-def join(quality: Table, speed: Table) -> Table:
-    """One row a method and budget, out of a table of `evaluate` and one of `bench` at one batch size."""
-    timed = {(row["method"], row["budget"]): row for row in speed.rows}
-    names = [f"{name}{end}" for name in COLUMNS for end in ("", "_low", "_high")]
-    rows: list[Row] = []
-    for row in quality.rows:
-        both = {**timed[row["method"], row["budget"]], **row}
-        kept = {name: both[name] for name in names if name in both}
-        rows.append({"method": row["method"], "budget": row["budget"], **kept, "note": row["note"]})
-    return Table(rows, {**quality.environment, **speed.environment})

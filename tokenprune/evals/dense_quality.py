@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.errors import BudgetError, UnsupportedMethod
-from tokenprune.evals.arms import UNPATCHED
+from tokenprune.evals.arms import UNPATCHED, comparable
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.stats import Interval, bootstrap, bootstrap_mean
 from tokenprune.evals.table import Cell, Row, Table, environment, interval_cells
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     make, samples = TASKS[options.task]
     task = make(options.samples or samples)
-    names = options.method or [info.name for info in tokenprune.methods(task.model)]
+    names = options.method or comparable(task.model)
     conditions: Row = {"task": options.task, "images": len(task.images)}
     table = Table([], conditions | environment("cpu"))
     options.output.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,8 @@ from tokenprune.evals.arms import (
     Arm,
     Budget,
     budget_label,
+    comparable,
+    refuse_training_only,
     tokens_left,
 )
 from tokenprune.evals.digits_pipelines import GUIDANCE, DigitsPipeline, pipeline_of
@@ -73,7 +75,7 @@ def generation_arms(
     """
     first = unpatched_arm(pipe, orders, steps=steps, guidance=guidance)
     assert first.pipe is not None
-    names = [method.name for method in tokenprune.methods(first.pipe)] if methods is None else list(methods)
+    names = comparable(first.pipe) if methods is None else list(methods)
     if baselines:
         names += [name for name in DROP_BASELINES if name not in names]
     arms = [first]
@@ -128,6 +130,7 @@ def method_arm(base: GenerationArm, orders: Orders, name: str, budget: Budget, *
     pipe = pipeline_of(shared_copy(base.model))
     arm = replace(base, method=name, budget=label, model=pipe.denoiser, pipe=pipe)
     try:
+        refuse_training_only(name)
         tokenprune.patch(pipe, name, **budget)
         arm.draw(orders)
         report = tokenprune.report(pipe).to_dict()

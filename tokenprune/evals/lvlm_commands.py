@@ -21,7 +21,7 @@ def run_eval(options: argparse.Namespace) -> int:
     table = evaluate_lvlm(
         _load(options),
         options.method,
-        budgets(options, KEEP),
+        budgets(options, [KEEP]),
         samples=options.samples or 75,
         batch_size=options.batch_size,
         seed=options.seed,

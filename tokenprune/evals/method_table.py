@@ -11,6 +11,7 @@ import tokenprune
 from tokenprune.errors import BudgetError, TokenPruneError, UntrainedMethod
 from tokenprune.evals.family_models import IMAGE_FAMILIES, OTHER_FAMILIES, Family, Made
 from tokenprune.method_families import MethodTable
+from tokenprune.registry import make_method
 
 # What the first place is called in the report of a vision-language model.
 _PARTS = {"after the tower": "behind the image tower", "layers": "between layers of the language model"}
@@ -49,8 +50,9 @@ def to_markdown(table: MethodTable) -> str:
 def _tried(name: str, part: str, made: Made, shape: torch.Size) -> tuple[str, str]:
     """Why the method does not work there, empty where it does, or would with what it has to learn first; and the
     adapter that it runs by."""
-    _, target, run = made
+    model, target, run = made
     given = _GIVEN.get(name, {})
+    model.train(make_method(name, given).training_only)
     try:
         try:
             tokenprune.patch(target, name, keep=0.5, **given)
@@ -65,6 +67,7 @@ def _tried(name: str, part: str, made: Made, shape: torch.Size) -> tuple[str, st
         return why + (f" ({_WITHOUT_BIAS} works)" if _WITHOUT_BIAS in str(error) else ""), ""
     finally:
         tokenprune.unpatch(target)
+        model.eval()
     if output.shape != shape or not output.isfinite().all():
         return f"gives {tuple(output.shape)}, or what is not finite", ""
     place = data["places"][0]["name"]

@@ -19,6 +19,7 @@ from tokenprune.evals.arms import (
     Budget,
     budget_label,
     build_arms,
+    comparable,
     method_arm,
     smaller_arm,
 )
@@ -113,7 +114,7 @@ def quality_cases(bench: Bench, methods: Sequence[str] | None = None, budgets: S
     asked for, `flops_ratio` the mean that was measured. A row without a score says in its `note` why.
     """
     model = bench.unpatched.model
-    names = methods or [*(info.name for info in tokenprune.methods(model)), SMALLER_INPUT]
+    names = methods or [*comparable(model), SMALLER_INPUT]
     whole: Row = {bench.task.measure: 1.0}
     first = Case({"method": UNPATCHED, "flops": 1.0}, lambda: [_cells(bench.table().rows[0] | whole)])
     return [first, *_budget_cases(bench, names, budgets)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedModel
+from tokenprune.evals.arms import refuse_training_only
 from tokenprune.evals.candidates import Genes, crossed, drawn, mutated, picked
 from tokenprune.evals.fidelity import Observation, agreement, observe
 from tokenprune.evals.resumable import write_state
@@ -89,6 +90,7 @@ class Search:
         seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        refuse_training_only(method)
         self.base = tokenprune.unpatch(shared_copy(model)).eval()
         self.images, self.method, self.options, self.goal = images, method, dict(options), goal
         self.evolves, self.batch_size, self.seed, self.clock = evolves, batch_size, seed, clock

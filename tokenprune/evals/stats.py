@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -64,10 +65,12 @@ def bootstrap_share(
     """
     ours, theirs = values.double().cpu(), reference.double().cpu()
     sums, bases = _by_group((ours, theirs), groups)
+    if not theirs.any():
+        return Interval(math.nan, math.nan, math.nan)
     interval = bootstrap(
         len(sums), lambda draw: sums[draw].sum(1) / bases[draw].sum(1), seed=seed, resamples=resamples, level=level
     )
-    if len(sums) == 0 or not torch.equal(ours, theirs):
+    if not torch.equal(ours, theirs):
         return interval
     reach = _reach(len(sums), level) / float(theirs.mean())
     return Interval(interval.estimate, interval.estimate - reach, interval.estimate + reach)

@@ -98,10 +98,11 @@ def measure(
 @dataclass(frozen=True)
 class Relative:
     """Of one arm of `measure_together`: `speedup` is the median over rounds of (time of the first arm) / (its time),
-    `control` that of (time of the first arm) / (time of the last)."""
+    `control` that of (time of the first arm) / (time of the last), `seconds` its median time."""
 
     speedup: Interval
     control: float
+    seconds: float
 
     def cells(self) -> Row:
         """The cells of a table row."""
@@ -131,7 +132,10 @@ def measure_together(
             taken[place].append(sample(arms[place], 1, device, clock))
     ratios = [[base / own for base, own in zip(taken[0], seconds, strict=True)] for seconds in taken]
     control = statistics.median(ratios[-1])
-    return [Relative(bootstrap_median(own, seed=seed), control) for own in ratios]
+    return [
+        Relative(bootstrap_median(own, seed=seed), control, statistics.median(seconds))
+        for own, seconds in zip(ratios, taken, strict=True)
+    ]
 
 
 def _interleave(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tokenprune.evals.digits_denoisers import CHECKPOINTS, DIT, UNCONDITIONAL, UNET, predict, untrained
 from tokenprune.evals.drawn_digits import IMAGE_SIZE, PIXEL_MEAN, PIXEL_STD, drawn_digit_pictures, to_model
 from tokenprune.evals.resumable import Rates, Resumable, run, ship
+from tokenprune.kept_patches import kept_patches, masked_mse
 
 SEED = 0
 BATCH = 32
@@ -85,8 +86,9 @@ def _window(model: nn.Module, top: int, left: int, side: int) -> Iterator[None]:
 
 
 def loss(model: nn.Module, split: Any, step: int, count: int, size: int) -> Tensor:
-    """Mean squared error of the velocity on `count` pictures of `size` pixels; which ones, their noise and their times
-    depend on (split, step, count, size) alone. Labels and places are dropped in training only."""
+    """Mean squared error of the velocity on `count` pictures of `size` pixels, of a model that drops patches over those
+    that it kept; which pictures, their noise and their times depend on (split, step, count, size) alone. Labels and
+    places are dropped in training only."""
     pictures, labels, middles = drawn_digit_pictures(split, count, SEED, step * count, size)
     images, targets, centres = to_model(pictures), torch.from_numpy(labels), torch.from_numpy(middles)
     generator = torch.Generator().manual_seed(SEED + step)
@@ -106,7 +108,7 @@ def loss(model: nn.Module, split: Any, step: int, count: int, size: int) -> Tens
             velocity = predict(model, noisy, 1000 * time_, targets)
     else:
         velocity = predict(model, noisy, 1000 * time_, targets, None if placeless else centres)
-    return nn.functional.mse_loss(velocity, noise - images)
+    return masked_mse(velocity, noise - images, kept_patches(model))
 
 
 class Training(Resumable):

@@ -26,7 +26,7 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
         raise UnsupportedMethod(f"steps= is for denoising runs, and {type(host.outer).__name__} has none")
     if request.restore is not None:
         raise UnsupportedMethod("restore= is of image towers, and no grid is read behind one here; leave it out")
-    foreign = method.needs & {"steps", "stacks", "windows"}
+    foreign = method.needs & {"steps", "stacks", "windows", "mixer"}
     if foreign:
         raise UnsupportedMethod(
             f"{method.name} needs {', '.join(sorted(foreign))}, which {type(host.outer).__name__} does not have;"

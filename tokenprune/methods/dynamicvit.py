@@ -98,6 +98,7 @@ LEARNED = Learned(
         distill_logits=0.5,
         distill_tokens=0.5,
     ),
+    bound=False,
 )
 
 
@@ -106,7 +107,8 @@ def dynamicvit(*, rate: float = 0.7, places: tuple[int, ...] | None = None) -> M
     """Keep the tokens that a small learned predictor would keep, the same number in every image.
 
     `tokenprune train MODEL --method dynamicvit --flops 0.6` learns the predictors while the model's own weights stay as
-    they are (as published the model is trained too, at a hundredth of the rate). rate: share kept at each of `places`,
+    they are (as published the model is trained too, at a hundredth of the rate), and they rank the tokens for any other
+    budget as well. rate: share kept at each of `places`,
     behind the blocks in front of a quarter, a half and three quarters of the depth.
     """
     return Method(

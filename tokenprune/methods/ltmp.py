@@ -16,6 +16,7 @@ from tokenprune.kernels.merge import gather
 from tokenprune.learning import Learned, Lesson, Recipe, Shape
 from tokenprune.masking import Masking, masked_away, straight_through
 from tokenprune.method import Method
+from tokenprune.ordering import order_of
 from tokenprune.registry import register_method
 from tokenprune.schedule import InEveryBlock
 from tokenprune.selection.pairs import alternating
@@ -71,7 +72,7 @@ def every_second(record: AttentionRecord) -> tuple[Tensor, Tensor, Tensor, Tenso
     in_a = alive & ((alive.cumsum(1) - 1) % 2 == first)
     sides = []
     for side in (in_a, alive & ~in_a):
-        order = side.byte().argsort(dim=1, descending=True, stable=True)[:, : (record.tokens + 1) // 2]
+        order = order_of(side.byte(), descending=True)[:, : (record.tokens + 1) // 2]
         sides.append((order, gather(side, order)))
     return sides[0][0], sides[1][0], sides[0][1], sides[1][1]
 

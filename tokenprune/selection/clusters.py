@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tokenprune.kernels.merge import gather
 from tokenprune.kernels.pairwise import density, nearest, spread
+from tokenprune.ordering import order_of
 from tokenprune.reduction import Reduction
 from tokenprune.selection.top_k import ranked
 
@@ -57,5 +58,5 @@ def merge_clusters(x: Tensor, centres: Tensor) -> Reduction:
     cluster = assign(x, centres)
     gone = x.shape[1] - centres.shape[1]
     left = torch.zeros_like(cluster, dtype=torch.int8).scatter(1, centres, 1)
-    moved = left.sort(dim=1, stable=True).indices[:, :gone]
+    moved = order_of(left)[:, :gone]
     return Reduction(centres, moved, gather(cluster, moved), average="equal")

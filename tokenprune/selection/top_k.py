@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.ordering import order_of
 from tokenprune.reduction import Reduction
 from tokenprune.tables import table
 
 
 def ranked(scores: Tensor) -> Tensor:
     """Positions [B, n] by falling score, ties by rising position."""
-    return scores.sort(dim=1, descending=True, stable=True).indices
+    return order_of(scores, descending=True)
 
 
 def first_of(scores: Tensor, count: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import BudgetError, UnsupportedMethod
 from tokenprune.kernels.matching import cosine_match
+from tokenprune.ordering import order_of
 from tokenprune.ragged import RaggedReduction
 from tokenprune.reduction import Reduction, Rows
 from tokenprune.selection.pairs import merge_best
@@ -113,7 +114,7 @@ def _by_first(grid: tuple[int, int], sy: int, sx: int, device: torch.device) -> 
 def _order(chosen: Tensor, tokens: int) -> Tensor:
     """The positions not among `chosen` [I, W], then these, each rising, [I, tokens]."""
     taken = torch.zeros(chosen.shape[0], tokens, dtype=torch.int8, device=chosen.device).scatter(1, chosen, 1)
-    return taken.sort(dim=1, stable=True).indices
+    return order_of(taken)
 
 
 def keep_smaller_grid(scores: Tensor | None, record: AttentionRecord, keep: int) -> Reduction:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.kernels.attention_mass import eager
+from tokenprune.kernels.attention_mass import eager, formula
 from tokenprune.kernels.backends import Choice, forced, log_once, triton_on_gpu
 from tokenprune.kernels.inputs import at_once, observed, precision, repeat_heads, without_autocast
 
@@ -96,6 +96,10 @@ def _found(
     else:
         counts = list(iterations) if isinstance(iterations, Sequence) else [iterations]
     q, k = q.detach(), k.detach()
+    if torch.onnx.is_in_onnx_export():
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        keys = repeat_heads(k, q.shape[1])
+        return formula.attention_mass(q, keys, weights, bias, counts, tolerance, scale)
     operator = _attention_mass if observed(q, k) else _run
     found: tuple[Tensor, Tensor] = operator(
         q,

@@ -76,15 +76,15 @@ def merge(
         TokenPruneError: shapes that do not fit, or a backend that cannot take them.
     """
     _check(x.shape[0], kept, moved, target)
-    if sizes is None:
-        sizes = x.new_ones(x.shape[:2], dtype=torch.float32)
-    if exporting() or (torch.compiler.is_compiling() and x.device.type == "cpu"):
+    compiling = torch.compiler.is_compiling()
+    if exporting() or (compiling and x.device.type == "cpu"):
         return eager.merge(x, kept, moved, target, sizes)
-    if torch.compiler.is_compiling():
-        return _merge(x, kept, moved, target, sizes, backend or "")  # type: ignore[no-any-return]
-    choice = choose_merge(x, sizes, backend=backend or "")
+    if compiling:
+        return _merge(x, kept, moved, target, _or_ones(sizes, x), backend or "")  # type: ignore[no-any-return]
+    choice = choose_merge(x, x if sizes is None else sizes, backend=backend or "")
     log_once("merge", choice)
     if choice.backend == "triton":
+        sizes = _or_ones(sizes, x)
         run = _merge if observed(x, sizes) else _run_merge
         return run(x, kept, moved, target, sizes, "triton")
     return eager.merge(x, kept, moved, target, sizes)
@@ -121,6 +121,10 @@ def choose_merge(x: Tensor, sizes: Tensor, *, backend: str = "") -> Choice:
     if choice is None and triton_on_gpu(x, sizes):
         return Choice("triton", "one launch for ten, and sums in a fixed order")
     return choice or Choice("eager", "torch's gather and scatter_add")
+
+
+def _or_ones(sizes: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_ones(x.shape[:2], dtype=torch.float32) if sizes is None else sizes
 
 
 def _check(batch: int, kept: Tensor, moved: Tensor, target: Tensor) -> None:

@@ -34,8 +34,11 @@ def _first_rows(batch: int, count: int, device: torch.device) -> Tensor:
     return torch.arange(batch, device=device).unsqueeze(1) * count
 
 
-def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Averages weighted by size of groups of x [B, n, C], and their sizes; in float32 at least before it is rounded."""
+def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Averages weighted by size (None: one each) of groups of x [B, n, C], and their sizes; in float32 at least before
+    it is rounded."""
+    if sizes is None:
+        return _merge_of_one(x, kept, moved, target)
     moved_sizes = gather(sizes, moved, 1)
     merged_sizes = gather(sizes, kept, 1).scatter_add(1, target, moved_sizes)
     out = gather(x, kept, 1).to(torch.promote_types(x.dtype, sizes.dtype))
@@ -47,6 +50,16 @@ def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor)
     # By whole rows, as in `gather`: scatter_add takes four times as long on a CPU.
     flat.index_add_(0, rows, pull)
     return out.to(x.dtype), merged_sizes
+
+
+def _merge_of_one(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """As `merge` of tokens that are of one patch each: a sum and a quotient, which leaves groups of one as they are."""
+    sizes = x.new_ones(kept.shape, dtype=torch.float32)
+    sizes = sizes.scatter_add(1, target, sizes.new_ones(target.shape))
+    out = gather(x, kept, 1).to(torch.promote_types(x.dtype, sizes.dtype))
+    flat = out.flatten(0, 1)
+    flat.index_add_(0, flat_rows(target, kept.shape[1]), gather(x, moved, 1).flatten(0, 1).to(flat.dtype))
+    return out.div_(sizes.unsqueeze(-1)).to(x.dtype), sizes
 
 
 def merge_sizes(sizes: Tensor, kept: Tensor, moved: Tensor, target: Tensor) -> Tensor:

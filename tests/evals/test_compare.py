@@ -1,0 +1,149 @@
+"""`tokenprune compare`: its rows against those of bench and eval, going on, and the page against the rows."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from tokenprune import cli
+from tokenprune.evals.comparison import measuring
+from tokenprune.evals.comparison.advice import advised, frontier, quality_column
+from tokenprune.evals.table import Table
+
+COMMAND = ["compare", "--model", "digits-vit", "--method", "tome", "--method", "top_k", "--samples", "6"]
+COMMAND += ["--flops", "0.6", "--flops", "0.5", "--batch-size", "2", "--quiet", "--threads", "1", "--output"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    threads = torch.get_num_threads()
+    place = tmp_path_factory.mktemp("compared")
+    assert cli.main([*COMMAND, str(place)]) == 0
+    torch.set_num_threads(threads)
+    return place
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_a_row_for_every_method_and_budget_with_the_baselines(folder):
+    rows = Table.from_json((folder / "compare.json").read_text()).rows
+    assert [row["method"] for row in rows] == [
+        "unpatched",
+        *2 * ["tome", "top_k", "random", "uniform", "smaller input"],
+    ]
+    for row in rows[1:]:
+        budget = float(row["budget"].removeprefix("flops="))
+        assert row["flops_ratio"] == pytest.approx(budget, abs=0.06)
+        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+        assert 0 <= row["top1"] <= 1
+        assert row["control"] > 0
+        assert row["model"] == "digits-vit"
+    assert (folder / "compare.csv").read_text().count("\n") == 1 + len(rows)
+    assert (folder / "compare.md").read_text().startswith("| model |")
+
+
+def test_the_page_holds_what_the_table_holds_and_loads_nothing(folder):
+    page = (folder / "compare.html").read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", page), "an address outside of the page"
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", page)
+    assert "<!--" not in page.replace("<!doctype", ""), "a part that was not filled in"
+    (model,) = data_of(page)["models"]
+    rows = Table.from_json((folder / "compare.json").read_text()).rows
+    assert [{"model": "digits-vit", **row} for row in model["rows"]] == rows
+    assert len(model["pictures"]) == 2
+    arms = {(arm["method"], arm["budget"]): arm for arm in model["overlays"]["arms"]}
+    assert len(arms) == 8
+    tokens = {(row["method"], row["budget"]): row["tokens"] for row in rows}
+    for key, arm in arms.items():
+        for source in arm["places"][-1]["source"]:
+            assert len(source) == 100 == model["overlays"]["grid"][0] * model["overlays"]["grid"][1]
+            assert len({token for token in source if token >= 0}) == tokens[key]
+    assert "--method tome --method top_k" in data_of(page)["command"]
+
+
+def test_a_run_goes_on_where_it_was_stopped(folder, monkeypatch, capsys):
+    before = (folder / "compare.json").read_text()
+    measured = sorted((folder / "measured").glob("digits-vit-*.json"))
+    assert len(measured) == 2
+    measured[1].unlink()
+    timed = []
+    whole = measuring.bench_together
+
+    def counted(arms, images, **rest):
+        timed.append({arm.budget for arm in arms} - {""})
+        return whole(arms, images, **rest)
+
+    monkeypatch.setattr(measuring, "bench_together", counted)
+    assert cli.main([*COMMAND, str(folder)]) == 0
+    assert timed == [{measured[1].stem.removeprefix("digits-vit-")}]
+    again = Table.from_json((folder / "compare.json").read_text()).rows
+    timings = ("speedup", "control", "trusted", "images_per_s")
+    plain = [
+        [{k: v for k, v in row.items() if not k.startswith(timings)} for row in rows]
+        for rows in (again, Table.from_json(before).rows)
+    ]
+    assert plain[0] == plain[1]
+    assert cli.main([*COMMAND[:-1], "--seed", "1", "--output", str(folder)]) == 1
+    assert "seed 0, now 1" in capsys.readouterr().err
+    (folder / "measured" / "settings.json").write_text("{")
+    assert cli.main([*COMMAND, str(folder)]) == 1
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_diffusion_models_are_sent_to_eval(tmp_path, capsys):
+    assert cli.main(["compare", "--model", "dit-digits", "--output", str(tmp_path / "out")]) == 1
+    assert "tokenprune eval" in capsys.readouterr().err
+
+
+def row(method, budget, top1, speedup, trusted=True):
+    return {"method": method, "budget": budget, "top1": top1, "speedup": speedup, "trusted": trusted}
+
+
+ROWS = [
+    row("unpatched", "", 0.90, 1.0),
+    row("tome", "flops=0.6", 0.895, 1.5),
+    row("top_k", "flops=0.6", 0.80, 1.6),
+    row("random", "flops=0.6", 0.60, 1.6),
+    row("pitome", "flops=0.6", None, None),
+    row("tome", "flops=0.5", 0.70, 1.8, trusted=False),
+    row("smaller input", "flops=0.5", 0.75, 1.9),
+]
+
+
+def test_the_frontier_is_what_no_other_row_beats_in_both():
+    naive = [
+        i
+        for i, own in enumerate(ROWS)
+        if own["top1"] is not None
+        and not any(
+            other is not own
+            and other["top1"] is not None
+            and other["top1"] >= own["top1"]
+            and other["speedup"] >= own["speedup"]
+            for other in ROWS
+        )
+    ]
+    assert sorted(frontier(ROWS, "top1")) == naive == [0, 1, 2, 6]
+    assert frontier(ROWS, "top1") == [0, 1, 2, 6], "from the slowest on"
+
+
+def test_the_advice_names_the_fastest_that_loses_nothing_and_says_what_is_doubtful():
+    first, at_06, at_05, doubtful = advised(ROWS, quality_column(ROWS))
+    assert "patch(model, 'tome', flops=0.6)" in first
+    assert "1.50 times" in first
+    assert at_06.startswith("At flops=0.6 the best is tome")
+    assert "random 0.600 at 1.60 times" in at_06
+    assert "smaller input 0.750" in at_05
+    assert doubtful.startswith("1 of 3 speeds")
+
+
+def test_the_advice_says_that_nothing_is_faster_or_good_enough():
+    slow = [ROWS[0], row("tome", "flops=0.6", 0.9, 0.8)]
+    assert "is faster than no method here" in advised(slow, "top1")[0]
+    assert "No method stays within 0.01" in advised([ROWS[0], ROWS[2]], "top1")[0]
+    assert advised([ROWS[0], ROWS[4]], "top1") == ["No method could be run here; the notes in the table say why."]

@@ -1,0 +1,80 @@
+"""The command line: `tokenprune COMMAND`, see `tokenprune --help`.
+
+Nothing but argparse is imported until a command runs, so that `--help` is quick and needs no extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from tokenprune.cli.commands import RECIPES, parser
+from tokenprune.cli.examples import EXAMPLES
+
+__all__ = ["EXAMPLES", "RECIPES", "main", "parser"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 for success, 1 for a failure told in one line on standard error, 2 for wrong usage."""
+    known = parser()
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(known)
+    options = known.parse_args(arguments)
+    if options.command == "train" and options.method is None and options.model not in RECIPES:
+        parser().error(f"recipes are for {', '.join(RECIPES)}; for what a method learns for a model add --method ltmp")
+    from tokenprune.errors import TokenPruneError
+
+    try:
+        return _run(options)
+    except (TokenPruneError, ImportError, OSError) as error:
+        print(f"tokenprune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    from tokenprune.evals import commands, demo, doctor, search_command
+    from tokenprune.evals.comparison.command import run_compare
+    from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
+    from tokenprune.evals.digits_lvlm import LVLM
+    from tokenprune.evals.patterns.command import run_patterns
+
+    if options.command in ("demo-diffusion", "score") or (
+        options.command in ("bench", "eval", "viz") and options.model in DIFFUSION
+    ):
+        from tokenprune.evals import demo_diffusion, generation_commands
+
+        return {
+            "demo-diffusion": demo_diffusion.run,
+            "score": generation_commands.score,
+            "bench": generation_commands.run_bench,
+            "eval": generation_commands.run_eval,
+            "viz": generation_commands.viz,
+        }[options.command](options)
+    if options.command in ("bench", "eval", "viz") and options.model == LVLM:
+        from tokenprune.evals import lvlm_commands
+
+        return (lvlm_commands.run_eval if options.command == "eval" else lvlm_commands.refuse)(options)
+    if options.command == "train" and options.method is not None:
+        from tokenprune.training import command
+
+        return command.run(options)
+    run: dict[str, Callable[[argparse.Namespace], int]] = {
+        "demo": demo.run,
+        "doctor": doctor.run_doctor,
+        "methods": commands.methods,
+        "report": commands.report,
+        "bench": commands.run_bench,
+        "eval": commands.run_eval,
+        "compare": run_compare,
+        "viz": commands.viz,
+        "patterns": run_patterns,
+        "search": search_command.run_search,
+        "train": commands.train,
+    }
+    return run[options.command](options)

@@ -1,0 +1,100 @@
+"""The rows of a comparison: quality and speed of every method at a budget, kept as they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from tokenprune.errors import TokenPruneError
+from tokenprune.evals.accuracy import compare, run_unpatched
+from tokenprune.evals.arms import Arm, Budget, budget_label, build_arms
+from tokenprune.evals.bench import bench_together
+from tokenprune.evals.data import ImageData
+from tokenprune.evals.models import LoadedModel
+from tokenprune.evals.table import Row, Table
+
+ENDS = ("", "_low", "_high")
+TIMED = ("speedup", "promised", "control", "trusted", "images_per_s")
+
+
+def join(quality: Table, speed: Table, names: Sequence[str] | None = None) -> Table:
+    """One row a method and budget, out of a table of `evaluate` and one of `bench` at one batch size: what identifies
+    it, its quality and its cost (`names`: these columns alone), its speed, its note."""
+    wanted = None if names is None else {"method", "budget", *(f"{n}{end}" for n in names for end in ENDS)}
+    timed = {(row["method"], row["budget"]): row for row in speed.rows}
+    ends = [f"{name}{end}" for name in TIMED for end in ENDS]
+    rows: list[Row] = []
+    for row in quality.rows:
+        one = timed[row["method"], row["budget"]]
+        told = {name: cell for name, cell in row.items() if name != "note" and (wanted is None or name in wanted)}
+        rows.append({**told, **{name: one[name] for name in ends if name in one}, "note": row["note"]})
+    return Table(rows, {**quality.environment, **speed.environment})
+
+
+def measure_budgets(
+    loaded: LoadedModel,
+    data: ImageData,
+    images: Tensor,
+    methods: Sequence[str] | None,
+    budgets: Sequence[Budget],
+    folder: Path,
+    *,
+    samples: int | None,
+    batch_size: int,
+    rounds: int,
+    seed: int,
+    show_progress: bool,
+) -> Iterator[tuple[list[Arm], Table]]:
+    """For each budget in turn its arms, the unpatched one first, and their table, one row each.
+
+    images: [B, C, H, W], of the batch that is timed. A table that is in `folder` already is read and not measured
+    again; the arms are built anew for each budget, as pictures need them.
+    """
+    saliency = loaded.saliency if data.classes is None else None
+    seen = None
+    for budget in budgets:
+        arms = build_arms(loaded.model, images, methods, [budget], dense=saliency is not None)
+        path = folder / f"{loaded.name.replace('/', '--').replace(':', '--')}-{budget_label(budget)}.json"
+        if path.exists():
+            yield arms, Table.from_json(path.read_text(encoding="utf-8"))
+            continue
+        if seen is None:  # through the unpatched model once for all budgets
+            given = run_unpatched(
+                arms[0],
+                data,
+                batch_size=batch_size,
+                samples=samples,
+                seed=seed,
+                saliency=saliency,
+                show_progress=show_progress,
+            )
+            seen = list(given)
+        quality = compare(arms, seen, data, samples=samples, seed=seed, saliency=saliency)
+        speed = bench_together(arms, images, rounds=rounds, seed=seed, show_progress=show_progress)
+        table = join(quality, speed)
+        table.environment = {"model": loaded.name, "batch": len(images), **table.environment}
+        table.save(path)
+        yield arms, table
+
+
+def same_settings(folder: Path, settings: Mapping[str, object]) -> None:
+    """Writes down what a comparison into `folder` was asked for, or checks that one which goes on was asked the same.
+
+    Raises:
+        TokenPruneError: the folder holds another comparison.
+    """
+    path, asked = folder / "settings.json", json.loads(json.dumps(dict(settings)))
+    if not path.exists():
+        path.write_text(json.dumps(asked, indent=1), encoding="utf-8")
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenPruneError(f"{path} is damaged: {error}; take another folder") from error
+    others = sorted(name for name in {*asked, *found} if asked.get(name) != found.get(name))
+    if others:
+        told = "; ".join(f"{name} {found.get(name)!r}, now {asked.get(name)!r}" for name in others)
+        raise TokenPruneError(f"{folder} holds a comparison with other settings ({told}); take another folder")
