@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tokenprune
-from tokenprune.stored_schedule import StoredSchedule
+from tokenprune import cli
+from tokenprune.stored_schedule import StoredSchedule, load_schedule
 
 FLOPS = 0.7
 
@@ -125,3 +126,45 @@ def test_what_cannot_be_calibrated() -> None:
         tokenprune.patch(model, "adaptive_tome", flops=0.6)
     with pytest.raises(tokenprune.UnsupportedMethod, match="threshold is"):
         tokenprune.patch(model, "adaptive_tome", keep=0.5, threshold=2.0)
+
+
+@pytest.mark.parametrize("method", ["saint", "algm"])
+@pytest.mark.parametrize(
+    ("flops", "changed"),
+    [(0.8, {"rate": 0.9}), (0.9, {"places": (1, 2)}), (0.9, {"restore": "feature"}), (0.9, {"restore": "fusion"})],
+)
+def test_what_is_found_under_options_is_what_patch_takes(
+    method: str, flops: float, changed: dict[str, object], tmp_path: Path
+) -> None:
+    model = build("class_token")
+    x = images(model, 8)
+    found = tokenprune.calibrate(model, x, method, flops=flops, **changed)
+    found.save(tmp_path / "found.json")
+    told = report_of(tokenprune.patch(model, schedule=tmp_path / "found.json"), x)
+    assert told["flops_ratio"] == found.found["flops_ratio"]
+    assert told["restore"] == changed.get("restore", told["restore"])
+
+
+def test_images_and_options_that_are_none_are_refused() -> None:
+    model = build("class_token")
+    x = images(model, 2)
+    for wrong in ([x[0]], None, x[0], x.numpy()):
+        with pytest.raises(tokenprune.TokenPruneError, match="images must be one tensor"):
+            tokenprune.calibrate(model, wrong, flops=0.7)
+    for options in ({"keep": 0.5}, {"prefix_only_last": False}, {"weights": "x"}):
+        with pytest.raises(tokenprune.UnsupportedMethod, match="has no option"):
+            tokenprune.calibrate(model, x, flops=0.7, **options)
+
+
+def test_the_command_writes_what_patch_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "found.json"
+    arguments = ["calibrate", "--model", "digits-vit", "--flops", "0.7", "--restore", "feature", "--output", str(file)]
+    arguments += ["--samples", "6", "--quiet"]
+    assert cli.main(arguments) == 0
+    assert "threshold=" in capsys.readouterr().out
+    found = load_schedule(file)
+    assert (found.method, found.restore, found.found["images"]) == ("adaptive_tome", "feature", 6)
+    assert found.found["flops_ratio"] == pytest.approx(0.7, abs=0.01)
+    for wrong in (["--model", "dit-digits"], ["--method", "top_k"], ["--flops", "2"], ["--output", "found.txt"]):
+        assert cli.main([*arguments, *wrong]) == 1
+        assert "tokenprune: error" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +121,38 @@ def test_what_is_no_table_is_refused(model: nn.Module, text: str) -> None:
     table_path(model).write_text(text)
     with pytest.raises(tokenprune.TokenPruneError, match="delete it"):
         tokenprune.patch(model, "top_k", flops=0.6)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"environment": []},
+        {"environment": "quiet"},
+        {"flops": "abc"},
+        {"latency": [1.0]},
+        {"flops": [], "latency": []},
+        {"latency": [float("nan"), float("nan")]},
+        {"overhead": {"top_k": "x"}},
+        {"overhead": []},
+        {"tokens": "many"},
+        {"tokens": 0},
+        {"batch": 1.5},
+    ],
+)
+def test_a_damaged_table_is_refused(model: nn.Module, changed: dict[str, object]) -> None:
+    stored(model, HALF)
+    row: dict[str, object] = {"batch": 1, "tokens": 35, "flops": [1.0, 0.5], "latency": [1.0, 0.6], "overhead": {}}
+    data = {"version": 1, "rows": [row], "environment": {}}
+    table_path(model).write_text(json.dumps(data))
+    tokenprune.patch(model, "top_k", flops=0.6)
+    for key, value in changed.items():
+        (data if key in data else row)[key] = value
+    table_path(model).write_text(json.dumps(data))
+    with pytest.raises(tokenprune.TokenPruneError, match="delete it"):
+        tokenprune.patch(model, "top_k", flops=0.6)
+
+
+def test_a_resolution_at_which_the_budget_cannot_be_met_does_not_forbid_the_usual_one(model: nn.Module) -> None:
+    stored(model, replace(HALF, tokens=3))
+    tokenprune.patch(model, "top_k", tokens=20)
+    assert "speed not checked here" in tokenprune.report(model).to_dict()["speed"]

@@ -61,17 +61,10 @@ class Features(nn.Module):
         return features
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("restore", ["feature", "place", "fusion"])
+@pytest.mark.parametrize("restore", full_but(("regression",), ("regression", "feature", "place", "fusion")))
 def test_dense_features(restore: str, tmp_path: Path) -> None:
     features = Features(restore=restore)
     x = images(features.model)
     (got,) = in_onnx_runtime(features, x, [x], tmp_path / "model.onnx")
     with torch.no_grad():
         torch.testing.assert_close(got, features(x), atol=1e-4, rtol=1e-4)
-
-
-def test_a_regression_has_no_factors_there() -> None:
-    features = Features()
-    with pytest.raises(Exception, match="restore='feature'"), torch.no_grad():
-        torch.onnx.export(features, (images(features.model),), dynamo=True, verbose=False)

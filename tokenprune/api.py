@@ -55,7 +55,8 @@ def patch(
     keep: share in (0, 1] of the prunable tokens (never class, register or other prefix tokens) that leave the last
     place. flops: share in (0, 1] of the unpatched multiply-adds of a forward, scoring counted, met within 1%.
     tokens: prunable tokens leaving the last place. schedule: {block: share of the entering tokens that leave}, or one
-    that was found: what `tokenprune.search` returns, its file, or the name of a shipped one; the method is then its.
+    that was found: what `tokenprune.search` or `tokenprune.calibrate` returns, its file, or the name of a shipped one;
+    method, options and restore are then its.
 
     prefix_only_last: where nothing but prefix tokens is read behind the last block (a class-token head, no feature map
     asked for), run its queries and MLP on them alone: the same output but for rounding, with fewer multiply-adds, which
@@ -105,7 +106,9 @@ def patch(
         method = weights.method if method is None else method
         options = {**weights.options, **options} if method == weights.method else options
     if schedule is not None and not isinstance(schedule, Mapping):
-        method, options, schedule = _found(schedule, method, options)
+        stored = _found(schedule, method)
+        method, options, schedule = stored.method, {**stored.options, **options}, stored.schedule
+        restore = stored.restore if restore is None else restore
     named = registry.make_method(method, options) if method is not None else None
     if named is None and options:
         raise UnsupportedMethod(f"options {sorted(options)} need a method to belong to; name one")
@@ -251,10 +254,8 @@ def methods(target: object | None = None) -> list[MethodInfo]:
     return usable
 
 
-def _found(
-    source: StoredSchedule | str | PathLike[str], method: str | None, options: dict[str, Any]
-) -> tuple[str, dict[str, Any], Mapping[int | str, float]]:
-    """Method, options and shares of a schedule that a search has found."""
+def _found(source: StoredSchedule | str | PathLike[str], method: str | None) -> StoredSchedule:
+    """A schedule that a search or a calibration has found."""
     if not isinstance(source, (StoredSchedule, str, PathLike)):
         raise BudgetError(
             f"schedule must map blocks to shares or be one that was found, got {source!r}; for example"
@@ -266,7 +267,7 @@ def _found(
             f"the schedule was found for {stored.method}, not for {method}; leave the method out, or hand over"
             f" schedule={dict(stored.schedule)} to use it with another"
         )
-    return stored.method, {**stored.options, **options}, stored.schedule
+    return stored
 
 
 def _prepare_default(family: Family, model: nn.Module, request: Request) -> AppliedPatch:

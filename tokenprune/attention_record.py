@@ -42,7 +42,7 @@ class AttentionRecord:
     some of their entries again. peers: of a denoiser, the places that choose among as many tokens in the same forward,
     `place` among them; shared: see `once`. Both are empty elsewhere. alive: [B, n] one for a token and zero for what is
     none (any more), None where all are tokens; only for a method with a `mask`. learned: what it has learned for the
-    place.
+    place. first: of an image tower and of windows, the index of the first place of the patch.
     """
 
     hidden: Tensor
@@ -68,6 +68,7 @@ class AttentionRecord:
     shared: dict[Any, Any] | None = None
     alive: Tensor | None = None
     learned: nn.Module | None = None
+    first: int = 0
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gives, worked out once for all records of the same step of a denoising run that ask for `key`: of

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tokenprune.api import patched, report
 from tokenprune.bisection import nearest_to
 from tokenprune.budget import checked_count, checked_share
-from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
+from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import active_patches
 from tokenprune.fixed_counts import fixed_counts
 from tokenprune.patch import Patch
-from tokenprune.registry import make_method, method_info, method_names
+from tokenprune.registry import make_method, method_info, method_names, own_budget
+from tokenprune.solver import shares_of
 from tokenprune.stored_schedule import StoredSchedule
 
 ADAPTIVE = {"tome": "adaptive_tome"}
@@ -29,7 +30,14 @@ ROUNDS = 20
 
 
 def calibrate(
-    model: nn.Module, images: Tensor, method: str = "tome", *, flops: float, batch_size: int = 64, **options: Any
+    model: nn.Module,
+    images: Tensor,
+    method: str = "tome",
+    *,
+    flops: float,
+    batch_size: int = 64,
+    restore: str | None = None,
+    **options: Any,
 ) -> StoredSchedule:
     """The threshold of an adaptive method at which the mean over `images` costs a share `flops` of the multiply-adds of
     `model`, which is left as it is; each image keeps as many tokens as it has that differ.
@@ -37,12 +45,14 @@ def calibrate(
     images: [N, C, H, W] on the model's device, without labels. method: one with a threshold: "saint", "algm", or "tome"
     for "adaptive_tome". Of "ltmp", whose thresholds are learned (`weights=`, or the shipped ones), the number of tokens
     that they leave in the mean, as a schedule with the same number in every image, of "ltmp_fixed". batch_size: of the
-    forwards. options: of the method. `patch(model, schedule=...)` takes what is returned; the report's FLOPs are then
-    the mean over the images of the last forward, and its places say the fewest and the most tokens that left an image.
+    forwards. restore: as `patch` takes it. options: of the method. `patch(model, schedule=...)` takes what is returned;
+    the report's FLOPs are then the mean over the images of the last forward, and its places say the fewest and the most
+    tokens that left an image.
 
     Raises:
         UnsupportedMethod: the method has no threshold. UnsupportedModel: no image tower.
         BudgetError: the budget is malformed, or no threshold meets it within 1%.
+        TokenPruneError: images are none.
     """
     name, aim = ADAPTIVE.get(method, method), checked_share("flops", flops)
     learns = name in method_names() and make_method(name, {}).learned is not None
@@ -50,17 +60,19 @@ def calibrate(
     if not fixed and (not _has_threshold(name) or "threshold" in options):
         known = ", ".join(["tome", *(one for one in method_names() if _has_threshold(one))])
         raise UnsupportedMethod(f"calibrate finds the threshold of a method that has one, not {method!r}: {known}")
-    checked_count("images", len(images), smallest=1, example=64)
+    make_method(name, {key: value for key, value in options.items() if key != "weights" or not learns})
+    checked_images(images)
     checked_count("batch_size", batch_size, smallest=1, example=64)
     if fixed:
         with evaluating(model):
-            return fixed_counts(model, images, name, flops=aim, batch_size=batch_size, **options)
+            return fixed_counts(model, images, name, flops=aim, batch_size=batch_size, restore=restore, **options)
 
-    def tried(threshold: float) -> tuple[float, tuple[float, tuple[int, ...]]]:
-        ratio, places = mean_flops(model, images, name, batch_size, {**options, "threshold": threshold})
-        return ratio, (threshold, places)
+    def tried(threshold: float) -> tuple[float, tuple[float, dict[int | str, float]]]:
+        own = {**options, "threshold": threshold, "restore": restore}
+        ratio, most = mean_flops(model, images, name, batch_size, own)
+        return ratio, (threshold, most)
 
-    ratio, (threshold, places) = nearest_to(
+    ratio, (threshold, most) = nearest_to(
         aim, tried, -LARGEST, LARGEST, first=0.0, rising=True, near=NEAR, rounds=ROUNDS
     )
     if abs(ratio - aim) > MET:
@@ -69,7 +81,21 @@ def calibrate(
             f" {len(images)} images; use flops={ratio:.2f}, another method or more images"
         )
     found = {"goal": {"flops": flops}, "flops_ratio": ratio, "images": len(images)}
-    return StoredSchedule(name, dict.fromkeys(places, 1.0), {**options, "threshold": threshold}, found)
+    kept = {key: value for key, value in options.items() if key not in ("places", own_budget(name))}
+    return StoredSchedule(name, most, {**kept, "threshold": threshold}, found, restore)
+
+
+def checked_images(images: object) -> Tensor:
+    """`images` as [N, C, H, W], at least one.
+
+    Raises:
+        TokenPruneError: they are none.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        got = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise TokenPruneError(f"images must be one tensor [N, C, H, W], got {got}; for example torch.stack(images)")
+    checked_count("images", len(images), smallest=1, example=64)
+    return images
 
 
 def _has_threshold(name: str) -> bool:
@@ -90,8 +116,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def mean_flops(
     model: nn.Module, images: Tensor, method: str, batch_size: int, options: dict[str, Any]
-) -> tuple[float, tuple[int, ...]]:
-    """What the patched model costs in the mean over the images, and where it reduces."""
+) -> tuple[float, dict[int | str, float]]:
+    """What the patched model costs in the mean over the images, and of each place the share that may leave at most.
+    options: of `patch`."""
     with patched(model, method, **options), evaluating(model), torch.no_grad():
         found = [one for one in active_patches(model).values() if isinstance(one, Patch)]
         if len(found) != 1:
@@ -100,4 +127,4 @@ def mean_flops(
         for batch in torch.split(images, batch_size):
             model(batch)
             total += len(batch) * report(model).to_dict()["flops_ratio"]
-        return total / len(images), found[0].places
+        return total / len(images), shares_of(found[0].counts(found[0].tokens), found[0].tokens)

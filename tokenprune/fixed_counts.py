@@ -12,6 +12,7 @@ from tokenprune.bisection import nearest_to
 from tokenprune.budget import checked_share
 from tokenprune.errors import BudgetError
 from tokenprune.recording import PlaceRecord
+from tokenprune.registry import own_budget
 from tokenprune.schedule import kept_count
 from tokenprune.stored_schedule import StoredSchedule
 
@@ -20,7 +21,14 @@ NEAR, MET = 0.003, 0.01
 
 
 def fixed_counts(
-    model: nn.Module, images: Tensor, method: str, *, flops: float, batch_size: int, **options: Any
+    model: nn.Module,
+    images: Tensor,
+    method: str,
+    *,
+    flops: float,
+    batch_size: int,
+    restore: str | None = None,
+    **options: Any,
 ) -> StoredSchedule:
     """A schedule of the method's fixed form (`ltmp` -> `ltmp_fixed`): in each block the mean share of the tokens that
     leave it over the images, all of them raised to the power at which it costs a share `flops`, and what of the others
@@ -31,15 +39,15 @@ def fixed_counts(
     """
     aim = checked_share("flops", flops)
     own = options if "weights" in options else {**options, "flops": aim}
-    left, dropped, names, tokens = _seen(model, images, method, batch_size, own)
-    fixed = {key: value for key, value in options.items() if key not in ("weights", "places")}
+    left, dropped, names, tokens = _seen(model, images, method, batch_size, {**own, "restore": restore})
+    fixed = {key: value for key, value in options.items() if key not in ("weights", "places", own_budget(method))}
     fixed["dropped"] = dropped
 
     def tried(power: float) -> tuple[float, dict[int | str, float]]:
         shares: dict[int | str, float] = {
             name: round(min(1.0, max(0.5, share**power)), 4) for name, share in zip(names, left, strict=True)
         }
-        return _ratio(model, f"{method}_fixed", shares, fixed, tokens), shares
+        return _ratio(model, f"{method}_fixed", shares, {**fixed, "restore": restore}, tokens), shares
 
     ratio, shares = nearest_to(aim, tried, 0.0, 4.0, first=1.0, rising=False, near=NEAR, rounds=ROUNDS)
     if abs(ratio - aim) > MET:
@@ -48,7 +56,7 @@ def fixed_counts(
             f" flops={ratio:.2f}, or train {method} for that budget"
         )
     found = {"goal": {"flops": flops}, "flops_ratio": ratio, "images": len(images), "of": method}
-    return StoredSchedule(f"{method}_fixed", shares, fixed, found)
+    return StoredSchedule(f"{method}_fixed", shares, fixed, found, restore)
 
 
 def _ratio(

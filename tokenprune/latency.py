@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tokenprune.budget import is_number
 from tokenprune.errors import SlowdownError, TokenPruneError
 
 VERSION = 1
@@ -38,6 +39,13 @@ class LatencyRow:
     flops: tuple[float, ...]
     latency: tuple[float, ...]
     overhead: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        numbers = (self.batch, self.tokens, *self.flops, *self.latency, *self.overhead.values())
+        if not self.flops or len(self.flops) != len(self.latency) or not all(map(is_number, numbers)):
+            raise TypeError(f"a row of batch={self.batch!r} and tokens={self.tokens!r} is no row of finite numbers")
+        if not all(isinstance(count, int) and count > 0 for count in (self.batch, self.tokens)):
+            raise TypeError(f"batch={self.batch!r} and tokens={self.tokens!r} must be whole numbers")
 
     def predicted(self, method: str, flops: float, places: int) -> float | None:
         """Time of a forward with a share `flops` of the multiply-adds that reduces at `places`, None for a method that
@@ -63,6 +71,11 @@ class LatencyTable:
 
     rows: tuple[LatencyRow, ...]
     environment: Mapping[str, str | int | float | bool | None]
+
+    def predicted(self, method: str, tokens: int, flops: float, places: int) -> dict[tuple[int, int], float]:
+        """{(batch, tokens): time} of the rows with so many tokens, as `LatencyRow.predicted`, where that is known."""
+        rows = ((row, row.predicted(method, flops, places)) for row in self.rows if row.tokens == tokens)
+        return {(row.batch, tokens): share for row, share in rows if share is not None}
 
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
@@ -101,8 +114,10 @@ def load_table(model: nn.Module) -> LatencyTable | None:
             LatencyRow(row["batch"], row["tokens"], tuple(row["flops"]), tuple(row["latency"]), row["overhead"])
             for row in data["rows"]
         )
-        return LatencyTable(tuple(rows), data["environment"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        return LatencyTable(tuple(rows), {**data["environment"]})
+    except TokenPruneError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # or no JSON
         raise TokenPruneError(f"{path} is no latency table: {error!r}; measure anew or delete it") from error
 
 

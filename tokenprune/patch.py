@@ -33,11 +33,10 @@ class Patch(Portable):
     """What a patch knows for as long as it is on: plain data and the sites, no module.
 
     active: whether anything is reduced (not at a budget of 1.0). fuses: whether all tokens come back in front of the
-    last block. prefix_only_last: whether the last block's output is
-    computed for the prefix tokens alone in forwards where no other is read. seen: of an adaptive method, (block, tokens
-    that left it of each image) of the last forward. learned: the learned parts by block, None for a method that learns
-    nothing; they stay in their own precision. lesson: of a training forward. verdicts: of the blocks, see
-    `tokenprune.self_check`.
+    last block. prefix_only_last: whether the last block's output is computed for the prefix tokens alone in forwards
+    where no other is read. first: index of the first place. seen: of an adaptive method, (block, tokens that left it of
+    each image) of the last forward. learned: the learned parts by block, None for a method that learns nothing; they
+    stay in their own precision. lesson: of a training forward. verdicts: of the blocks, see `tokenprune.self_check`.
     """
 
     def __init__(self, host: Host, adapter: str, method: Method, budget: Budget) -> None:
@@ -73,6 +72,7 @@ class Patch(Portable):
         self.counted: int | None = None
         self.seen: tuple[tuple[int, tuple[int, ...]], ...] = ()
         self.entered = host.tokens
+        self.first = 0
         self.probe: Probe | None = None
         self.learned: nn.ModuleDict | None = None
         self.lesson: Lesson | None = None
@@ -195,13 +195,14 @@ class Patch(Portable):
         nothing is known before it has run, and of a training nothing at all."""
         found: dict[tuple[int, int], float] = {}
         timed = self.active and not self.method.adaptive and not self.method.training_only
-        for row in table.rows if timed else ():
+        for tokens in {row.tokens for row in table.rows} if timed else ():
             assert self.costs is not None
-            counts = self.counts(row.tokens)
-            ratio = self.costs.total(row.tokens, counts) / self.costs.total(row.tokens)
-            share = row.predicted(self.method.name, ratio, len(counts))
-            if share is not None:
-                found[row.batch, row.tokens] = share
+            try:
+                counts = self.counts(tokens)
+            except BudgetError:  # at another resolution than the usual, to be raised by a forward of that size alone
+                continue
+            ratio = self.costs.total(tokens, counts) / self.costs.total(tokens)
+            found |= table.predicted(self.method.name, tokens, ratio, len(counts))
         return found
 
     def mark(self, site: Site, point: str) -> None:
@@ -217,6 +218,7 @@ class Patch(Portable):
 def attach(host: Host, patch: Patch) -> list[Site]:
     """Put the patch on the host's model."""
     reducing = set(patch.places) if patch.active else set()
+    patch.first = min(reducing, default=0)
     sites = []
     for index, block in enumerate(host.blocks):
         mid = block.mid is not None and (patch.method.position == "mid" or not patch.active)

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenprune.errors import UnsupportedMethod
-
 SHARPNESS = 1.25
 NOISE = 0.01
 """Kernel exp(SHARPNESS * (cosine - 1)) and the variance beside it. On a DINOv2's photographs SHARPNESS from 0.4 and
@@ -38,20 +36,27 @@ def regression_cost(lost: int, kept: int, width: int, times: int = 1) -> float:
 
 def estimate(lost: Tensor, kept: Tensor) -> Tensor:
     """Weights [B, m, k], each row summing to one, with which the values of k tokens estimate those of m others: their
-    mean, and a regression of what differs from it. lost: [B, m, D], kept: [B, k, D] what similarity is measured on.
-
-    Raises:
-        UnsupportedMethod: a program in ONNX, which has no Cholesky factors.
-    """
-    if torch.onnx.is_in_onnx_export():
-        raise UnsupportedMethod(
-            "ONNX cannot solve for what dropped tokens would be; patch(..., restore='feature') copies"
-        )
+    mean, and a regression of what differs from it. lost: [B, m, D], kept: [B, k, D] what similarity is measured on."""
     device = "cpu" if lost.is_meta else lost.device.type  # of the meta device there is no autocast
     with torch.autocast(device, enabled=False):
         lost, kept = (functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in (lost, kept))
         across, among = (torch.exp(SHARPNESS * (x @ kept.transpose(1, 2) - 1)) for x in (lost, kept))
         noise = NOISE * torch.eye(kept.shape[1], dtype=kept.dtype, device=kept.device)
-        factor = torch.linalg.cholesky_ex(among + noise)[0]  # does not raise: images of NaN stay NaN
-        weights = torch.cholesky_solve(across.transpose(1, 2), factor).transpose(1, 2)
+        if torch.onnx.is_in_onnx_export():
+            weights = _solved_by_products(across, among + noise)
+        else:
+            factor = torch.linalg.cholesky_ex(among + noise)[0]  # does not raise: images of NaN stay NaN
+            weights = torch.cholesky_solve(across.transpose(1, 2), factor).transpose(1, 2)
         return weights + (1 - weights.sum(2, keepdim=True)) / kept.shape[1]
+
+
+def _solved_by_products(across: Tensor, among: Tensor) -> Tensor:
+    """across [B, m, k] times the inverse of among [B, k, k], for ONNX, which has none: Newton's iteration (Schulz,
+    1933), and one refinement. Eigenvalues are between NOISE and the largest sum of a row, at most MOST + NOISE, so that
+    20 steps are enough."""
+    identity = torch.eye(among.shape[1], dtype=among.dtype, device=among.device)
+    inverse = identity / among.sum(2).amax(1).view(-1, 1, 1)
+    for _ in range(20):
+        inverse = inverse @ (2 * identity - among @ inverse)
+    weights = across @ inverse
+    return weights + (across - weights @ among) @ inverse

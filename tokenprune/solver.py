@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from tokenprune.budget import Budget
@@ -57,6 +58,15 @@ def follow_shares(shares: dict[int, float], schedule: Schedule, tokens: int, lay
             f"every share of the schedule keeps all of {tokens} tokens; use {largest_share(tokens):.3f} or less at one"
         )
     return counts
+
+
+def shares_of(counts: Counts, tokens: int) -> dict[int | str, float]:
+    """`counts` as an explicit schedule, rounded so that `follow_shares` gives them again."""
+    shares: dict[int | str, float] = {}
+    for block, count in sorted(counts.items()):
+        shares[block] = math.floor(1e6 * count / tokens) / 1e6
+        tokens = count
+    return shares
 
 
 def _by_last(budget: Budget, schedule: Schedule, places: tuple[int, ...], tokens: int, layout: Layout) -> Counts:

@@ -19,7 +19,8 @@ SUFFIX = ".json"
 
 @dataclass(frozen=True)
 class StoredSchedule:
-    """A method, its options, and {block: share of the entering tokens that leave}, with how they were found.
+    """A method, its options, and {block: share of the entering tokens that leave}, with how they were found. restore:
+    what they were found with (see `tokenprune.patch`), None for the method's own.
 
     `tokenprune.patch(model, schedule=found)` takes one, the file that `save` writes, or the name of a shipped one.
     """
@@ -28,6 +29,7 @@ class StoredSchedule:
     schedule: Mapping[int | str, float]
     options: Mapping[str, Any] = field(default_factory=dict)
     found: Mapping[str, Any] = field(default_factory=dict)
+    restore: str | None = None
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes it to `path` as JSON."""
@@ -35,6 +37,7 @@ class StoredSchedule:
             "version": VERSION,
             "method": self.method,
             "options": dict(self.options),
+            **({} if self.restore is None else {"restore": self.restore}),
             "schedule": {str(block): share for block, share in self.schedule.items()},
             "found": dict(self.found),
         }
@@ -61,7 +64,7 @@ def load_schedule(source: str | PathLike[str]) -> StoredSchedule:
         data = json.loads(text)
         if data["version"] != VERSION:
             raise BudgetError(f"{source} has version {data['version']!r}; this release reads version {VERSION}")
-        stored = StoredSchedule(data["method"], data["schedule"], data["options"], data["found"])
+        stored = StoredSchedule(data["method"], data["schedule"], data["options"], data["found"], data.get("restore"))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise BudgetError(f"{source} is no schedule that tokenprune search has written: {error!r}") from error
     if not isinstance(stored.method, str) or not isinstance(stored.options, Mapping):

@@ -92,6 +92,7 @@ class Taps:
             num_prefix_tokens=self.patch.num_prefix_tokens,
             place=self.index,
             depth=self.patch.depth,
+            first=self.patch.first,
             grid=state.grid,
             has_class_token=self.patch.has_class_token,
             scale=self.scale,

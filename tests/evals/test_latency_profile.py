@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from families import build, images
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
+from windows_zoo import build as build_windows
+from windows_zoo import images as window_images
 
 import tokenprune
 from tokenprune import cli
 from tokenprune.evals import commands
 from tokenprune.evals.latency_profile import profile_latency
 from tokenprune.evals.table import Table
-from tokenprune.latency import load_table
+from tokenprune.latency import load_table, table_path
 
 SPENT = 0.0
 
@@ -46,6 +49,35 @@ def test_a_known_cost_comes_out(batch: int) -> None:
     assert table.environment["trusted"]
     with pytest.raises(tokenprune.TokenPruneError, match="no method can be profiled"):
         profile_latency(model, x, ["top_k"], {"flops": 0.001}, batch_sizes=[1])
+
+
+def attended(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    """Hook: a second for each token that an attention is given."""
+    global SPENT
+    SPENT += args[0].shape[0] * args[0].shape[1]
+
+
+@pytest.mark.parametrize("method", ["sparsevit", "top_k"])
+def test_windows_are_profiled_and_predicted_too(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENPRUNE_CACHE", str(tmp_path))
+    model = build_windows()
+    for module in model.modules():
+        if isinstance(module, WindowAttention):
+            module.register_forward_hook(attended)
+    table = profile_latency(
+        model, window_images(), [method], {"keep": 0.5}, batch_sizes=[2], rounds=2, clock=lambda: SPENT
+    )
+    [row] = table.rows
+    assert (row.batch, row.tokens) == (2, 18 * 12)
+    table.save(table_path(model))
+    if method == "top_k":  # attends whole
+        with pytest.raises(tokenprune.SlowdownError, match="not faster"):
+            tokenprune.patch(model, method, keep=0.5, require_speedup=True)
+        return
+    tokenprune.patch(model, method, keep=0.5, require_speedup=True)
+    # 36 windows in two blocks and 9 in four, of which 18 and 5 are attended.
+    expected = (2 * 36 + 4 * 9) / (2 * 18 + 4 * 5)
+    assert f"predicted speed-up {expected:.2f} at batch 2, 216 tokens" in tokenprune.report(model).to_dict()["speed"]
 
 
 def test_the_command_stores_what_patch_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,13 @@ from windows_zoo import images as windows_images
 import tokenprune
 from tokenprune import cli
 from tokenprune.evals import searching
-from tokenprune.evals.candidates import Profile, at_cost, crossed, drawn, genes_of, mutated, shares_of
+from tokenprune.evals.candidates import Profile, at_cost, crossed, drawn, genes_of, mutated
 from tokenprune.evals.models import load_model
 from tokenprune.evals.search import search
 from tokenprune.evals.searching import Goal, Search
 from tokenprune.evals.spaces import Tokens, Windows, space_of
 from tokenprune.schedule import Layout
+from tokenprune.solver import shares_of
 from tokenprune.stored_schedule import load_schedule
 
 SPENT = 0.0
@@ -139,6 +140,75 @@ def test_another_search_does_not_go_on_there(model: nn.Module, tmp_path: Path) -
         model.head.weight[0, 0] += 1
     with pytest.raises(tokenprune.TokenPruneError, match="another search"):
         search(model, x, "top_k", flops=0.6, candidates=4, output=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "list", "no candidates", "no generator", "no step"])
+def test_a_damaged_state_is_told(model: nn.Module, tmp_path: Path, damage: str) -> None:
+    x = images(model, 2)
+    search(model, x, "top_k", flops=0.6, candidates=1, output=tmp_path)
+    state = tmp_path / "state.pt"
+    if damage in ("empty", "text", "cut"):
+        content = state.read_bytes()
+        state.write_bytes({"empty": b"", "text": b"hello", "cut": content[: len(content) // 2]}[damage])
+    else:
+        kept = torch.load(state, weights_only=True)
+        torch.save([1] if damage == "list" else {k: v for k, v in kept.items() if k != damage[3:]}, state)
+    with pytest.raises(tokenprune.TokenPruneError, match="delete it to begin anew"):
+        search(model, x, "top_k", flops=0.6, candidates=2, output=tmp_path)
+
+
+def test_times_of_other_threads_are_another_search(model: nn.Module, tmp_path: Path) -> None:
+    x = images(model, 2)
+    asked = {"min_agreement": 0.01, "candidates": 1, "batch_size": 2, "output": tmp_path}
+    search(model, x, "top_k", **asked)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(tokenprune.TokenPruneError, match="threads"):
+            search(model, x, "top_k", **asked)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("top_k", {"restore": "feature"}),
+        ("tome", {"restore": "fusion"}),
+        ("zero_tprune", {"iterations": {1: 4, 0: 2}}),
+    ],
+)
+def test_what_is_found_with_options_is_what_its_file_gives(
+    model: nn.Module, tmp_path: Path, method: str, options: dict[str, object]
+) -> None:
+    x = images(model, 4)
+    found = search(model, x, method, flops=0.8, candidates=3, **options)
+    found.save(tmp_path / "found.json")
+    patched = tokenprune.patch(build("class_token"), schedule=tmp_path / "found.json")
+    with torch.no_grad():
+        patched(x)
+    told = tokenprune.report(patched).to_dict()
+    assert told["flops_ratio"] == found.found["flops_ratio"]
+    assert told["restore"] == options.get("restore", told["restore"])
+
+
+def test_what_a_search_cannot_take(model: nn.Module) -> None:
+    x = images(model, 2)
+    wrong: list[tuple[str | None, dict[str, object], str]] = [
+        ("top_k", {"flops": "half"}, "cannot be a goal"),
+        ("top_k", {"min_agreement": True}, "cannot be a goal"),
+        ("top_k", {"flops": 0.6, "seed": "x"}, "seed must be"),
+        (None, {"flops": 0.6}, "unknown method"),
+        ("top_k", {"flops": 0.6, "keep": 0.5}, "has no option"),
+        ("top_k", {"flops": 0.6, "rate": 0.5}, "leave out rate="),
+        ("top_k", {"flops": 0.6, "places": (1,)}, "leave out places="),
+    ]
+    for method, options, told in wrong:
+        with pytest.raises(tokenprune.TokenPruneError, match=told):
+            search(model, x, method, **options)
+    for none in ([x[0]], None, x[0]):
+        with pytest.raises(tokenprune.TokenPruneError, match="images must be one tensor"):
+            search(model, none, "top_k", flops=0.6)
 
 
 def test_a_speedup_is_measured_and_met(model: nn.Module) -> None:

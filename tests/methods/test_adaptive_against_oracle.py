@@ -139,3 +139,14 @@ def test_what_is_refused() -> None:
         pool_similar_windows(record, 0.9, 4)
     with pytest.raises(tokenprune.UnsupportedMethod, match="fill a grid"):
         pool_similar_windows(dataclasses.replace(record, grid=None), 0.9, 0)
+
+
+def test_algms_windows_are_at_the_first_place_of_a_schedule_too() -> None:
+    model, x = tiny_models.build("class_token"), tiny_models.images()
+    tokenprune.patch(model, "algm", threshold=0.3, places=(1, 5))
+    expected = recorded(model, x)
+    for schedule in ({1: 1.0, 5: 1.0}, {"blocks.5": 1.0, -11: 1.0}):
+        tokenprune.patch(model, "algm", threshold=0.3, schedule=schedule)
+        logits, passages = recorded(model, x)
+        assert torch.equal(logits, expected[0])
+        assert passages == expected[1]

@@ -96,5 +96,8 @@ def test_what_is_refused() -> None:
     for name in ("feature", "metric", "partition", "fusion"):
         with pytest.raises(tokenprune.UnsupportedMethod, match=f"{name}='hamming' is none of"):
             tokenprune.patch(model, "zero_tprune", **{name: "hamming"})
+    for iterations in ((1,), (0.5, 0.5), ("a", "b"), {"a": 1}, {3: "x", "a": 1}, {3: "x"}, {3: 0}):
+        with pytest.raises(tokenprune.UnsupportedMethod, match="iterations"):
+            tokenprune.patch(model, "zero_tprune", iterations=iterations)
     with pytest.raises(tokenprune.UnsupportedMethod, match="entered the block"):
         _ = AttentionRecord(torch.randn(1, 2, 3), torch.zeros(1, 1).long(), 1, 0, 1, None).block_input

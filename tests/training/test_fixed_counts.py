@@ -76,3 +76,9 @@ def test_what_is_refused(model: nn.Module, data: Data) -> None:
 def test_a_budget_out_of_reach_names_one_that_is_not(model: nn.Module, data: Data) -> None:
     with pytest.raises(tokenprune.BudgetError, match=r"met by no fixed numbers.*use flops="):
         tokenprune.calibrate(model, data[0], "ltmp", flops=0.2, weights=parts(model, [0.9] * 4, [0.01] * 4))
+
+
+@pytest.mark.parametrize("dropped", [None, "x", 0.5, ("a", "b"), {"a": 1}, (1.5,), (float("nan"),), (0.5, 0.5)])
+def test_shares_that_are_none_or_too_few_are_refused(model: nn.Module, dropped: object) -> None:
+    with pytest.raises(tokenprune.UnsupportedMethod, match="dropped"):
+        tokenprune.patch(model, "ltmp_fixed", keep=0.5, dropped=dropped)

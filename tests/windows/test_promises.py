@@ -230,6 +230,30 @@ def test_another_model_in_a_hook_leaves_the_forward_as_it_is() -> None:
     assert here().now is None
 
 
+@pytest.mark.parametrize("entry", ["forward", "forward_features"])
+def test_the_models_own_forward_in_its_own_hook_leaves_the_outer_one_as_it_is(entry: str) -> None:
+    model, x, y = build(), images(), images(seed=1)
+    tokenprune.patch(model, "sparsevit", keep=0.5)
+    with torch.no_grad():
+        expected, inner = getattr(model, entry)(x), run(model, y)
+    seen: list[Tensor] = []
+
+    def look(*_: object) -> None:
+        if not seen:
+            seen.append(torch.empty(0))
+            seen.append(run(model, y))
+
+    for module in (model.layers[0], model.layers[0].blocks[0].mlp, model.layers[1].blocks[2].attn):
+        seen.clear()
+        hook = module.register_forward_hook(look)
+        with torch.no_grad():
+            assert torch.equal(getattr(model, entry)(x), expected)
+        hook.remove()
+        assert torch.equal(seen[1], inner)
+        assert here().now is None
+        assert here().depth == 0
+
+
 def test_stochastic_depth_drops_images_as_the_host_does() -> None:
     model, x = build(drop_path_rate=0.5).double().train(), images(batch=8).double()
     outputs = []

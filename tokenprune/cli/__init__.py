@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tokenprune.evals import commands, demo, doctor, search_command
+    from tokenprune.evals import calibrate_command, commands, demo, doctor, search_command
     from tokenprune.evals.comparison.command import run_compare
     from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
     from tokenprune.evals.digits_lvlm import LVLM
@@ -75,6 +75,7 @@ def _run(options: argparse.Namespace) -> int:
         "viz": commands.viz,
         "patterns": run_patterns,
         "search": search_command.run_search,
+        "calibrate": calibrate_command.run_calibrate,
         "train": commands.train,
     }
     return run[options.command](options)

@@ -13,6 +13,7 @@ from tokenprune.cli.options import (
     add_machine,
     add_methods,
     add_model,
+    add_restore,
     add_training,
     positive,
 )
@@ -171,6 +172,7 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--batch-size", type=positive, default=8, help="of what is timed (default: %(default)s)")
     search.add_argument("--candidates", type=positive, default=200, help="schedules to try (default: %(default)s)")
     search.add_argument("--strategy", choices=["evolution", "monte_carlo"], default="evolution")
+    add_restore(search)
     search.add_argument(
         "--output",
         required=True,
@@ -178,6 +180,23 @@ def parser() -> argparse.ArgumentParser:
         help="for schedule.json and the state, from which a killed search goes on",
     )
     add_machine(search)
+
+    calibrate = _command(
+        commands, "calibrate", "the threshold at which a method that adapts to each image meets a budget in the mean"
+    )
+    add_model(calibrate)
+    calibrate.add_argument(
+        "--method", default="tome", metavar="NAME", help="tome, saint, algm or ltmp (default: %(default)s)"
+    )
+    calibrate.add_argument(
+        "--flops", type=float, required=True, metavar="SHARE", help="of the multiply-adds, of the mean image"
+    )
+    add_data(calibrate, "unlabelled images (default: images of the model's own that eval does not take)")
+    calibrate.add_argument("--samples", type=positive, default=64, help="images (default: %(default)s)")
+    calibrate.add_argument("--batch-size", type=positive, default=64, help="(default: %(default)s)")
+    add_restore(calibrate)
+    calibrate.add_argument("--output", required=True, metavar="FILE", help=".json, which patch(schedule=...) takes")
+    add_machine(calibrate)
 
     score = _command(commands, "score", "Inception FID and CLIP score of pictures from a full-size diffusion model")
     score.add_argument("--pictures", required=True, metavar="FOLDER", help="generated, by name in the prompts' order")

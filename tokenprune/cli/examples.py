@@ -43,6 +43,11 @@ EXAMPLES = {
         "tokenprune search --model deit_small_patch16_224 --data pictures --method tome --min-agreement 0.99"
         " --output found",
     ],
+    "calibrate": [
+        "tokenprune calibrate --model digits-vit --flops 0.6 --output digits-adaptive.json",
+        "tokenprune calibrate --model deit_small_patch16_224 --data pictures --method saint --flops 0.7"
+        " --restore feature --output saint.json",
+    ],
     "score": ["tokenprune score --pictures patched --real coco-val --prompts captions.txt"],
     "train": [
         "tokenprune train digits-vit --output digits-run",

@@ -69,6 +69,14 @@ def add_training(command: argparse.ArgumentParser) -> None:
     options.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def add_restore(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--restore",
+        choices=["unmerge", "regression", "feature", "place", "fusion"],
+        help="what stands for a token that left, where the full grid is read (default: the method's own)",
+    )
+
+
 def add_data(command: argparse._ActionsContainer, what: str) -> None:
     command.add_argument(
         "--data",

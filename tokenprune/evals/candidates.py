@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -75,15 +74,6 @@ def genes_of(counts: Counts, tokens: int, depth: int) -> Genes:
         genes[block] = 1.0 - count / tokens
         tokens = count
     return tuple(genes)
-
-
-def shares_of(counts: Counts, tokens: int) -> dict[int | str, float]:
-    """`counts` as a schedule, rounded so that it gives them again."""
-    shares: dict[int | str, float] = {}
-    for block, count in sorted(counts.items()):
-        shares[block] = math.floor(1e6 * count / tokens) / 1e6
-        tokens = count
-    return shares
 
 
 def drawn(depth: int, generator: torch.Generator) -> Genes:

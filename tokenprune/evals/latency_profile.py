@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tokenprune
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import BudgetError, TokenPruneError
 from tokenprune.evals.latency_grid import fewer_tokens, relative_latency
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.table import environment
 from tokenprune.evals.throughput import CONTROL_TOLERANCE
+from tokenprune.family import active_patches
 from tokenprune.latency import LatencyRow, LatencyTable
+from tokenprune.windows.patch import WindowsPatch
 
 STEPS = 8
 
@@ -31,8 +34,8 @@ def profile_latency(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyTable:
-    """Time `model`, with tokens removed at random in its first block and patched with each of `methods` at `budget`;
-    `model` itself is left as it is.
+    """Time `model`, with tokens removed at random in its first block (of a model of windows, with windows left out at
+    random in all) and patched with each of `methods` at `budget`; `model` itself is left as it is.
 
     inputs: [N, C, H, W], repeated to fill a batch. The first give the time of fewer multiply-adds, the others by how
     much each of a method's places lasts longer than its multiply-adds say. All are timed in turn, `rounds` times.
@@ -41,9 +44,12 @@ def profile_latency(
         TokenPruneError: none of the methods can be run at that budget.
     """
     base = tokenprune.unpatch(shared_copy(model)).eval()
-    tokens = tokenprune.report(tokenprune.patch(shared_copy(base), "random", keep=1.0)).to_dict()["tokens"]
-    counts = range(tokens, 1, -max(1, tokens // STEPS))
-    curve = fewer_tokens(base, counts, seed)
+    whole = tokenprune.patch(shared_copy(base), "random", keep=1.0)
+    tokens = tokenprune.report(whole).to_dict()["tokens"]
+    if any(isinstance(patch, WindowsPatch) for patch in active_patches(whole).values()):
+        curve = [base, *_fewer_windows(base, seed)]
+    else:
+        curve = fewer_tokens(base, range(tokens, 1, -max(1, tokens // STEPS)), seed)
     patched = _patched(base, methods, budget)
     models = [*curve, *patched.values()]
     rows, steady = [], True
@@ -61,6 +67,15 @@ def profile_latency(
         rows.append(LatencyRow(batch, tokens, row.flops, row.latency, overhead))
     measured = {**environment(inputs.device, inputs.dtype), "rounds": rounds, "trusted": steady}
     return LatencyTable(tuple(rows), measured)
+
+
+def _fewer_windows(base: nn.Module, seed: int) -> list[nn.Module]:
+    """Copies that compute so many STEPS-th of their windows, where that is fewer than all."""
+    made = []
+    for step in range(STEPS - 1, 0, -1):
+        with suppress(BudgetError):
+            made.append(tokenprune.patch(shared_copy(base), "random", keep=step / STEPS, seed=seed))
+    return made
 
 
 def _patched(base: nn.Module, methods: Sequence[str], budget: Mapping[str, Any]) -> dict[str, nn.Module]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,31 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
     partial = path.with_suffix(".partial")
     torch.save(dict(state), partial)
     os.replace(partial, path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The inverse of `write_state`.
+
+    Raises:
+        TokenPruneError: the file holds none.
+    """
+    with damaged(path):
+        state: dict[str, Any] = dict(torch.load(path, weights_only=True))
+        return state
+
+
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """What fails in the with block is that the state in `path` cannot be used: TokenPruneError."""
+    try:
+        yield
+    except TokenPruneError:
+        raise
+    except Exception as error:  # of a damaged file torch raises nearly anything
+        raise TokenPruneError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged or no state of this release;"
+            " delete it to begin anew, or name another --output"
+        ) from error
 
 
 class Resumable:
@@ -99,19 +125,20 @@ class Resumable:
         """The inverse of `save`.
 
         Raises:
-            TokenPruneError: a state of another model.
+            TokenPruneError: a state of another model, or a damaged one.
         """
-        state = torch.load(path, weights_only=True)
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise TokenPruneError(f"{path} is of another model; name an --output of its own") from error
-        for name, module in self.others.items():
-            module.load_state_dict(state[name])
-        self.average = state["average"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.log, self.recent = state["step"], state["log"], state["recent"]
-        self.seconds = state["seconds"]
+        state = read_state(path)
+        with damaged(path):
+            try:
+                self.model.load_state_dict(state["model"])
+            except RuntimeError as error:
+                raise TokenPruneError(f"{path} is of another model; name an --output of its own") from error
+            for name, module in self.others.items():
+                module.load_state_dict(state[name])
+            self.average = state["average"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.log, self.recent = state["step"], state["log"], state["recent"]
+            self.seconds = state["seconds"]
 
     def advance(self) -> None:
         """One step, and now and then a line of the log."""

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tokenprune.budget import checked_count
+from tokenprune.budget import checked_count, is_number
+from tokenprune.calibration import checked_images
 from tokenprune.errors import BudgetError
 from tokenprune.evals.resumable import run
 from tokenprune.evals.searching import Goal, Search
@@ -34,6 +35,7 @@ def search(
     candidates: int = CANDIDATES,
     batch_size: int = 8,
     seed: int = 0,
+    restore: str | None = None,
     output: str | Path | None = None,
     show_every: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -53,23 +55,33 @@ def search(
 
     strategy: "evolution" draws the first 40 candidates at random and then mutates and crosses the best; "monte_carlo"
     draws all. The first candidate is the method's own schedule at that budget, so that what is found is never worse on
-    these images. seed: of what is drawn. output: a folder for the state after each candidate: a search that was killed
-    goes on from there. show_every: candidates after which a line is printed. options: of the method.
+    these images. seed: of what is drawn. restore: as `patch` takes it. output: a folder for the state after each
+    candidate: a search that was killed goes on from there. show_every: candidates after which a line is printed.
+    options: of the method.
 
     Raises:
         UnsupportedMethod, UnsupportedModel: what is known of them does not allow a search; it is of image towers.
-        BudgetError: not exactly one goal, or none of the candidates meets it.
-        TokenPruneError: `output` holds another search.
+        BudgetError: not exactly one goal, none of the candidates meets it, or an option says what is to be found.
+        TokenPruneError: images are none, or `output` holds another search or a state that cannot be read.
     """
     goal = _goal(flops=flops, speedup=speedup, min_agreement=min_agreement)
     if strategy not in ("evolution", "monte_carlo"):
         raise BudgetError(f"strategy={strategy!r} is 'evolution' or 'monte_carlo'")
-    for name, count, example in (
-        ("candidates", candidates, CANDIDATES), ("batch_size", batch_size, 8), ("images", len(images), 64)
-    ):  # fmt: skip
+    for name, count, example in (("candidates", candidates, CANDIDATES), ("batch_size", batch_size, 8)):
         checked_count(name, count, smallest=1, example=example)
-    evolves = strategy == "evolution"
-    found = Search(model, images, method, options, goal, evolves=evolves, batch_size=batch_size, seed=seed, clock=clock)
+    checked_count("seed", seed, smallest=0, example=0)
+    found = Search(
+        model,
+        checked_images(images),
+        method,
+        options,
+        goal,
+        evolves=strategy == "evolution",
+        batch_size=batch_size,
+        seed=seed,
+        restore=restore,
+        clock=clock,
+    )
     if output is None:
         while found.step < candidates:
             found.advance()
@@ -83,7 +95,10 @@ def _goal(**goals: float | None) -> Goal:
     if len(given) != 1:
         raise BudgetError(f"a search has one goal of {', '.join(goals)}, got {given or 'none'}; for example flops=0.6")
     [(name, value)] = given.items()
-    if not (value > 1.0 if name == "speedup" else 0.0 < value < 1.0 or (name == "min_agreement" and value == 1.0)):
+    possible = is_number(value) and (
+        value > 1.0 if name == "speedup" else 0.0 < value < 1.0 or (name == "min_agreement" and value == 1.0)
+    )
+    if not possible:
         raise BudgetError(
             f"{name}={value!r} cannot be a goal: flops is a share in (0, 1), min_agreement one in (0, 1], speedup more"
             " than 1"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.errors import TokenPruneError
@@ -22,12 +23,10 @@ def run_search(options: argparse.Namespace) -> int:
     """`tokenprune search`"""
     if options.model in (*DIFFUSION, LVLM):
         raise TokenPruneError(f"search is of image towers, and {options.model} is none; name its schedule= yourself")
-    loaded = load(options)
-    data = image_data(options, replace(loaded, data=loaded.unlabelled), options.samples)
-    images = first_images(data, options.samples, options.seed).to(options.device, getattr(torch, options.dtype))
+    model, images = unlabelled_images(options)
     folder = Path(options.output)
     found = tokenprune.search(
-        loaded.model,
+        model,
         images,
         options.method,
         flops=options.flops,
@@ -37,6 +36,7 @@ def run_search(options: argparse.Namespace) -> int:
         candidates=options.candidates,
         batch_size=options.batch_size,
         seed=options.seed,
+        restore=options.restore,
         output=folder,
         show_every=None if options.quiet else SHOW_EVERY,
     )
@@ -45,3 +45,12 @@ def run_search(options: argparse.Namespace) -> int:
     print(", ".join(f"{name} {value}" for name, value in found.found.items()))
     print(f'tokenprune.patch(model, schedule="{folder / FILE}")')
     return 0
+
+
+def unlabelled_images(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """The model that the options name, and images [N, C, H, W] of what --data names or, of the model's own, of those
+    that eval does not take."""
+    loaded = load(options)
+    data = image_data(options, replace(loaded, data=loaded.unlabelled), options.samples)
+    images = first_images(data, options.samples, options.seed)
+    return loaded.model, images.to(options.device, getattr(torch, options.dtype))

@@ -18,11 +18,12 @@ from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedModel
 from tokenprune.evals.arms import refuse_training_only
 from tokenprune.evals.candidates import Genes, crossed, drawn, mutated, picked
 from tokenprune.evals.fidelity import Observation, agreement, observe
-from tokenprune.evals.resumable import write_state
+from tokenprune.evals.resumable import damaged, read_state, write_state
 from tokenprune.evals.saliency import feature_cosine
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.spaces import space_of
 from tokenprune.evals.throughput import measure, measure_together
+from tokenprune.latency import device_name
 from tokenprune.solver import Counts
 from tokenprune.stored_schedule import StoredSchedule
 
@@ -88,16 +89,18 @@ class Search:
         evolves: bool,
         batch_size: int = 8,
         seed: int = 0,
+        restore: str | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         refuse_training_only(method)
         self.base = tokenprune.unpatch(shared_copy(model)).eval()
         self.images, self.method, self.options, self.goal = images, method, dict(options), goal
+        self.restore = restore
         self.evolves, self.batch_size, self.seed, self.clock = evolves, batch_size, seed, clock
         self.generator = torch.Generator().manual_seed(seed)
         self.candidates: list[Candidate] = []
         self.step, self.log, self.seconds = 0, list[dict[str, float]](), 0.0
-        self.space = space_of(self.base, method, self.options)
+        self.space = space_of(self.base, method, self.options, restore)
         with torch.inference_mode():
             self.reference = self._observed(self.base)
         if not self.reference.features.isfinite().all():
@@ -150,7 +153,7 @@ class Search:
         }
         if self.goal.timed:
             found |= {"speedup": best.speedup, "batch_size": self.batch_size}
-        return StoredSchedule(self.method, self.space.schedule(best.counts), self.options, found)
+        return StoredSchedule(self.method, self.space.schedule(best.counts), self.options, found, self.restore)
 
     def save(self, path: Path) -> None:
         """Writes the state in one piece."""
@@ -169,14 +172,16 @@ class Search:
         Raises:
             TokenPruneError: the state of another search.
         """
-        state = torch.load(path, weights_only=True)
+        state = read_state(path)
         if state.get("of") != self._fingerprint():
             raise TokenPruneError(
-                f"{path} is of another search (model, images, method, goal or seed); name an --output of its own"
+                f"{path} is of another search (model, images, method, goal, seed or, where it is timed, device or"
+                " threads); name an --output of its own"
             )
-        self.generator.set_state(state["generator"])
-        self.candidates = [Candidate(**one) for one in state["candidates"]]
-        self.step, self.seconds = state["step"], state["seconds"]
+        with damaged(path):
+            self.generator.set_state(state["generator"])
+            self.candidates = [Candidate(**one) for one in state["candidates"]]
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
         if self.candidates:
             self.log = [{"step": self.step, "agreement": self.best().agreement}]
 
@@ -222,7 +227,7 @@ class Search:
 
     def _own(self, aim: float) -> Counts:
         """The method's own schedule."""
-        return self.space.own(tokenprune.patch(shared_copy(self.base), self.method, flops=aim, **self.options))
+        return self.space.own(self._patched(flops=aim))
 
     def _genes(self) -> Genes:
         if not self.evolves or len(self.candidates) < WARM_UP:
@@ -235,7 +240,7 @@ class Search:
         return crossed(first, picked(parents, self.generator), self.generator)
 
     def _tried(self, counts: Counts, aim: float) -> Candidate:
-        model = self._patched(counts)
+        model = self._scheduled(counts)
         ratio = tokenprune.report(model).to_dict()["flops_ratio"]
         genes = self.space.genes(counts)
         if abs(ratio - aim) > NEARLY:  # the cost of a schedule is a model; aim once more by what was counted
@@ -244,7 +249,7 @@ class Search:
             except BudgetError:
                 pass
             else:
-                model = self._patched(counts)
+                model = self._scheduled(counts)
                 ratio = tokenprune.report(model).to_dict()["flops_ratio"]
         with torch.inference_mode():
             seen = self._observed(model)
@@ -255,9 +260,11 @@ class Search:
             speedup = self._speedup(model) if self.goal.timed else float("nan")
         return Candidate(genes, counts, same, closeness, ratio, speedup)
 
-    def _patched(self, counts: Counts) -> nn.Module:
-        schedule = self.space.schedule(counts)
-        return tokenprune.patch(shared_copy(self.base), self.method, schedule=schedule, **self.options)
+    def _patched(self, **budget: Any) -> nn.Module:
+        return tokenprune.patch(shared_copy(self.base), self.method, **budget, restore=self.restore, **self.options)
+
+    def _scheduled(self, counts: Counts) -> nn.Module:
+        return self._patched(schedule=self.space.schedule(counts))
 
     def _speedup(self, model: nn.Module) -> float:
         arms = [partial(one, self.images[: self.batch_size]) for one in (self.base, model, self.base)]
@@ -269,7 +276,7 @@ class Search:
         timed = []
         batch = self.images[: self.batch_size]
         for one in candidates:
-            arms = (partial(model, batch) for model in (self.base, self._patched(one.counts), self.base))
+            arms = (partial(model, batch) for model in (self.base, self._scheduled(one.counts), self.base))
             with torch.inference_mode():
                 timing = measure(*arms, device=batch.device, clock=self.clock)
             timed.append(replace(one, speedup=timing.speedup.estimate))
@@ -277,7 +284,10 @@ class Search:
         return sorted(timed, key=lambda one: one.rank(self.goal), reverse=True)
 
     def _fingerprint(self) -> str:
-        told = (self.method, sorted(self.options.items()), self.goal, self.evolves, self.batch_size, self.seed)
+        told: tuple[Any, ...] = (self.method, sorted(self.options.items()), self.restore, self.goal)
+        told += (self.evolves, self.batch_size, self.seed)
+        if self.goal.timed:
+            told += (device_name(self.images.device), torch.get_num_threads())
         digest = hashlib.sha256(repr(told).encode())
         for tensor in (self.images, *self.base.state_dict().values()):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

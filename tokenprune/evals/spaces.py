@@ -10,12 +10,13 @@ from torch import nn
 
 import tokenprune
 from tokenprune.budget import Budget
-from tokenprune.errors import UnsupportedMethod, UnsupportedModel
-from tokenprune.evals.candidates import Genes, at_cost, genes_of, shares_of, without_idle
+from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
+from tokenprune.evals.candidates import Genes, at_cost, genes_of, without_idle
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.family import active_patches
 from tokenprune.patch import Patch
-from tokenprune.solver import Counts
+from tokenprune.registry import make_method, own_budget
+from tokenprune.solver import Counts, shares_of
 from tokenprune.windows.costs import WindowCosts
 from tokenprune.windows.patch import WindowsPatch
 from tokenprune.windows.plan import by_cost
@@ -44,13 +45,18 @@ class Space(Protocol):
         """`counts` as `patch` takes them."""
 
 
-def space_of(base: nn.Module, method: str, options: dict[str, Any]) -> Space:
-    """The space of a method on an unpatched model.
+def space_of(base: nn.Module, method: str, options: dict[str, Any], restore: str | None = None) -> Space:
+    """The space of a method on an unpatched model. options: of the method; restore: as `patch` takes it.
 
     Raises:
+        BudgetError: an option says what is to be found.
         UnsupportedMethod, UnsupportedModel: no schedule says what it costs.
     """
-    probe = tokenprune.patch(shared_copy(base), method, keep=1.0, **options)
+    make_method(method, options)
+    given = sorted({"places", own_budget(method)} & options.keys())
+    if given:
+        raise BudgetError(f"where and how strongly {method} reduces is what a search finds; leave out {given[0]}=")
+    probe = tokenprune.patch(shared_copy(base), method, keep=1.0, restore=restore, **options)
     patches = list(active_patches(probe).values())
     if not all(isinstance(found, (Patch, WindowsPatch)) for found in patches):
         raise UnsupportedModel(
@@ -66,7 +72,8 @@ def space_of(base: nn.Module, method: str, options: dict[str, Any]) -> Space:
             f"{method} keeps a different number of tokens in each image, so no schedule says what it costs; search for"
             " one of a method with a fixed number, such as 'top_k'"
         )
-    tokenprune.patch(probe, method, schedule=dict.fromkeys(range(patch.depth), 0.9), **options)
+    blocks = range(patch.depth - (patch.method.restoration == "fusion"))  # all tokens are back in front of the last
+    tokenprune.patch(probe, method, schedule=dict.fromkeys(blocks, 0.9), restore=restore, **options)
     [patch] = active_patches(probe).values()
     assert isinstance(patch, Patch)
     return Tokens(patch)
@@ -79,7 +86,8 @@ class Tokens:
         assert patch.costs is not None
         self.costs, self.tokens, self.layout = patch.costs, patch.tokens, patch.layout
         self.method = patch.method.schedule
-        self.depth = patch.depth - patch.prefix_only_last  # behind that block no tokens are read
+        # The last block has no tokens to leave that are read, or those that left are back in front of it.
+        self.depth = patch.depth - (patch.prefix_only_last or patch.fuses)
 
     def own(self, model: nn.Module) -> Counts:
         [patch] = active_patches(model).values()

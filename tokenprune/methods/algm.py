@@ -38,14 +38,13 @@ class LocalThenGlobal(Stages):
 
 @dataclass(frozen=True)
 class MergeAlike:
-    """Windows at the first of the blocks `at` (None: at block 0), pairs elsewhere."""
+    """Windows at the first place, pairs elsewhere."""
 
-    at: tuple[int, ...] | None
     threshold: float
 
     def __call__(self, scores: Tensor | None, record: AttentionRecord, keep: int) -> RaggedReduction:
         least = max(0, record.tokens - keep)
-        if record.place == min((block % record.depth for block in self.at or ()), default=0):
+        if record.place == record.first:
             return pool_similar_windows(record, self.threshold, least)
         first, hidden = record.num_prefix_tokens % 2, record.hidden[:, record.num_prefix_tokens :]
         a, b = alternating(record, first)
@@ -70,12 +69,11 @@ def algm(*, rate: float = 1.0, threshold: float = 0.88, places: tuple[int, ...] 
     """
     if not (is_number(threshold) and -1 < threshold <= 1):
         raise UnsupportedMethod(f"threshold is a cosine in (-1, 1], got {threshold!r}; the paper's is threshold=0.88")
-    schedule = LocalThenGlobal(rate, places)
     return Method(
         name="algm",
         paper="Norouzi et al., ALGM, CVPR 2024",
-        schedule=schedule,
-        select=MergeAlike(places, threshold),
+        schedule=LocalThenGlobal(rate, places),
+        select=MergeAlike(threshold),
         merges=True,
         adaptive=True,
     )

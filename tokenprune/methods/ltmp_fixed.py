@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.budget import is_number
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
@@ -29,6 +30,11 @@ class Dropped:
     shares: tuple[float, ...]
 
     def __call__(self, block: int, depth: int, removed: int) -> int:
+        if self.shares and block >= len(self.shares):
+            raise UnsupportedMethod(
+                f"dropped has shares of {len(self.shares)} blocks, and tokens leave block {block} of {depth}: give each"
+                " block its share, or none for merging alone"
+            )
         return round(self.shares[block] * removed) if self.shares else 0
 
 
@@ -61,10 +67,12 @@ def ltmp_fixed(
     merged, and of what is left at most half can be. rate: kept in each block, where no schedule says it. proportional:
     as in `tome`. Without dropped tokens this is ToMe.
     """
-    shares = tuple(float(share) for share in dropped)
-    if not all(0 <= share <= 1 for share in shares):
-        raise UnsupportedMethod(f"dropped are shares in [0, 1] of each block, got {dropped!r}")
-    drops = Dropped(shares)
+    row = isinstance(dropped, Sequence) and not isinstance(dropped, str)
+    if not row or not all(is_number(share) and 0 <= share <= 1 for share in dropped):
+        raise UnsupportedMethod(
+            f"dropped are shares in [0, 1] of each block, got {dropped!r}; for example dropped=[0.5] * 12"
+        )
+    drops = Dropped(tuple(map(float, dropped)))
     return Method(
         name="ltmp_fixed",
         paper="after Bonnaerens and Dambre, TMLR 2023",

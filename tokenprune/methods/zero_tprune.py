@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from tokenprune.errors import UnsupportedMethod
 from tokenprune.lvlm.recipe import AfterTower, mean_keys
 from tokenprune.method import Method
 from tokenprune.registry import register_method
@@ -66,7 +68,7 @@ def zero_tprune(
     part (10 tokens a stage in DeiT-S, with importance pruning growing with depth). The defaults here were found the
     same way on a DINOv2 and are the same for every model; `places=(1, 3, 6, 9), similarity=10` is near the print.
     """
-    frozen = tuple(sorted(iterations.items())) if isinstance(iterations, Mapping) else iterations
+    frozen = _by_block(iterations) if isinstance(iterations, Mapping) else iterations
     stage = ImportanceAndSimilarity(frozen, similarity, variance, class_start, feature, metric, partition, fusion, seed)
     of_keys = AfterTower(stage.after_tower, score=stage.importance_here, keys=mean_keys)
     return Method(
@@ -78,6 +80,13 @@ def zero_tprune(
         needs=stage.needs(),
         after_tower=of_keys if feature == "key" else None,
     )
+
+
+def _by_block(iterations: Mapping[Any, Rounds]) -> tuple[tuple[int, Rounds], ...]:
+    """In order; a file names blocks by text."""
+    if not all(re.fullmatch("[0-9]+", str(block)) for block in iterations):
+        raise UnsupportedMethod(f"iterations={dict(iterations)!r} must name blocks; for example iterations={{3: 30}}")
+    return tuple(sorted((int(block), count) for block, count in iterations.items()))
 
 
 @register_method("zero_tprune_uni")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.family import Portable, Request
+from tokenprune.latency import LatencyTable
 from tokenprune.method import Method
 from tokenprune.narrow.costs import Counted, Probe
 from tokenprune.narrow.host import NarrowHost
@@ -58,6 +59,15 @@ class NarrowPatch(Portable):
         if self.recordings:
             here().forwards.pop(id(self), None)
 
+    def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
+        """Time at each batch of `table` and the usual size, as a share of the unpatched one; of an adaptive method
+        nothing is known before it has run."""
+        if not self.keep or self.method.adaptive:
+            return {}
+        assert self.whole is not None
+        tokens = self.grid[0] * self.grid[1]
+        return table.predicted(self.method.name, tokens, self._after() / self.whole.total, len(self.keep))
+
     def mark(self, index: int, point: str) -> None:
         """A point of a counted forward."""
         if self.probe is not None:
@@ -72,6 +82,7 @@ class NarrowPatch(Portable):
             "paper": self.method.paper,
             "family": self.adapter,
             "budget": str(self.budget),
+            "tokens": self.grid[0] * self.grid[1],
             "flops_before": round(before),
             "flops_after": round(after),
             "flops_ratio": after / before,

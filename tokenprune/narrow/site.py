@@ -176,6 +176,7 @@ class NarrowSite:
             num_prefix_tokens=0,
             place=self.layout.number,
             depth=self.patch.depth,
+            first=self.patch.layouts[min(self.patch.keep)].number,
             grid=self.window,
             has_class_token=False,
             scale=captured.scale,

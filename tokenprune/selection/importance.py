@@ -46,7 +46,8 @@ class ImportanceAndSimilarity:
         for name, allowed in {**choices, "metric": METRICS}.items():
             if getattr(self, name) not in allowed:
                 raise UnsupportedMethod(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)}")
-        counts = [self.iterations] if not isinstance(self.iterations, tuple) else [n for _, n in self.iterations]
+        by_block = isinstance(self.iterations, tuple) and all(isinstance(own, tuple) for own in self.iterations)
+        counts = [n for _, n in self.iterations] if by_block else [self.iterations]  # type: ignore[union-attr]
         if not all(n is None or (_whole(n) and n >= 1) or (isinstance(n, float) and 0 < n < 1) for n in counts):
             raise UnsupportedMethod(
                 f"iterations are whole numbers of at least 1, or a tolerance in (0, 1), got {self.iterations!r}; for"

@@ -30,7 +30,7 @@ class Running(Protocol):
 class Pass:
     """One forward. grid: the first one. keep: {block: windows computed}, those left whole are not in it. scores:
     {stage: [B, n] what each token counts, None where the method does not look}. forward: the recording of it, where one
-    is wanted. outer: the forward of another model, in a hook of which this one runs."""
+    is wanted. outer: the forward in a hook of which this one runs, of this or another model. depth: see `_Here`."""
 
     patch: WindowsPatch
     grid: Grid
@@ -38,10 +38,14 @@ class Pass:
     forward: Forward | None = None
     scores: dict[int, Tensor | None] = field(default_factory=dict)
     outer: Pass | None = None
+    depth: int = 0
 
 
 class _Here:
+    """depth: how many patched models' own calls run now, one within the other."""
+
     def __init__(self) -> None:
+        self.depth = 0
         self.now: Pass | None = None
         self.site: Running | None = None
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import BudgetError
 from tokenprune.family import Portable, Request
+from tokenprune.latency import LatencyTable
 from tokenprune.method import Method
 from tokenprune.recording import Forward, Recording
 from tokenprune.state import constant_in_graphs, in_backward
@@ -59,21 +60,39 @@ class WindowsPatch(Portable):
     def begin(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Hook: the first grid is there, by whichever entry point."""
         grid = (output.shape[1], output.shape[2]) if output.ndim == 4 else self.usual
-        finish(self)  # one that was left by an exception
+        now, depth = here().now, here().depth
+        if now is not None and now.patch is self and now.depth >= depth:
+            finish(self)  # it was left by an exception; one that is less deep has this one in a hook
         forward, outer = None, here().now
         if self.recordings and not in_backward():
             forward = Forward(self.image or grid)
             for recording in self.recordings:
                 recording.forwards.append(forward)
         if self.probe is not None:
-            here().now = Pass(self, grid, dict.fromkeys(range(len(self.layouts)), 1), outer=outer)
+            here().now = Pass(self, grid, dict.fromkeys(range(len(self.layouts)), 1), outer=outer, depth=depth)
         else:
             keep = self.keep(*grid) if self.active else {}
-            here().now = Pass(self, grid, keep, forward, outer=outer)
+            here().now = Pass(self, grid, keep, forward, outer=outer, depth=depth)
+
+    def start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Hook: the model is called."""
+        here().depth += 1
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: the forward has ended, by a result or an exception."""
-        finish(self)
+        now, depth = here().now, here().depth
+        if now is not None and now.depth >= depth:
+            finish(self)
+        here().depth = max(0, depth - 1)
+
+    def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
+        """Time at each batch of `table` and the usual size, as a share of the unpatched one."""
+        if not self.active:
+            return {}
+        assert self.costs is not None
+        plan, grid = self.plan(self.usual), self.usual
+        ratio = self.costs.total(grid, plan.keep) / self.costs.total(grid, {})
+        return table.predicted(self.method.name, grid[0] * grid[1], ratio, len(plan.keep))
 
     def mark(self, index: int, point: str) -> None:
         """A point of a counted forward."""
@@ -133,6 +152,7 @@ class WindowsPatch(Portable):
             "paper": self.method.paper,
             "family": self.adapter,
             "budget": str(self.budget),
+            "tokens": grid[0] * grid[1],
             "flops_before": round(before),
             "flops_after": round(after),
             "flops_ratio": after / before,
@@ -158,4 +178,5 @@ def attach(host: WindowsHost, patch: WindowsPatch) -> None:
     for index, block in enumerate(host.blocks):
         BlockSite(patch, index).attach(block)
     host.entry.register_forward_hook(patch.begin)
+    host.model.register_forward_pre_hook(patch.start, prepend=True)
     host.model.register_forward_hook(patch.end, always_call=True)

@@ -46,7 +46,8 @@ class BlockSite:
         """Hook: it has ended, by a result or an exception."""
         here().site = None
         self.patch.mark(self.index, "leave")
-        if self.index == len(self.patch.layouts) - 1 and not in_backward():
+        ended = self.index == len(self.patch.layouts) - 1 or output is None  # by an exception
+        if ended and not in_backward():
             finish(self.patch)  # nothing is left of an entry point that has no end
 
     def attended(self) -> None:
