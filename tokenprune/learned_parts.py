@@ -108,7 +108,7 @@ def _read(file: Any, described: Any) -> LearnedParts:
 
 
 def _file(path: Path) -> Path:
-    return path if path.suffix and not path.is_dir() else path / f"{NAME}{SUFFIX}"
+    return path if path.suffix == SUFFIX or path.is_file() else path / f"{NAME}{SUFFIX}"
 
 
 def require_safetensors(path: Path) -> None:
@@ -202,8 +202,8 @@ def _shipped_for(host: Host, adapter: str, method: str, flops: float | None) -> 
     budgets = []
     for name in shipped_parts():
         parts = load_learned(name)
-        if parts.method != method or parts.architecture != own:
-            continue
+        if parts.method != method or parts.architecture != own or parts.found.get("labels") == "maps":
+            continue  # those of maps are of another task of the same tower, and are named
         if not torch.allclose(torch.tensor(parts.norms), norms, rtol=LIKE, atol=0):
             continue
         if flops is None or abs(parts.found["flops"] - flops) < 1e-9:

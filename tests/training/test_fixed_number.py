@@ -126,7 +126,7 @@ def test_where_they_are_refused() -> None:
             tokenprune.patch(swin, method, keep=0.5)
 
 
-@pytest.mark.parametrize("method", full_but(("dynamicvit", "sinkhorn"), FIXED))
+@pytest.mark.parametrize("method", full_but(("dynamicvit", "sinkhorn", "cropr"), (*FIXED, "tnt", "cropr")))
 def test_one_graph_exported_pickled_and_in_half_precision(method: str) -> None:
     model: Any = build("class_token")
     x = images(model, 3)

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,3 +46,11 @@ def test_they_are_copied_with_the_model_and_are_none_of_its_weights(model: nn.Mo
 
 def test_the_core_imports_none_of_what_training_needs() -> None:
     subprocess.run([sys.executable, "-c", CODE], check=True)
+
+
+def test_a_folder_may_have_a_dot_in_its_name(model: nn.Module, tmp_path: Path) -> None:
+    found = parts(model, [0.7] * 4, [0.01] * 4)
+    assert found.save(tmp_path / "ltmp-0.6") == tmp_path / "ltmp-0.6" / "learned.safetensors"
+    assert found.save(tmp_path / "own.safetensors") == tmp_path / "own.safetensors"
+    for source in ("ltmp-0.6", "own.safetensors"):
+        tokenprune.patch(model, weights=tmp_path / source)

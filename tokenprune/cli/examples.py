@@ -57,6 +57,8 @@ EXAMPLES = {
         "tokenprune train digit-masks --output masks-run",
         "tokenprune train digits-vit --method ltmp --flops 0.6 --batch-size 32 --output digits-ltmp",
         "tokenprune train digits-vit --method dynamicvit --flops 0.6 --epochs 4 --batch-size 32 --output dynamicvit",
+        "tokenprune train digits-vit --method tnt --option noise=0.3 --flops 0.6 --batch-size 32 --output tnt",
+        "tokenprune train digit-masks --method cropr --flops 0.5 --batch-size 32 --epochs 2 --output masks-cropr",
         "tokenprune train deit_small_patch16_224 --method ltmp --data imagenet/train --flops 0.75 --output deit-ltmp",
     ],
 }

@@ -43,7 +43,7 @@ def add_training(command: argparse.ArgumentParser) -> None:
     options.add_argument("--method", metavar="NAME", help="one that learns, see tokenprune methods")
     options.add_argument("--flops", type=float, metavar="SHARE", help="of the multiply-adds, of the mean image")
     add_data(options, "labelled images to train on (default: the model's own)")
-    options.add_argument("--samples", type=positive, help="of digits-vit's own images (default: 6400)")
+    options.add_argument("--samples", type=positive, help="of the model's own images (default: 6400)")
     options.add_argument("--checkpoint", metavar="FILE", help="weights of the model, safetensors only")
     options.add_argument("--random-weights", action="store_true", help="download none: to try the command out")
     options.add_argument("--epochs", type=positive, help="(default: the paper's)")
@@ -56,6 +56,9 @@ def add_training(command: argparse.ArgumentParser) -> None:
     options.add_argument("--distill-tokens", type=float, metavar="WEIGHT", help="of its tokens (defaults: the paper's)")
     options.add_argument(
         "--model-rate", type=float, metavar="RATE", help="learning rate of the model's own weights (default: 0, frozen)"
+    )
+    options.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the method, as JSON; repeatable"
     )
     options.add_argument("--opt", metavar="NAME", help="optimiser of timm (default: the paper's)")
     options.add_argument("--sched", metavar="NAME", help="schedule of timm (default: the paper's)")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 import torch
 
@@ -56,7 +58,23 @@ def run(options: argparse.Namespace) -> int:
         transform=transform,
         split=options.split,
         show_progress=not options.quiet,
+        **_of_method(options),
     )
     told = ", ".join(f"{name} {parts.found[name]:.4g}" for name in ("loss", "kept", "flops_ratio"))
     print(f"{parts.found['steps']} steps: {told}; written to {options.output}")
     return 0
+
+
+def _of_method(options: argparse.Namespace) -> dict[str, Any]:
+    """The method's own options, `--option NAME=VALUE`."""
+    found: dict[str, Any] = {}
+    for text in options.option:
+        name, given, value = text.partition("=")
+        if not given or name in vars(options):
+            raise TokenPruneError(f"--option {text}: an option of the method and its value, such as noise=0.3")
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = value
+        found[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+    return found

@@ -141,6 +141,7 @@ def train(
         "seed": seed,
         "data": data.name,
         "images": data.size,
+        "labels": "maps" if data.dense else "classes",
         "architecture": dict(start.architecture),
     }
     order = Order(

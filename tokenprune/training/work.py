@@ -136,6 +136,7 @@ class Work:
             for name, tensor in state.items()
         }
         names = ["flops", "data", "images", "epochs", "batch_size", "processes", "accumulate", "learning_rate", "seed"]
+        names += ["labels"] if self.recipe["labels"] == "maps" else []
         names += [name for name in ("distill_logits", "distill_tokens", "model_rate") if self.recipe[name]]
         found = {name: self.recipe[name] for name in names} | {"steps": self.step}
         if self.history:
