@@ -27,6 +27,9 @@ def test_demo_writes_a_table_and_two_pictures(quick, tmp_path, capsys):
         if row["method"] in ("ats", "saint", "algm", "adaptive_tome"):  # adaptive: no flops= before it is calibrated
             assert "calibration" in row["note"]
             continue
+        if row["method"] in ("dynamicvit", "sit", "sinkhorn", "patch_merger", "tnt", "cropr"):  # nothing is shipped
+            assert "has to learn for this model first" in row["note"]
+            continue
         assert row["note"] is None or row["method"] == "smaller input", row
         assert 0 <= row["top1"] <= 1
         assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
