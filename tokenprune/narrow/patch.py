@@ -60,9 +60,8 @@ class NarrowPatch(Portable):
             here().forwards.pop(id(self), None)
 
     def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
-        """Time at each batch of `table` and the usual size, as a share of the unpatched one; of an adaptive method
-        nothing is known before it has run."""
-        if not self.keep or self.method.adaptive:
+        """Time at each batch of `table` and the usual size, as a share of the unpatched one."""
+        if not self.keep or self.unpredictable():
             return {}
         assert self.whole is not None
         tokens = self.grid[0] * self.grid[1]
