@@ -91,8 +91,19 @@ class NarrowPatch(Portable):
         }
 
     def _notes(self) -> list[str]:
-        unknown = self.method.adaptive and not self.left
-        return [*_SPANS, *(["how many tokens go is known behind a forward; here all are counted"] if unknown else [])]
+        if not self.method.adaptive:
+            return [*_SPANS]
+        if not self.left:
+            return [*_SPANS, "how many tokens go is known behind a forward; here all are counted"]
+        if any(round(left) < self._tokens(index) for index, left in self.left.items()):
+            return [*_SPANS]
+        areas = " or ".join(str(area) for area in sorted({self.layouts[index].tiling.area for index in self.left}))
+        name = self.method.name
+        return [
+            *_SPANS,
+            f"no token went in the last forward: in windows of {areas} tokens {name} found none that can go; keep= or"
+            " schedule= bounds what stays, and options of the method let more go",
+        ]
 
     def _after(self) -> float:
         assert self.whole is not None
