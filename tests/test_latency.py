@@ -115,6 +115,28 @@ def test_what_was_not_measured_is_not_checked(model: nn.Module) -> None:
         assert "speed not checked here" in tokenprune.report(model).to_dict()["speed"]
 
 
+@pytest.mark.parametrize(
+    ("method", "asked", "told"),
+    [
+        ("top_k", {"keep": 1.0}, "keep=1 removes nothing"),
+        ("ats", {"keep": 0.5}, "ats keeps as many tokens as each image needs"),
+        ("adaptive_tome", {}, "such as 'top_k'"),
+        ("flip", {}, "flip acts in training forwards alone"),
+    ],
+)
+@pytest.mark.parametrize("profiled", [True, False])
+def test_why_no_table_could_predict_it(
+    model: nn.Module, profiled: bool, method: str, asked: dict[str, float], told: str
+) -> None:
+    if profiled:
+        stored(model, replace(HALF, overhead={method: 0.01}))
+    with pytest.raises(tokenprune.SlowdownError, match=told) as raised:
+        tokenprune.patch(model, method, **asked, require_speedup=True)
+    assert "no latency table" not in str(raised.value)
+    tokenprune.patch(model, method, **asked)
+    assert told in tokenprune.report(model).to_dict()["speed"]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"version": 1}', '{"version": 7}'])
 def test_what_is_no_table_is_refused(model: nn.Module, text: str) -> None:
     stored(model, HALF)

@@ -83,8 +83,9 @@ def patch(
     "reindex" to count through. There `tokens` are those of each image, and `flops` is of a prompt's prefill.
 
     require_speedup: raise where the latency table of this model on this device (`tokenprune bench --save-profile`)
-    predicts no speed-up at one of its batch sizes and resolutions, or where there is none. Without it that is a
-    warning, and without a table the report says "speed not checked here"; nothing is timed here.
+    predicts no speed-up at one of its batch sizes and resolutions, or can predict none: there is no table, nothing is
+    removed, or each image keeps a number of tokens of its own. Without it that is a warning, and where nothing is
+    predicted the report says "speed not checked here" and why; nothing is timed here.
 
     weights: what a method that learns has learned for this model: what `tokenprune.train` returns, its folder or file
     (safetensors with JSON beside it), or the name of shipped ones. None takes the shipped ones of this very model.
@@ -133,7 +134,8 @@ def patch(
             table = load_table(model)
             predicted = {} if table is None else one.predicted(table)
             steady = table is None or bool(table.environment.get("trusted", True))
-            one.speed, warning = told_speed(predicted, required=require_speedup, steady=steady)
+            unknown = one.unpredictable()
+            one.speed, warning = told_speed(predicted, required=require_speedup, steady=steady, unknown=unknown)
             if warning:
                 warnings.warn(warning, stacklevel=2)
             family.attach(model, one)

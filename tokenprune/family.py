@@ -51,6 +51,9 @@ class AppliedPatch(Protocol):
     def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
         """Time at each (batch, prunable tokens) of `table`, as a share of the unpatched one, where that is known."""
 
+    def unpredictable(self) -> str:
+        """Why no table says how long it takes, and what to do; empty where one could."""
+
     def summary(self) -> dict[str, Any]:
         """The data of `Report.to_dict`."""
 
@@ -63,12 +66,28 @@ class Portable:
     place of one of the patch's. So counting goes on above them where a patch is loaded.
     """
 
+    budget: Budget
+    method: Method
     speed = NOT_CHECKED
     chosen = ""
 
     def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
         """As in `AppliedPatch`; nothing is known of most kinds."""
         return {}
+
+    def unpredictable(self) -> str:
+        """As in `AppliedPatch`."""
+        name = self.method.name
+        if self.budget.is_full:
+            return f"{self.budget} removes nothing, so nothing is faster; use a smaller budget"
+        if self.method.training_only:
+            return f"{name} acts in training forwards alone; use a method that acts in eval mode"
+        if not self.method.adaptive:
+            return ""
+        fixed = "a method that keeps the same number of tokens in every image, such as 'top_k'"
+        if self.method.learned is not None:
+            fixed = f"the fixed numbers that tokenprune.calibrate(model, images, {name!r}, ...) finds"
+        return f"{name} keeps as many tokens as each image needs, which is not known before it has run; use {fixed}"
 
     def left_behind(self) -> dict[str, Any]:
         """The attributes that a copy does not share, and what it begins with."""

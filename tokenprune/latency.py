@@ -121,15 +121,22 @@ def load_table(model: nn.Module) -> LatencyTable | None:
         raise TokenPruneError(f"{path} is no latency table: {error!r}; measure anew or delete it") from error
 
 
-def told_speed(predicted: Mapping[tuple[int, int], float], *, required: bool, steady: bool = True) -> tuple[str, str]:
+def told_speed(
+    predicted: Mapping[tuple[int, int], float], *, required: bool, steady: bool = True, unknown: str = ""
+) -> tuple[str, str]:
     """What the report says of a patch, and a warning, empty where nothing is slower.
 
     predicted: {(batch, tokens): share of the unpatched time}. steady: whether the unpatched model took as long as
-    itself when the table was measured.
+    itself when the table was measured. unknown: why no table predicts anything of this patch, and what to do; empty
+    where one could.
 
     Raises:
         SlowdownError: something is slower, or nothing or nothing steady is known, and a speed-up was `required`.
     """
+    if not predicted and unknown:
+        if required:
+            raise SlowdownError(f"{NOT_CHECKED}: {unknown}, or leave require_speedup out")
+        return f"{NOT_CHECKED}: {unknown}", ""
     if not predicted:
         if required:
             raise SlowdownError(

@@ -191,11 +191,9 @@ class Patch(Portable):
         return forward
 
     def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
-        """Time at each (batch, prunable tokens) of `table`, as a share of the unpatched one; of an adaptive method
-        nothing is known before it has run, and of a training nothing at all."""
+        """Time at each (batch, prunable tokens) of `table`, as a share of the unpatched one."""
         found: dict[tuple[int, int], float] = {}
-        timed = self.active and not self.method.adaptive and not self.method.training_only
-        for tokens in {row.tokens for row in table.rows} if timed else ():
+        for tokens in () if self.unpredictable() else {row.tokens for row in table.rows}:
             assert self.costs is not None
             try:
                 counts = self.counts(tokens)

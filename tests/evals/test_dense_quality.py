@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,3 +47,11 @@ def test_a_budget_that_cannot_be_met_is_a_note():
     assert "cannot be met" in row["note"]
     assert "miou" not in row
     assert rows.row("top_k", "unmerge", 0.5) is None
+
+
+def test_a_threshold_is_calibrated_as_it_is_restored():
+    task = dense_quality.masks_task(4)
+    rows = dense_quality.Rows(replace(task, calibration=task.images))
+    for restore in ("place", "fusion"):
+        assert rows.row("saint", restore, 0.6)["flops_ratio"] == pytest.approx(0.6, abs=0.01)
+    assert rows.row("saint", "unmerge", 0.6) is None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import zoo
 from families import build, images
 from torch import Tensor, nn
 from windows_zoo import build as build_windows
@@ -20,7 +21,7 @@ from tokenprune.evals import searching
 from tokenprune.evals.candidates import Profile, at_cost, crossed, drawn, genes_of, mutated
 from tokenprune.evals.models import load_model
 from tokenprune.evals.search import search
-from tokenprune.evals.searching import Goal, Search
+from tokenprune.evals.searching import Candidate, Goal, Search
 from tokenprune.evals.spaces import Tokens, Windows, space_of
 from tokenprune.schedule import Layout
 from tokenprune.solver import shares_of
@@ -88,6 +89,33 @@ def test_candidates_are_distinct_and_all_at_the_budget(model: nn.Module) -> None
     assert len({tuple(sorted(c.counts.items())) for c in one.candidates}) == 8
     assert all(abs(c.flops_ratio - 0.7) <= 0.01 for c in one.candidates), [c.flops_ratio for c in one.candidates]
     assert one.best() == max(one.candidates, key=lambda c: (c.agreement, c.closeness))
+
+
+def test_a_schedule_off_the_budget_never_wins_over_one_within_it(model: nn.Module) -> None:
+    one = search_of(model, "top_k", "flops", 0.7)
+    kept = {0.691: {0: 20}, 0.709: {0: 22}, 0.717: {0: 25}, 0.66: {0: 15}, 0.74: {0: 28}}
+    better = dict(zip((0.691, 0.709, 0.66, 0.717, 0.74), (0.1, 0.2, 0.3, 0.4, 0.5), strict=True))
+    tried = {f: Candidate(one.space.genes(c), c, better[f], better[f], f, float("nan")) for f, c in kept.items()}
+    one.candidates = list(tried.values())
+    assert one.best() is tried[0.709]
+    assert one.result().found["flops_ratio"] == 0.709
+    one.candidates = [tried[0.66], tried[0.74], tried[0.717]]
+    with pytest.raises(tokenprune.BudgetError, match=r"none of 3 .* flops=0\.7; the nearest: .* flops=0\.717"):
+        one.result()
+
+
+def test_of_few_tokens_the_budget_is_met_or_told() -> None:
+    """Of 15 tokens one more or less is 2% of the multiply-adds: an aim is corrected, and never for the worse."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(48, 80), embed_dim=24, depth=4, num_heads=2).eval()
+    zoo.randomise(model, 0)
+    x = torch.randn(2, 3, 48, 80, generator=torch.Generator().manual_seed(0))
+    one = Search(model, x, "top_k", {}, Goal("flops", 0.7), evolves=True, seed=1)
+    for _ in range(10):
+        one.advance()
+    assert all(abs(c.flops_ratio - 0.7) <= 0.01 for c in one.candidates), [c.flops_ratio for c in one.candidates]
+    assert one.result().found["flops_ratio"] == pytest.approx(0.7, abs=0.01)
+    with pytest.raises(tokenprune.BudgetError, match=r"flops=0\.95 is more than the 0\.8\d\d that remain"):
+        search(model, x, "top_k", flops=0.95, candidates=1)
 
 
 def test_evolution_goes_on_from_the_best_and_monte_carlo_does_not(
@@ -188,7 +216,7 @@ def test_what_is_found_with_options_is_what_its_file_gives(
     with torch.no_grad():
         patched(x)
     told = tokenprune.report(patched).to_dict()
-    assert told["flops_ratio"] == found.found["flops_ratio"]
+    assert told["flops_ratio"] == found.found["flops_ratio"] == pytest.approx(0.8, abs=0.01)
     assert told["restore"] == options.get("restore", told["restore"])
 
 

@@ -268,3 +268,15 @@ def test_real_sizes() -> None:
         data = tokenprune.report(tokenprune.patch(model, "top_k", flops=0.75)).to_dict()
         assert data["flops_ratio"] == pytest.approx(0.75, abs=0.01)
         assert data["flops_after"] == zoo.count(model, x).get_total_flops() // 2
+
+
+def test_a_forward_in_which_nothing_could_go_is_told() -> None:
+    """Of 6 tokens in a window 3 stand against 3, and no token has the 5 near neighbours that it takes."""
+    model, x = model_of("v1"), inputs("v1")
+    plain = run(model, x)
+    for options, gone in (({}, False), ({"neighbours": 1, "threshold": -0.99}, True), ({"keep": 0.5}, True)):
+        tokenprune.patch(model, "saint", **options)
+        assert "no token went" not in str(tokenprune.report(model))
+        assert torch.allclose(run(model, x), plain) is not gone
+        told = [note for note in tokenprune.report(model).to_dict()["notes"] if "no token went" in note]
+        assert len(told) == (not gone)

@@ -107,7 +107,6 @@ class Rows:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.thresholds: dict[tuple[str, float], Any] = {}
 
     def unpatched(self) -> Row:
         """The model as it is."""
@@ -128,14 +127,11 @@ class Rows:
 
     def _patch(self, model: nn.Module, method: str, restore: str, flops: float) -> None:
         adaptive = ("saint", "algm", "adaptive_tome")
-        if method not in adaptive:
+        if method in adaptive:
+            found = tokenprune.calibrate(self.task.model, self.task.calibration, method, flops=flops, restore=restore)
+            tokenprune.patch(model, schedule=found)
+        else:
             tokenprune.patch(model, method, flops=flops, restore=restore)
-            return
-        if (method, flops) not in self.thresholds:
-            self.thresholds[method, flops] = tokenprune.calibrate(
-                self.task.model, self.task.calibration, method, flops=flops
-            )
-        tokenprune.patch(model, schedule=self.thresholds[method, flops], restore=restore)
 
     def _scored(self, model: nn.Module) -> Row:
         found = self.task.score(_read(model, self.task.images, self.task.read))

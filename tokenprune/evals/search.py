@@ -45,8 +45,9 @@ def search(
 
     images: [N, C, H, W] on the model's device, without labels; 64 are enough for a small model. One goal:
 
-    flops: share in (0, 1) of the multiply-adds, at which the schedule of highest agreement is taken. speedup: at least
-    so many times the unpatched model's speed on this device, of which again the one of highest agreement.
+    flops: share in (0, 1) of the multiply-adds, met within 1%, at which the schedule of highest agreement is taken.
+    speedup: at least so many times the unpatched model's speed on this device, of which again the one of highest
+    agreement.
     min_agreement: share in (0, 1] of the images on which the answer stays, at which the fastest is taken.
 
     Agreement is that of the top-1 class, between equal ones the cosine of the features decides; of a model without

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
+from tokenprune.calibration import MET
 from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedModel
 from tokenprune.evals.arms import refuse_training_only
 from tokenprune.evals.candidates import Genes, crossed, drawn, mutated, picked
@@ -62,7 +63,8 @@ class Candidate:
     def rank(self, goal: Goal) -> tuple[float, ...]:
         """The greater the better; those that meet the goal first."""
         if goal.name == "flops":
-            return (self.agreement, self.closeness)
+            off = abs(self.flops_ratio - goal.value)
+            return (1.0, self.agreement, self.closeness) if off <= MET else (0.0, -off)
         if goal.name == "speedup":
             met = self.speedup >= goal.value
             return (1.0, self.agreement, self.closeness) if met else (0.0, self.speedup)
@@ -71,7 +73,7 @@ class Candidate:
 
     def meets(self, goal: Goal) -> bool:
         """Whether it is what was asked for."""
-        return goal.name == "flops" or self.rank(goal)[0] == 1.0
+        return self.rank(goal)[0] == 1.0
 
 
 class Search:
@@ -101,6 +103,11 @@ class Search:
         self.candidates: list[Candidate] = []
         self.step, self.log, self.seconds = 0, list[dict[str, float]](), 0.0
         self.space = space_of(self.base, method, self.options, restore)
+        if goal.name == "flops" and goal.value > self.space.most + MET:
+            raise BudgetError(
+                f"flops={goal.value:g} is more than the {self.space.most:.3f} that remain without removing a token, as"
+                " the last block runs on prefix tokens alone; use less"
+            )
         with torch.inference_mode():
             self.reference = self._observed(self.base)
         if not self.reference.features.isfinite().all():
@@ -136,10 +143,12 @@ class Search:
             met = self._verified(met[:VERIFIED])
         if not met:
             best = ranked[0]
+            other = "less" if self.goal.timed else f"flops={best.flops_ratio:.3f}"
+            speedup = f" speed-up {best.speedup:.2f}," if self.goal.timed else ""
             raise BudgetError(
                 f"none of {len(ranked)} schedules of {self.method} reaches {self.goal.name}={self.goal.value:g}; the"
-                f" nearest: agreement {best.agreement:.3f}, speed-up {best.speedup:.2f}, flops {best.flops_ratio:.2f}."
-                " Ask for less, or try more candidates"
+                f" nearest: agreement {best.agreement:.3f},{speedup} flops {best.flops_ratio:.3f}. Ask for {other}, or"
+                " try more candidates"
             )
         best = met[0]
         found = {
@@ -216,7 +225,7 @@ class Search:
     def _aim(self) -> float:
         """The share of the multiply-adds at which the next candidate aims."""
         if self.goal.name == "flops":
-            return self.goal.value
+            return min(self.goal.value, self.space.most - NEARLY)
         if self.goal.name == "speedup":
             dearer = sorted(1.0 / (one.speedup * one.flops_ratio) for one in self.candidates)
             return min(0.99, 1.0 / (self.goal.value * (dearer[len(dearer) // 2] if dearer else 1.0)))
@@ -240,17 +249,18 @@ class Search:
         return crossed(first, picked(parents, self.generator), self.generator)
 
     def _tried(self, counts: Counts, aim: float) -> Candidate:
-        model = self._scheduled(counts)
-        ratio = tokenprune.report(model).to_dict()["flops_ratio"]
         genes = self.space.genes(counts)
-        if abs(ratio - aim) > NEARLY:  # the cost of a schedule is a model; aim once more by what was counted
+        model, ratio = self._counted(counts)
+        for asked in (2 * aim - ratio, aim):  # the cost of a schedule is a model; aim once more by what was counted
+            if abs(ratio - aim) <= NEARLY:
+                break
             try:
-                counts = self.space.solved(genes, 2 * aim - ratio)
+                again = self.space.solved(genes, asked)
             except BudgetError:
-                pass
-            else:
-                model = self._scheduled(counts)
-                ratio = tokenprune.report(model).to_dict()["flops_ratio"]
+                continue
+            other, counted = self._counted(again)
+            if abs(counted - aim) < abs(ratio - aim):
+                counts, model, ratio = again, other, counted
         with torch.inference_mode():
             seen = self._observed(model)
             closeness = float(feature_cosine(seen.features, self.reference.features).mean())
@@ -265,6 +275,11 @@ class Search:
 
     def _scheduled(self, counts: Counts) -> nn.Module:
         return self._patched(schedule=self.space.schedule(counts))
+
+    def _counted(self, counts: Counts) -> tuple[nn.Module, float]:
+        """The model so patched, and its share of the multiply-adds."""
+        model = self._scheduled(counts)
+        return model, tokenprune.report(model).to_dict()["flops_ratio"]
 
     def _speedup(self, model: nn.Module) -> float:
         arms = [partial(one, self.images[: self.batch_size]) for one in (self.base, model, self.base)]

@@ -24,9 +24,11 @@ from tokenprune.windows.tiling import Grid
 
 
 class Space(Protocol):
-    """The schedules of a method on a model. depth: how many blocks can reduce."""
+    """The schedules of a method on a model. depth: how many blocks can reduce. most: share of the multiply-adds where
+    nothing is removed."""
 
     depth: int
+    most: float
 
     def own(self, model: nn.Module) -> Counts:
         """Of each block where `model` is patched to reduce, what is left there."""
@@ -88,6 +90,7 @@ class Tokens:
         self.method = patch.method.schedule
         # The last block has no tokens to leave that are read, or those that left are back in front of it.
         self.depth = patch.depth - (patch.prefix_only_last or patch.fuses)
+        self.most = self.costs.total(self.tokens, {}) / self.costs.total(self.tokens)
 
     def own(self, model: nn.Module) -> Counts:
         [patch] = active_patches(model).values()
@@ -111,7 +114,7 @@ class Windows:
     def __init__(self, patch: WindowsPatch) -> None:
         assert patch.costs is not None
         self.costs, self.grid, self.layouts = patch.costs, patch.usual, patch.layouts
-        self.depth = len(patch.layouts)
+        self.depth, self.most = len(patch.layouts), 1.0
 
     def own(self, model: nn.Module) -> Counts:
         [patch] = active_patches(model).values()

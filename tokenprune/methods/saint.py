@@ -63,7 +63,8 @@ def saint(
 
     Every second token is compared with the others by the cosine of keys. As many of them go as have `neighbours` or
     more within a cosine of `threshold`: those of the highest n exp(gamma (mean cosine with them - threshold)), where n
-    is how many they are. The published code takes the mean of that number over the batch.
+    is how many they are. The published code takes the mean of that number over the batch. Where the others are fewer
+    than `neighbours`, as in small windows, none goes but by rate=, keep=, tokens= or schedule=.
 
     rate: the most that stay at a place as a share of those at the place before; 1.0, the paper's, sets no bound. keep=
     and tokens= bound what the last place leaves. places: blocks, all of the first half by default.

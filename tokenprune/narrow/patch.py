@@ -60,9 +60,8 @@ class NarrowPatch(Portable):
             here().forwards.pop(id(self), None)
 
     def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
-        """Time at each batch of `table` and the usual size, as a share of the unpatched one; of an adaptive method
-        nothing is known before it has run."""
-        if not self.keep or self.method.adaptive:
+        """Time at each batch of `table` and the usual size, as a share of the unpatched one."""
+        if not self.keep or self.unpredictable():
             return {}
         assert self.whole is not None
         tokens = self.grid[0] * self.grid[1]
@@ -92,8 +91,19 @@ class NarrowPatch(Portable):
         }
 
     def _notes(self) -> list[str]:
-        unknown = self.method.adaptive and not self.left
-        return [*_SPANS, *(["how many tokens go is known behind a forward; here all are counted"] if unknown else [])]
+        if not self.method.adaptive:
+            return [*_SPANS]
+        if not self.left:
+            return [*_SPANS, "how many tokens go is known behind a forward; here all are counted"]
+        if any(round(left) < self._tokens(index) for index, left in self.left.items()):
+            return [*_SPANS]
+        areas = " or ".join(str(area) for area in sorted({self.layouts[index].tiling.area for index in self.left}))
+        name = self.method.name
+        return [
+            *_SPANS,
+            f"no token went in the last forward: in windows of {areas} tokens {name} found none that can go; keep= or"
+            " schedule= bounds what stays, and options of the method let more go",
+        ]
 
     def _after(self) -> float:
         assert self.whole is not None

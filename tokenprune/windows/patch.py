@@ -87,7 +87,7 @@ class WindowsPatch(Portable):
 
     def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
         """Time at each batch of `table` and the usual size, as a share of the unpatched one."""
-        if not self.active:
+        if self.unpredictable():
             return {}
         assert self.costs is not None
         plan, grid = self.plan(self.usual), self.usual
