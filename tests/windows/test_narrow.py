@@ -280,3 +280,31 @@ def test_a_forward_in_which_nothing_could_go_is_told() -> None:
         assert torch.allclose(run(model, x), plain) is not gone
         told = [note for note in tokenprune.report(model).to_dict()["notes"] if "no token went" in note]
         assert len(told) == (not gone)
+
+
+@pytest.mark.parametrize("entry", ["forward", "forward_features"])
+def test_the_models_own_forward_in_its_own_hook_is_recorded_apart(entry: str) -> None:
+    model, x = model_of("v1"), inputs("v1")
+    y = inputs("v1", 1)
+    tokenprune.patch(model, "top_k", **everywhere(model))
+    blocks = model.layers[0].blocks[1], model.layers[1].blocks[2]
+    for register in (model.layers[0].register_forward_hook, *(block.register_forward_pre_hook for block in blocks)):
+        seen: list[Tensor] = []
+
+        def look(*_: object, seen: list[Tensor] = seen) -> None:
+            if not seen:
+                seen.append(y)
+                run(model, y)
+
+        with tokenprune.record(model) as recording, torch.no_grad():
+            expected = getattr(model, entry)(x)
+            hook = register(look)
+            got = getattr(model, entry)(x)
+            hook.remove()
+        alone, outer, inner = recording.forwards
+        assert torch.equal(got, expected)
+        assert [place.name for place in outer.places] == [place.name for place in alone.places]
+        assert all(torch.equal(a.kept, b.kept) for a, b in zip(outer.places, alone.places, strict=True))
+        assert [place.kept.shape[0] for place in inner.places] == [1] * len(alone.places)
+        assert here().running is None
+        assert here().depth == 0

@@ -243,14 +243,18 @@ def test_the_models_own_forward_in_its_own_hook_leaves_the_outer_one_as_it_is(en
             seen.append(torch.empty(0))
             seen.append(run(model, y))
 
-    for module in (model.layers[0], model.layers[0].blocks[0].mlp, model.layers[1].blocks[2].attn):
+    registers = [m.register_forward_hook for m in (model.layers[0], model.layers[0].blocks[0].mlp)]
+    registers += [model.layers[1].blocks[2].attn.register_forward_hook]
+    registers += [m.register_forward_pre_hook for m in (model.layers[0].blocks[1], model.layers[1].blocks[3])]
+    for register in registers:
         seen.clear()
-        hook = module.register_forward_hook(look)
+        hook = register(look)
         with torch.no_grad():
             assert torch.equal(getattr(model, entry)(x), expected)
         hook.remove()
         assert torch.equal(seen[1], inner)
         assert here().now is None
+        assert here().site is None
         assert here().depth == 0
 
 

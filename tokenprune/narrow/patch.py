@@ -52,12 +52,24 @@ class NarrowPatch(Portable):
             forward = Forward(self.image or ((output.shape[1], output.shape[2]) if output.ndim == 4 else self.grid))
             for recording in self.recordings:
                 recording.forwards.append(forward)
-            here().forwards[id(self)] = forward
+            self._finish()  # what an entry point that has no end has left
+            here().forwards.setdefault(id(self), []).append((here().depth, forward))
+
+    def start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Hook: the model is called."""
+        here().depth += 1
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: the forward has ended, by a result or an exception."""
-        if self.recordings:
-            here().forwards.pop(id(self), None)
+        if id(self) in here().forwards:
+            self._finish()
+        here().depth = max(0, here().depth - 1)
+
+    def _finish(self) -> None:
+        """Ends the recording of forwards that are no less deep than this call; in a hook of the others it runs."""
+        outer = [one for one in here().forwards.pop(id(self), []) if one[0] < here().depth]
+        if outer:
+            here().forwards[id(self)] = outer
 
     def predicted(self, table: LatencyTable) -> dict[tuple[int, int], float]:
         """Time at each batch of `table` and the usual size, as a share of the unpatched one."""
@@ -128,4 +140,5 @@ def attach(host: NarrowHost, patch: NarrowPatch) -> None:
     for index, block in enumerate(host.blocks):
         NarrowSite(patch, index, block).attach(block)
     host.entry.register_forward_hook(patch.begin)
+    host.model.register_forward_pre_hook(patch.start, prepend=True)
     host.model.register_forward_hook(patch.end, always_call=True)

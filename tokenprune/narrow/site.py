@@ -39,11 +39,13 @@ class Running:
 
 
 class _Here:
-    """forwards: {id of a patch: the recording of the forward of its model, where one is wanted}."""
+    """depth: how many patched models' own calls run now, one within the other. forwards: {id of a patch: (depth,
+    recording) of the forwards of its model where one is wanted, each in a hook of the one before}."""
 
     def __init__(self) -> None:
+        self.depth = 0
         self.running: Running | None = None
-        self.forwards: dict[int, Forward] = {}
+        self.forwards: dict[int, list[tuple[int, Forward]]] = {}
 
 
 _THREAD = OfThread(_Here)
@@ -123,9 +125,9 @@ class NarrowSite:
         if reduction is None:
             return None
         running.reduction, running.images = reduction, x.shape[0]
-        forward = here().forwards.get(id(self.patch)) if self.patch.recordings and not in_backward() else None
-        if forward is not None:
-            forward.places.append(self._recorded(running, index))
+        forwards = here().forwards.get(id(self.patch)) if self.patch.recordings and not in_backward() else None
+        if forwards:
+            forwards[-1][1].places.append(self._recorded(running, index))
         if isinstance(reduction, Repacking):
             return (reduction(windows.flatten(0, 1)).unsqueeze(0),)
         return (reduction(windows).reshape(x.shape[0], -1, x.shape[-1]),)

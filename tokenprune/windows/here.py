@@ -30,7 +30,8 @@ class Running(Protocol):
 class Pass:
     """One forward. grid: the first one. keep: {block: windows computed}, those left whole are not in it. scores:
     {stage: [B, n] what each token counts, None where the method does not look}. forward: the recording of it, where one
-    is wanted. outer: the forward in a hook of which this one runs, of this or another model. depth: see `_Here`."""
+    is wanted. outer, site: the forward and the block in a hook of which this one runs, of this or another model. depth:
+    see `_Here`."""
 
     patch: WindowsPatch
     grid: Grid
@@ -38,6 +39,7 @@ class Pass:
     forward: Forward | None = None
     scores: dict[int, Tensor | None] = field(default_factory=dict)
     outer: Pass | None = None
+    site: Running | None = None
     depth: int = 0
 
 
@@ -62,7 +64,7 @@ def finish(patch: WindowsPatch) -> None:
     """The forward of `patch` has ended, if it has not before."""
     now = here().now
     if now is not None and now.patch is patch:
-        here().now = now.outer
+        here().now, here().site = now.outer, now.site
 
 
 def on_windows_here(

@@ -60,7 +60,7 @@ class WindowsPatch(Portable):
     def begin(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Hook: the first grid is there, by whichever entry point."""
         grid = (output.shape[1], output.shape[2]) if output.ndim == 4 else self.usual
-        now, depth = here().now, here().depth
+        now, depth, site = here().now, here().depth, here().site
         if now is not None and now.patch is self and now.depth >= depth:
             finish(self)  # it was left by an exception; one that is less deep has this one in a hook
         forward, outer = None, here().now
@@ -69,10 +69,10 @@ class WindowsPatch(Portable):
             for recording in self.recordings:
                 recording.forwards.append(forward)
         if self.probe is not None:
-            here().now = Pass(self, grid, dict.fromkeys(range(len(self.layouts)), 1), outer=outer, depth=depth)
+            keep = dict.fromkeys(range(len(self.layouts)), 1)
         else:
             keep = self.keep(*grid) if self.active else {}
-            here().now = Pass(self, grid, keep, forward, outer=outer, depth=depth)
+        here().now = Pass(self, grid, keep, forward, outer=outer, site=site, depth=depth)
 
     def start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook: the model is called."""
