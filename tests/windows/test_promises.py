@@ -40,6 +40,12 @@ def gradients(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_runs() -> None:
+    """An entry point without an end, such as patch_embed alone, leaves its pass until the next forward."""
+    here().now = here().site = None
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", SIZES)
 def test_keeping_all(name: str, size: tuple[int, int]) -> None:
@@ -207,6 +213,7 @@ def test_checkpointing_of_more_than_a_block(reentrant: bool) -> None:
     assert len(recording.forwards) == 1
     for one, p in zip(expected, model.parameters(), strict=True):
         torch.testing.assert_close(one, p.grad, rtol=1e-9, atol=1e-9)
+    tokenprune.patch(build("v2"), "sparsevit", keep=0.5).patch_embed(images())  # a pass of another that never ends
     hidden = model.patch_embed(x)
     for stage in model.layers:
         hidden = checkpoint(stage, hidden, use_reentrant=reentrant)

@@ -60,12 +60,13 @@ class BlockSite:
             chosen: Chosen | None = known[0]
             return chosen
         now = here().now
-        if in_backward() and now is None and any(self.index in plan.keep for plan in self.patch.plans.values()):
+        own = now is not None and now.patch is self.patch
+        if in_backward() and not own and any(self.index in plan.keep for plan in self.patch.plans.values()):
             raise UnsupportedModel(
                 f"gradient checkpointing runs {self.layout.name} once more without knowing which windows it computed;"
                 " checkpoint each block by itself (set_grad_checkpointing) or the whole model, not a stage"
             )
-        chosen = self._chosen_in(now, x, tiling) if now is not None and now.patch is self.patch else None
+        chosen = self._chosen_in(now, x, tiling) if now is not None and own else None
         if torch.is_grad_enabled() or x.requires_grad:
             remember(x, (chosen,))
         return chosen
