@@ -79,6 +79,7 @@ def test_rows_from_measured_quality(tmp_path: Path, capsys: pytest.CaptureFixtur
         "one": task({"tome": (0.99, 0.8), "top_k": (0.9, 0.9), "evit": (1.0, 0.1), "saint": (1.0, 1.0)}),
         "two": task({"tome": (0.97, 0.8), "top_k": (0.9, 0.9), "evit": (0.2, 0.1), "saint": (1.0, 1.0)}),
     }
+    quality["neighbours"] = task({"tome": (0.1, 0.1), "evit": (1.0, 1.0)})  # too few drawings to rank methods by
     missed = {"method": "pomt", "flops": 0.8, "flops_ratio": 0.9, "score": 1.0}
     for part in quality.values():
         part["rows"].append(missed)  # type: ignore[attr-defined]
