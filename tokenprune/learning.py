@@ -119,7 +119,8 @@ class Learned:
     of what the budget removes that leaves already, None for all of it. disturb: (record) -> hidden states [B, N, C]
     that go on in the place of the record's, with gradients. places: (layout) -> the blocks that learn, where these are
     not those at which tokens leave. trained: (Shape) -> what is trained in the place of `part`, with more in it than
-    inference needs; strip: from that to the state of the part.
+    inference needs; strip: from that to the state of the part. detached: whether parts learn from the penalty alone,
+    as the loss of the task, and so a teacher of its answers, gives them no gradient.
     """
 
     part: Callable[[Shape], nn.Module]
@@ -135,3 +136,4 @@ class Learned:
     places: Callable[[Layout], tuple[int, ...]] | None = None
     trained: Callable[[Shape], nn.Module] | None = None
     strip: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
+    detached: bool = False

@@ -15,7 +15,7 @@ from tokenprune.training.session import start_of
 @pytest.mark.parametrize(("name", "flops"), [("digits-vit", 0.6), ("digit-masks", 0.5)])
 def test_rows(name: str, flops: float, tmp_path: object) -> None:
     model, task = load_model(name).model, TASKS[name]
-    parts = start_of(model, "cropr", flops, 0, Distillation(), {})
+    parts = start_of(model, "cropr", flops, 0, Distillation(), 0.0, {})
     parts.save(f"{tmp_path}/start")
     rows = compare(task, model, [f"{tmp_path}/start"], flops=flops, samples=4, rule={})
     assert [row["method"] for row in rows] == ["unpatched", "top_k", "random", f"{tmp_path}/start"]

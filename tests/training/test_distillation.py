@@ -68,6 +68,9 @@ def test_weights_are_of_the_recipe_or_asked_for(model: nn.Module, data: Data, tm
 def test_what_is_refused(model: nn.Module, data: Data) -> None:
     with pytest.raises(UnsupportedMethod, match="sit masks none; distill_logits= works"):
         train(model, data, "sit", distill_tokens=0.5, **QUICK)
+    with pytest.raises(UnsupportedMethod, match="a teacher of a frozen model would change nothing"):
+        train(model, data, "cropr", distill_logits=0.5, **QUICK)
+    assert train(model, data, "cropr", distill_logits=0.5, model_rate=1e-5, **QUICK).found["distill_logits"] == 0.5
     for wrong in (-1, float("nan"), "half", True):
         with pytest.raises(TokenPruneError, match="distill_logits must be a number of at least 0"):
             train(model, data, distill_logits=wrong, **QUICK)

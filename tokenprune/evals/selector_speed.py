@@ -48,7 +48,7 @@ def compare(model: nn.Module, images: Tensor, *, flops: float = 0.6, rounds: int
     """A row for cropr as it is and without fusion: `over_drawn` and `over_random`, its throughput over that of those at
     the same `flops` (median of per-round ratios with a 95% bootstrap interval); `control`: random over itself."""
     rows: list[Row] = []
-    parts = start_of(model, "cropr", flops, 0, Distillation(), {})
+    parts = start_of(model, "cropr", flops, 0, Distillation(), 0.0, {})
     generator = torch.Generator().manual_seed(0)
     for tensor in parts.tensors.values():
         tensor.normal_(generator=generator)

@@ -152,6 +152,7 @@ def cropr(*, r: int = 8, places: tuple[int, ...] | None = None) -> Method:
             trained=Cropr,
             strip=strip,
             bound=False,
+            detached=True,
         ),
     )
 

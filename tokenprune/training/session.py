@@ -29,9 +29,9 @@ from tokenprune.training.state import generators, set_generators
 
 
 def start_of(
-    model: nn.Module, method: str, flops: float, seed: int, distill: Distillation, options: dict[str, Any]
+    model: nn.Module, method: str, flops: float, seed: int, distill: Distillation, own: float, options: dict[str, Any]
 ) -> LearnedParts:
-    """The learned parts as they start.
+    """The learned parts as they start. own: the learning rate of the model's own weights.
 
     Raises:
         TokenPruneError: the method cannot be trained on the model, for this budget, or with these losses.
@@ -41,6 +41,11 @@ def start_of(
     budget = parse_budget(flops=budget_of(recipe, flops).get("flops"), own=(option, options.get(option)))
     if budget.is_full:
         raise BudgetError(f"{budget} leaves nothing out, and {method} has nothing to learn; use flops=0.6")
+    if distill and own == 0 and recipe.learned is not None and recipe.learned.detached:
+        raise UnsupportedMethod(
+            f"{method} learns from detached tokens, and a teacher of a frozen model would change nothing; leave"
+            " distill_logits= and distill_tokens= out, or train the model as well (model_rate=1e-5)"
+        )
     if distill.tokens and recipe.mask is None:
         raise UnsupportedMethod(
             f"distill_tokens={distill.tokens:g} compares tokens that are left with the same ones of the unpatched"

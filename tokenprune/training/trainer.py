@@ -108,7 +108,7 @@ def train(
         checked_weight("distill_tokens", recipe.distill_tokens if distill_tokens is None else distill_tokens),
     )
     own = checked_weight("model_rate", recipe.model_rate if model_rate is None else model_rate, example=1e-5)
-    start = start_of(model, method, aim, seed, distill, options)
+    start = start_of(model, method, aim, seed, distill, own, options)
     data = _labelled(images, model, transform, split)
     accelerator = accelerator_of(mixed_precision, checked_count("accumulate", accumulate, smallest=1, example=1))
     accumulate, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
