@@ -76,6 +76,7 @@ LONG = [
     "python -m tokenprune.evals.denoiser_speed",
     "python -m tokenprune.evals.region_speed",
     "python -m tokenprune.evals.mass_quality",
+    "python -m tokenprune.evals.method_pictures",
     "python -m tokenprune.evals.ragged",
     "python -m tokenprune.evals.dinov2_speed",
     "tokenprune bench --model dinov2-small-wheel",
@@ -89,7 +90,7 @@ ELSEWHERE: dict[str, str] = {
         "tests/evals/test_demo_diffusion.py::test_demo_writes_a_grid_for_each_model_and_a_table"
     ),
     "make test": ".ci/run",
-    "make lint test": ".ci/run",
+    "make lint docs test": ".ci/run",
     "python examples/lmms_eval_plugin.py": "tests/lvlm/test_examples.py::test_lmms_eval_plugin",
     "python examples/vlm_checkpoint.py": "tests/lvlm/test_examples.py::test_a_checkpoint_is_compared",
 }

@@ -72,7 +72,9 @@ def blocks(page: str) -> list[Block]:
     """The Python blocks of a page, in its order."""
     text = read(page)
     return [
-        Block(body, f"{page}:{line_of(text, start)}") for start, language, body in snippets(page) if language == "python"
+        Block(body, f"{page}:{line_of(text, start)}")
+        for start, language, body in snippets(page)
+        if language == "python"
     ]
 
 
