@@ -27,8 +27,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="tokenprune",
         description="Make a pretrained vision transformer compute fewer tokens, and measure what that gives and costs.",
-        epilog="tokenprune COMMAND --help has examples for each command. Exit codes: 0 done; 1 it failed, and why is one"
-        " line on standard error; 2 wrong usage; 130 interrupted.",
+        epilog="tokenprune COMMAND --help has examples for each command. Exit codes: 0 done; 1 it failed, and why"
+        " is told in one line on standard error; 2 wrong usage; 130 interrupted.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
