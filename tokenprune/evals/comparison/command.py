@@ -34,11 +34,8 @@ def run_compare(options: argparse.Namespace) -> int:
     folder = Path(options.output)
     measured = folder / MEASURED
     measured.mkdir(parents=True, exist_ok=True)
-    asked = {
-        name: value
-        for name, value in vars(options).items()
-        if name not in ("command", "output", "quiet", "image", "format")
-    }
+    shown_alone = ("command", "output", "quiet", "image", "format")
+    asked = {name: value for name, value in vars(options).items() if name not in shown_alone}
     same_settings(measured, asked)
     compared = [_model(name, options, measured) for name in options.model]
     rows = [{"model": one.name, **row} for one in compared for row in one.table.rows]
