@@ -25,7 +25,7 @@ DATA = ("text", "json", "toml", "yaml")
 PROGRAMS = ("tokenprune", "python", "make", "pip", "accelerate", "torchrun", "srun", "sbatch", "mkdocs")
 
 FENCED = re.compile(
-    r"^(?P<indent> *)(```+|~~~+) *(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)^(?P=indent)\2 *$", re.S | re.M
+    r"^(?P<indent> *)(```+|~~~+) *(?:\{\.)?(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)^(?P=indent)\2 *$", re.S | re.M
 )
 INDENTED = re.compile(r"(?<=\n\n)(?: {4}[^\n]*\n|\n(?= {4}))+")
 INCLUDED = re.compile(r'^--8<-- "([^"]+)"$', re.M)
