@@ -76,9 +76,10 @@ def test_a_command_that_does_not_work_is_seen(text: str) -> None:
 
 def failures(page: str, *, long: bool) -> list[str]:
     """What went wrong of the page's commands, which are run in their order: a later one may need what one wrote."""
+    earlier = set() if long else {one.text for other in PAGES[: PAGES.index(page)] for one in commands(other)}
     failed, done = list[str](), set[str]()
     for command in commands(page):
-        for line in lines_of(command):
+        for line in lines_of(command) if command.text not in earlier else ():
             if line not in done and (long or not matching(LONG, line)):
                 done.add(line)
                 try:
