@@ -79,6 +79,7 @@ LONG = [
     "accelerate launch",
     "python -m tokenprune.evals.equal_latency",
     "python -m tokenprune.evals.kernel_bench",
+    "python -m tokenprune.evals.lvlm_speed",
     "python -m tokenprune.evals.quality_table neighbours",
     "python -m tokenprune.evals.quality_table saliency",
     "python -m tokenprune.evals.selector_speed",
@@ -169,6 +170,7 @@ INSTEAD: dict[str, dict[str, str]] = {
         "latents=orders.noise)": "latents=orders.noise, num_inference_steps=2)",
     },
     "docs/search.md": {'"top_k", flops=0.6)': '"top_k", flops=0.6, candidates=4)'},
+    "docs/vit.md": {"batch_size=4)": "batch_size=4, stride=40)"},
     "docs/training.md": {
         'output="learned")': 'output="learned", epochs=1, batch_size=4)',
         '"cropr", flops=0.5)': '"cropr", flops=0.5, epochs=1, batch_size=4)',
