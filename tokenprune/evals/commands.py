@@ -22,6 +22,7 @@ from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 from tokenprune.evals.digits_lvlm import LVLM
 from tokenprune.evals.latency_profile import profile_latency
 from tokenprune.evals.models import DIGITS, SWIN, LoadedModel, load_model, noise
+from tokenprune.evals.ranks import is_main, own_device
 from tokenprune.evals.sources import openclipart_data
 from tokenprune.evals.table import SUFFIXES, Row, Table, checked_path
 from tokenprune.evals.transforms import denormalize, input_size
@@ -223,6 +224,7 @@ def set_machine(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
+    options.device = own_device(options.device)
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
@@ -291,7 +293,9 @@ def check_output(options: argparse.Namespace) -> None:
 
 
 def emit(table: Table, options: argparse.Namespace) -> None:
-    """Prints the table in the format that the options name, and saves it where they say."""
+    """Prints the table in the format that the options name, and saves it where they say, once for all processes."""
+    if not is_main():
+        return
     printed: dict[str | None, Any] = {"json": table.to_json, "csv": table.to_csv, "markdown": table.to_markdown}
     print(printed.get(options.format, table.to_text)().rstrip("\n"))
     if options.output is not None:
