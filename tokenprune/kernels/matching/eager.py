@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.kernels.inputs import EPSILON, precision, product
+from tokenprune.tables import table
 
 # Bytes of similarities that a thread works on at a time, so that they stay in its cache.
 CACHED = 2 * 2**20
@@ -32,15 +33,17 @@ def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) ->
     if device.type == "cuda" and window is None and batch * rows * others * dtype.itemsize <= memory_limit:
         return all_at_once(a, b)
     a, b = a.to(dtype), b.to(dtype)
-    b = (b / torch.linalg.vector_norm(b, dim=-1, keepdim=True).clamp_min(EPSILON)).transpose(1, 2)
-    norms = torch.linalg.vector_norm(a, dim=-1).clamp_min(EPSILON)
+    b = (b / torch.linalg.vector_norm(b, dim=-1, keepdim=True).clamp_min_(EPSILON)).transpose(1, 2)
+    norms = torch.linalg.vector_norm(a, dim=-1).clamp_min_(EPSILON)
     work = min(memory_limit, CACHED * torch.get_num_threads()) if device.type == "cpu" else memory_limit
-    if window is None and others <= FEW and batch * rows * others * dtype.itemsize <= work:
-        value, index = torch.bmm(a, b).max(-1)  # of equals the first, as torch documents it
-        return value / norms, index
+    columns = table(_columns, others, dtype, like=a)
+    if window is None and batch * rows * others * dtype.itemsize <= work:
+        similarity = torch.bmm(a, b)
+        # Of equals the first, as torch documents it of max too.
+        value, index = similarity.max(-1) if others <= FEW else _best(similarity, columns, others)
+        return value.div_(norms), index.long()
     value = a.new_empty(batch, rows)
     index = torch.empty(batch, rows, dtype=torch.long, device=device)
-    columns = torch.arange(others, dtype=dtype, device=device)
     block = max(1, min(rows, work // (others * dtype.itemsize)))
     if window is not None:  # as many rows as a window is wide, which see two windows' width together
         block = max(1, min(block, (2 * window + 1) * rows // others))
@@ -62,6 +65,10 @@ def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) ->
                 similarity.masked_fill_(outside(start, stop, columns[low:high], rows, others, window), float("-inf"))
             value[part], index[part] = _best(similarity, columns[low:high], others)
     return value / norms, index
+
+
+def _columns(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=dtype, device=device)
 
 
 def outside(start: int, stop: int, columns: Tensor, rows: int, others: int, window: int) -> Tensor:
