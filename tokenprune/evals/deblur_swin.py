@@ -15,11 +15,29 @@ WINDOW_SIZE = 4
 WIDTH = 48
 HEADS = 4
 MLP_RATIO = 2.0
-DEPTHS = (4, 4)
+DEPTHS = (2, 4)
 REACH = 2
 """Pixels around its own that the embedding of a patch sees."""
 
 IMAGE_SIZE = 192
+MEAN, STD = 0.5, 0.25
+
+
+SIDE = PATCH_SIZE + 2 * REACH
+
+
+def cosines() -> Tensor:
+    """Filters [WIDTH, 3, SIDE, SIDE] of a cosine transform: all frequencies of the brightness, and the lowest of the two
+    colour differences."""
+    steps = (torch.arange(SIDE) + 0.5) * torch.pi / SIDE
+    rows = torch.cos(torch.arange(SIDE)[:, None] * steps)
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    planes = torch.einsum("ui,vj->uvij", rows, rows).flatten(0, 1)
+    rising = sorted(range(SIDE**2), key=lambda n: sum(divmod(n, SIDE)))
+    colours = (WIDTH - SIDE**2) // 2
+    red, blue = torch.tensor([1.0, -1.0, 0.0]), torch.tensor([-0.5, -0.5, 1.0])
+    of = [(torch.ones(3) / 3, range(SIDE**2)), *((axis, rising[:colours]) for axis in (red, blue))]
+    return torch.stack([axis[:, None, None] * planes[n] for axis, numbers in of for n in numbers])
 
 
 class Patches(nn.Module):
@@ -29,14 +47,20 @@ class Patches(nn.Module):
         super().__init__()
         self.img_size = (IMAGE_SIZE, IMAGE_SIZE)
         self.grid_size = (IMAGE_SIZE // PATCH_SIZE, IMAGE_SIZE // PATCH_SIZE)
-        self.proj = nn.Conv2d(3, WIDTH, PATCH_SIZE + 2 * REACH, stride=PATCH_SIZE, padding=REACH)
+        self.proj = nn.Conv2d(3, WIDTH, SIDE, stride=PATCH_SIZE, padding=REACH)
+        with torch.no_grad():
+            self.proj.weight.copy_(cosines())
+            self.proj.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x - 0.5).permute(0, 2, 3, 1)
+        tokens: Tensor = self.proj((x - MEAN) / STD)
+        return tokens.permute(0, 2, 3, 1)
 
 
 class DeblurSwin(nn.Module):
-    """timm's Swin blocks at one resolution, between an embedding and a linear map to what is added to the pixels.
+    """timm's Swin blocks at one resolution. What they have added to a token says what is added to its pixels, in part
+    as weights of its embedding, which has the contrast that their norms take away. So a window that all blocks pass
+    through keeps its pixels, bit for bit.
 
     Images [B, 3, H, W] in [0, 1], with sides that are multiples of PATCH_SIZE, to restored ones.
     """
@@ -63,13 +87,14 @@ class DeblurSwin(nn.Module):
                 for depth in DEPTHS
             )
         )
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, 3 * PATCH_SIZE**2)
+        self.weigh = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.head = nn.Linear(2 * WIDTH, 3 * PATCH_SIZE**2, bias=False)
         nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.head(self.norm(self.layers(self.patch_embed(x))))
+        entered = self.patch_embed(x)
+        added = self.layers(entered) - entered
+        tokens = self.head(torch.cat([added, self.weigh(added) * entered], -1))
         return x + functional.pixel_shuffle(tokens.permute(0, 3, 1, 2), PATCH_SIZE)
 
 

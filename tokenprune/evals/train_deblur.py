@@ -20,20 +20,21 @@ from tokenprune.evals.local_blur import OUTLINE_CELLS, PHOTOGRAPHS, SIGMA, TEST_
 from tokenprune.evals.resumable import Rates, Resumable, run, ship
 
 SEED = 0
-STEPS = 3000
-BATCH = 16
+STEPS = 2000
+BATCH = 8
 CROP = 48
 SHARES = (0.2, 0.9)
 BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
-PEAK_LR = 2e-3
-RATES = Rates(warmup=100, cooldown_share=0.5, last_share=0.01)
+PEAK_LR = 3e-3
+RATES = Rates(warmup=50, cooldown_share=0.5, last_share=0.01)
 EMA_DECAY = 0.99
 LOSS_EPS = 1e-3
+SCALING_CROPS = 64
 LOG_EVERY = 250
-SAVE_EVERY = 50
-VALIDATION_CROPS = 8
+SAVE_EVERY = 25
+VALIDATION_CROPS = 4
 TEST_CROPS = 50
 DATA = {
     "name": "Photographs of scikit-image, blurred in part by tokenprune.evals.local_blur",
@@ -49,8 +50,13 @@ def error(restored: Tensor, sharp: Tensor) -> Tensor:
 
 
 def trainable() -> Any:
-    """The untrained network; its attention unfused, which is faster for windows of so few tokens."""
+    """The untrained network, each channel of its embedding scaled to a variance of one on training crops; its attention
+    unfused, which is faster for windows of so few tokens."""
     model: Any = deblur_swin(pretrained=False)
+    embedding = model.patch_embed
+    with torch.no_grad():
+        tokens = embedding(locally_blurred("train", SCALING_CROPS, SEED, size=CROP, shares=SHARES).images)
+        embedding.proj.weight /= tokens.std((0, 1, 2))[:, None, None, None]
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
@@ -127,6 +133,7 @@ def recipe_record(steps: int) -> dict[str, Any]:
             "cooldown_share": RATES.cooldown_share,
             "last_share": RATES.last_share,
         },
+        "embedding": {"start": "cosine transform", "scaled_on_crops": SCALING_CROPS},
         "average": {"decay": EMA_DECAY},
         "loss": "Charbonnier, fp32",
         "stop": "after all steps",
