@@ -38,6 +38,13 @@ CHEAPER: dict[str, dict[str, str | list[str]]] = {
     "tokenprune train digit-masks --output": {"--steps": "1"},
     "tokenprune train digit-reader --output": {"--steps": "1"},
     "accelerate launch -m tokenprune.cli train": {"--batch-size": "4", "--epochs": "1"},
+    "accelerate launch --multi_gpu --num_processes 4 -m tokenprune.cli search": {
+        "--samples": "4",
+        "--batch-size": "2",
+        "--candidates": "4",
+        "--device": "cpu",
+    },
+    "torchrun --nproc-per-node 4 -m tokenprune.cli eval": {"--device": "cpu", "--batch-size": "4"},
     "python -m tokenprune.evals.dense_quality": {"--samples": "4", "--method": "uniform", "--flops": "0.6"},
     "python -m tokenprune.evals.dinov2_speed": {"--batch-size": "1", "--method": "top_k", "--attempts": "1"},
     "python -m tokenprune.evals.equal_latency": {"--images": "8", "--batch-size": "2"},
@@ -108,6 +115,7 @@ ELSEWHERE: dict[str, str] = {
         "tests/evals/test_demo_diffusion.py::test_demo_writes_a_grid_for_each_model_and_a_table"
     ),
     "make test": ".ci/run",
+    "make docs": ".ci/run",
     "make lint docs test": ".ci/run",
     "python examples/lmms_eval_plugin.py": "tests/lvlm/test_examples.py::test_lmms_eval_plugin",
     "python examples/vlm_checkpoint.py": "tests/lvlm/test_examples.py::test_a_checkpoint_is_compared",
@@ -138,6 +146,11 @@ from PIL import Image
 vlm, inputs, processor = build("llava"), prompt("llava").inputs, Processor()
 image, question = Image.effect_noise((300, 200), 60).convert("RGB"), "How many planes?"
 examples = [(image, question)]
+""",
+    "docs/evaluation.md": """
+from timm import create_model
+from tokenprune.evals.accuracy import evaluate
+model = create_model("vit_tiny_patch16_224").eval()
 """,
     "docs/methods.md": DIGITS + "model = vit",
     "docs/patterns.md": DIGITS,

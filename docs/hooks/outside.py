@@ -8,7 +8,14 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-OUTSIDE = ("LICENSES.md", "CONTRIBUTING.md", "CHANGELOG.md", "tokenprune/defaults.json")
+OUTSIDE = (
+    "LICENSES.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "tokenprune/defaults.json",
+    "examples/slurm.sh",
+    "examples/two_nodes.sh",
+)
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from tokenprune.cli.commands import RECIPES, parser
 from tokenprune.cli.examples import EXAMPLES
 
+SHARED_OUT = ("eval", "search")
+
 __all__ = ["EXAMPLES", "RECIPES", "main", "parser"]
 
 
@@ -29,11 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "train" and options.method is None and (foreign := _of_methods(known, options)):
         known.error(f"{options.model} is trained by its recipe, which takes no {', '.join(foreign)}")
     from tokenprune.errors import TokenPruneError
+    from tokenprune.evals.ranks import launched, ranks
 
+    rank, count = launched()
     try:
-        return _run(options)
+        if options.command == "train" and options.method is not None:
+            return _run(options)  # where accelerate knows the processes
+        with ranks():
+            if count > 1 and options.command not in SHARED_OUT:
+                raise TokenPruneError(
+                    f"{options.command} is of one process and was started in {count}; tokenprune"
+                    f" {', '.join(SHARED_OUT)} and train --method run in several"
+                )
+            return _run(options)
     except (TokenPruneError, ImportError, OSError) as error:
-        print(f"tokenprune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        where = f" on rank {rank}" if count > 1 else ""
+        print(f"tokenprune: error{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

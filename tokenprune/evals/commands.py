@@ -17,13 +17,14 @@ from torch import Tensor, nn
 import tokenprune
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.accuracy import evaluate
-from tokenprune.evals.arms import FEWER_STEPS, SMALLER_INPUT, UNPATCHED, Arm, Budget, build_arms, runnable
+from tokenprune.evals.arms import SMALLER_INPUT, UNPATCHED, Arm, Budget, build_arms, is_unpatched, runnable
 from tokenprune.evals.bench import bench
 from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 from tokenprune.evals.digits_lvlm import LVLM
 from tokenprune.evals.latency_profile import profile_latency
 from tokenprune.evals.models import DIGITS, SWIN, LoadedModel, load_model, noise
+from tokenprune.evals.ranks import is_main, own_device
 from tokenprune.evals.sources import openclipart_data
 from tokenprune.evals.table import SUFFIXES, Row, Table, checked_path
 from tokenprune.evals.transforms import denormalize, input_size
@@ -231,6 +232,7 @@ def set_machine(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
+    options.device = own_device(options.device)
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
@@ -299,7 +301,9 @@ def check_output(options: argparse.Namespace) -> None:
 
 
 def emit(table: Table, options: argparse.Namespace) -> None:
-    """Prints the table in the format that the options name, and saves it where they say."""
+    """Prints the table in the format that the options name, and saves it where they say, once for all processes."""
+    if not is_main():
+        return
     printed: dict[str | None, Any] = {"json": table.to_json, "csv": table.to_csv, "markdown": table.to_markdown}
     print(printed.get(options.format, table.to_text)().rstrip("\n"))
     if options.output is not None:
@@ -310,6 +314,5 @@ def finish(table: Table, options: argparse.Namespace, **environment: Any) -> int
     """Emits the table of a model's rows; the exit code, 1 where not a single method could be run."""
     table.environment = {"model": options.model, **environment, **table.environment}
     emit(table, options)
-    unpatched = (UNPATCHED, SMALLER_INPUT, FEWER_STEPS)
-    ran = [row for row in table.rows if row.get("flops_ratio") is not None and row["method"] not in unpatched]
+    ran = [row for row in table.rows if row.get("flops_ratio") is not None and not is_unpatched(str(row["method"]))]
     return 0 if ran else 1
