@@ -112,7 +112,9 @@ def calibrated(training: Training) -> LearnedParts:
         ratio = mean_cost(model, crops)
         return ratio, threshold
 
-    ratio, threshold = nearest_to(FLOPS, tried, -LARGEST, LARGEST, first=0.0, rising=False, near=NEAR, rounds=ROUNDS)
+    ratio, threshold = nearest_to(
+        FLOPS, tried, -LARGEST, LARGEST, first=0.0, rising=False, near=NEAR, rounds=ROUNDS
+    )
     tried(threshold)
     tensors = {name: tensor.detach().clone() for name, tensor in patch.learned.state_dict().items()}
     found: dict[str, Any] = {
