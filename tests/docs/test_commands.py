@@ -37,6 +37,7 @@ def test_every_command_runs(page: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", PAGES)
 def test_the_long_ones_too(page: str) -> None:
     assert not (failed := failures(page, long=True)), "\n".join(failed)
