@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenprune.evals.digit_masks import mean_iou, overlaps
+from tokenprune.evals.digit_masks import overlaps
 from tokenprune.evals.learned_quality import TASKS, compare
 from tokenprune.evals.models import load_model
+from tokenprune.evals.segmentation import mean_iou
 from tokenprune.training.distillation import Distillation
 from tokenprune.training.session import start_of
 

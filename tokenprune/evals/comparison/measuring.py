@@ -56,7 +56,7 @@ def measure_budgets(
     saliency = loaded.saliency if data.classes is None else None
     seen = None
     for budget in budgets:
-        arms = build_arms(loaded.model, images, methods, [budget], dense=saliency is not None)
+        arms = build_arms(loaded.model, images, methods, [budget], dense=saliency is not None or data.dense)
         path = folder / f"{loaded.name.replace('/', '--').replace(':', '--')}-{budget_label(budget)}.json"
         if path.exists():
             yield arms, Table.from_json(path.read_text(encoding="utf-8"))
