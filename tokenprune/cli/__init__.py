@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from tokenprune.cli.commands import RECIPES, parser
 from tokenprune.cli.examples import EXAMPLES
 
-SHARED_OUT = ("eval", "search")
+SHARED_OUT = ("eval", "search", "score")
 
 __all__ = ["EXAMPLES", "RECIPES", "main", "parser"]
 
@@ -73,6 +73,16 @@ def _run(options: argparse.Namespace) -> int:
         from tokenprune.evals import lvlm_commands
 
         return (lvlm_commands.run_eval if options.command == "eval" else lvlm_commands.refuse)(options)
+    kind, named, _ = (options.model or "").partition(":") if options.command == "eval" else ("", "", "")
+    if named and kind in ("clip", "vlm", "pipe"):
+        from tokenprune.evals import clip_commands, hub_commands
+
+        run_kind = {
+            "clip": clip_commands.run_eval,
+            "vlm": hub_commands.eval_questions,
+            "pipe": hub_commands.eval_prompts,
+        }
+        return run_kind[kind](options)
     if options.command == "train" and options.method is not None:
         from tokenprune.training import command
 

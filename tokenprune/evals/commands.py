@@ -233,16 +233,34 @@ def set_machine(options: argparse.Namespace) -> None:
 
 def load(options: argparse.Namespace) -> LoadedModel:
     """The model that the options name, where and as they want it."""
-    foreign = [name for name in ("steps", "guidance") if getattr(options, name, None) is not None]
-    theirs = DIFFUSION if foreign else (*DIFFUSION, LVLM)
-    if options.command == "eval" and options.rounds is not None:
-        foreign.append("rounds")
-    if foreign:
-        raise TokenPruneError(f"--{', --'.join(foreign)}: only for {', '.join(theirs)}, not for {options.model}")
+    refuse_foreign(options)
     set_machine(options)
     loaded = load_model(options.model, checkpoint=options.checkpoint, random_weights=options.random_weights)
     loaded.model.to(options.device, getattr(torch, options.dtype))
     return loaded
+
+
+OF_SOME = {
+    "steps": (*DIFFUSION, "pipe:NAME"),
+    "guidance": (*DIFFUSION, "pipe:NAME"),
+    "rounds": (*DIFFUSION, LVLM),
+    "max_new_tokens": ("vlm:NAME",),
+    "clip": ("pipe:NAME",),
+    "lpips": ("pipe:NAME",),
+    "classes": ("clip:NAME",),
+    "template": ("clip:NAME",),
+}
+"""Options of eval that not all models take: whose they are."""
+
+
+def refuse_foreign(options: argparse.Namespace, own: Sequence[str] = ()) -> None:
+    """Raises TokenPruneError for an option that is not for such a model; own: those that are."""
+    names = OF_SOME if options.command == "eval" else ("steps", "guidance")
+    foreign = [name for name in names if name not in own and getattr(options, name, None) is not None]
+    if foreign:
+        theirs = ", ".join(name for name in OF_SOME[foreign[0]] if options.command == "eval" or ":" not in name)
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+        raise TokenPruneError(f"{told}: only for {theirs}, not for {options.model}")
 
 
 def budgets(options: argparse.Namespace, default: Sequence[Budget] = (DEFAULT_BUDGET,)) -> list[Budget]:

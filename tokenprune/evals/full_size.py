@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.evals.ranks import ranks
 
 CLIP_MODEL = "openai/clip-vit-large-patch14"
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
@@ -82,13 +83,17 @@ def clip_score(
         raise TokenPruneError(f"CLIP {model} could not be loaded: {str(error).splitlines()[0]}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clip.eval().to(device)
-    scores: list[float] = []
-    for start in range(0, len(pictures), batch_size):
+
+    def scored(start: int) -> list[float]:
         texts = list(prompts[start : start + batch_size])
         images = [Image.open(path).convert("RGB") for path in pictures[start : start + batch_size]]
         inputs = processor(text=texts, images=images, return_tensors="pt", padding=True, truncation=True).to(device)
         with torch.inference_mode():
             output = clip(**inputs)
         cosine = torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
-        scores += cosine.clamp(min=0).tolist()
-    return scores
+        scores: list[float] = cosine.clamp(min=0).tolist()
+        return scores
+
+    with ranks() as processes:
+        own = [scored(start) for start in processes.own(range(0, len(pictures), batch_size))]
+        return processes.joined(own, lambda whole: [score for batch in whole for score in batch])
