@@ -25,7 +25,7 @@ DATA = ("text", "json", "toml", "yaml")
 PROGRAMS = ("tokenprune", "python", "make", "pip", "accelerate", "torchrun", "srun", "sbatch", "mkdocs")
 
 FENCED = re.compile(
-    r"^(?P<indent> *)(```+|~~~+) *(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)^(?P=indent)\2 *$", re.S | re.M
+    r"^(?P<indent> *)(```+|~~~+) *(?:\{\.)?(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)^(?P=indent)\2 *$", re.S | re.M
 )
 INDENTED = re.compile(r"(?<=\n\n)(?: {4}[^\n]*\n|\n(?= {4}))+")
 INCLUDED = re.compile(r'^--8<-- "([^"]+)"$', re.M)
@@ -72,7 +72,9 @@ def blocks(page: str) -> list[Block]:
     """The Python blocks of a page, in its order."""
     text = read(page)
     return [
-        Block(body, f"{page}:{line_of(text, start)}") for start, language, body in snippets(page) if language == "python"
+        Block(body, f"{page}:{line_of(text, start)}")
+        for start, language, body in snippets(page)
+        if language == "python"
     ]
 
 

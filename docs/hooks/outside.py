@@ -8,7 +8,14 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-OUTSIDE = ("LICENSES.md", "CONTRIBUTING.md", "CHANGELOG.md", "tokenprune/defaults.json")
+OUTSIDE = (
+    "LICENSES.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "tokenprune/defaults.json",
+    "examples/slurm.sh",
+    "examples/two_nodes.sh",
+)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -19,5 +26,5 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    names = "|".join(map(re.escape, OUTSIDE))
-    return re.sub(rf"\]\(\.\./({names})(#[^)]*)?\)", r"](\1\2)", markdown)
+    inside = page.file.src_uri in OUTSIDE
+    return re.sub(r"\]\(docs/" if inside else rf"\]\(\.\./(?={'|'.join(map(re.escape, OUTSIDE))})", "](", markdown)

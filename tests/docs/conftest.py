@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.evals import (
+    denoiser_speed,
     dinov2,
     generation,
     generation_curves,
@@ -51,6 +52,8 @@ SMALL: dict[str, dict[str, Any]] = {
 SMALLER: list[tuple[Any, str, Any]] = [
     (generation, "REAL_IMAGES", 70),
     (generation_curves, "STEPS", 3),
+    (denoiser_speed, "LEVELS", denoiser_speed.LEVELS[2:3]),
+    (denoiser_speed, "MIDDLE", denoiser_speed.MIDDLE[1:]),
     (region_quality, "REAL_IMAGES", 70),
     (train_diffusion, "RECIPES", {name: train_diffusion.Recipe(1, 1, 1e-3) for name in train_diffusion.RECIPES}),
     *((train_diffusion, name, 2) for name in ("BATCH", "VALIDATION_IMAGES", "VALIDATE_EVERY", "SAVE_EVERY")),

@@ -76,9 +76,10 @@ def test_a_command_that_does_not_work_is_seen(text: str) -> None:
 
 def failures(page: str, *, long: bool) -> list[str]:
     """What went wrong of the page's commands, which are run in their order: a later one may need what one wrote."""
+    earlier = set() if long else {one.text for other in PAGES[: PAGES.index(page)] for one in commands(other)}
     failed, done = list[str](), set[str]()
     for command in commands(page):
-        for line in lines_of(command):
+        for line in lines_of(command) if command.text not in earlier else ():
             if line not in done and (long or not matching(LONG, line)):
                 done.add(line)
                 try:
@@ -107,7 +108,9 @@ def recipe(arguments: list[str]) -> list[str]:
         check=True,
     )
     ran = [line.replace(".venv/bin/", "") for line in done.stdout.splitlines()]
-    return [line for line in ran if line.startswith(("python -m tokenprune", "python -m pytest", "tokenprune"))]
+    known = [line for line in ran if line.startswith(("python -m tokenprune", "python -m pytest", "tokenprune"))]
+    assert known, f"make {shlex.join(arguments)} runs nothing that is known here"
+    return known
 
 
 def run(command: Command) -> None:
@@ -137,6 +140,12 @@ def executed(program: str, arguments: list[str], *, only_parsed: bool) -> None:
 
         assert arguments.pop(0) == "launch"
         launched = launch_command_parser().parse_args(arguments)
+        arguments = [*(["-m"] if launched.module else []), launched.training_script, *launched.training_script_args]
+        program = "python"
+    if program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        launched = get_args_parser().parse_args(arguments)
         arguments = [*(["-m"] if launched.module else []), launched.training_script, *launched.training_script_args]
         program = "python"
     if program == "python" and arguments[0] != "-m":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,18 +203,24 @@ def train(options: argparse.Namespace) -> int:
         raise TokenPruneError(
             f"--steps is for digits-vit, digit-reader and digit-masks; {options.model} is trained by its recipe"
         )
-    if options.model in DIFFUSION:
-        train_diffusion.main([options.model, "--output", options.output, "--threads", str(options.threads)])
-        return 0
     torch.set_num_threads(options.threads)
-    if options.model in (LVLM, SWIN):
-        record = (train_lvlm if options.model == LVLM else train_swin).train(Path(options.output))
-        print(f"{record['training_cpu_seconds']} s of CPU time, written to {options.output}")
-        return 0
-    recipe = {DIGITS: train_digits, "digit-masks": train_masks}.get(options.model, train_reader)
-    record = recipe.train(Path(options.output), options.steps or recipe.STEPS)
-    score = next(value for name, value in record.items() if name in ("test_accuracy", "test_mean_iou"))
-    print(f"test {score:.3f}, written to {options.output}")
+    whole: dict[str, Callable[[Path], dict[str, Any]]] = {
+        **{name: partial(train_diffusion.train, name) for name in DIFFUSION},
+        LVLM: train_lvlm.train,
+        SWIN: train_swin.train,
+    }
+    short = {DIGITS: train_digits, "digit-masks": train_masks, "digit-reader": train_reader}
+    as_json = options.format == "json"
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # trainings print how far they are
+        if options.model in whole:
+            record = whole[options.model](Path(options.output))
+            told = f"{record['training_cpu_seconds']} s of CPU time"
+        else:
+            recipe = short[options.model]
+            record = recipe.train(Path(options.output), options.steps or recipe.STEPS)
+            score = next(value for name, value in record.items() if name in ("test_accuracy", "test_mean_iou"))
+            told = f"test {score:.3f}"
+    print(json.dumps(record, indent=2) if as_json else f"{told}, written to {options.output}")
     return 0
 
 
