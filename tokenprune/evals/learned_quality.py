@@ -61,12 +61,19 @@ TASKS = {
 
 
 def compare(
-    task: Task, model: nn.Module, weights: Sequence[str], *, flops: float, samples: int, rule: dict[str, Any]
+    task: Task,
+    model: nn.Module,
+    weights: Sequence[str],
+    *,
+    flops: float,
+    samples: int,
+    rule: dict[str, Any],
+    seeds: Sequence[int] = SEEDS,
 ) -> list[Row]:
     """A row for the unpatched model, the other methods and each of `weights`: the score with a 95% interval over
     images, and how much more it is than that of the others (`over_...`), paired. rule: what `patch` is told of the
     weights besides."""
-    images, labels = (torch.cat(parts) for parts in zip(*(task.draw(samples, seed) for seed in SEEDS), strict=True))
+    images, labels = (torch.cat(parts) for parts in zip(*(task.draw(samples, seed) for seed in seeds), strict=True))
     found: dict[str, Tensor] = {UNPATCHED: _seen(task, model, images, labels)}
     ratios = {UNPATCHED: 1.0}
     for name in (*OTHERS, *weights):
@@ -117,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", action="append", required=True, help="repeatable")
     parser.add_argument("--flops", type=float, default=0.6)
     parser.add_argument("--samples", type=int, default=1000, help="of each seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the canvases (default: %(default)s)")
     parser.add_argument("--restore", help="of the learned ones (default: their own)")
     parser.add_argument("--tuned", type=Path, metavar="FOLDER")
     parser.add_argument("--output", help=".md, .json or .csv")
@@ -125,9 +133,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.tuned is not None:
         load_weights(model, options.tuned / MODEL)
     rows = compare(
-        TASKS[options.model], model, options.weights, flops=options.flops, samples=options.samples, rule=rule
+        TASKS[options.model],
+        model,
+        options.weights,
+        flops=options.flops,
+        samples=options.samples,
+        rule=rule,
+        seeds=options.seeds,
     )
-    table = Table(rows, {"flops": options.flops, "canvases": len(SEEDS) * options.samples, **environment("cpu")})
+    about = {"flops": options.flops, "canvases": len(options.seeds) * options.samples, "seeds": list(options.seeds)}
+    table = Table(rows, {**about, **environment("cpu")})
     print(table.to_markdown())
     if options.output:
         table.save(options.output)
