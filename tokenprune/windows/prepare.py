@@ -53,7 +53,7 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
     if patch.active and method.learned is not None:
         patch.learned = learned_by_stage(host, patch, request.weights)
     patch.costs = _count(describe, patch, model)
-    if patch.active and not method.training_only:
+    if patch.active and method.window_draw is None:
         patch.plan(host.grid)
     return patch
 
