@@ -52,7 +52,7 @@ class Training(Resumable):
 
     def __init__(self, steps: int, adapt: float) -> None:
         self.steps = steps
-        model = digits_swin()
+        model: Any = digits_swin()
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
@@ -95,7 +95,7 @@ def compare(weights: Mapping[str, Mapping[str, Tensor]], *, canvases: int) -> li
             model.load_state_dict(dict(state))
             with tokenprune.patched(model, **budget) if budget else nullcontext():
                 hits[which] = _right(model, images, labels)
-            row: Row = {"budget": name, "weights": which} | interval_cells("top1", bootstrap_mean(hits[which]))
+            row: Row = {"budget": name, "weights": which, **interval_cells("top1", bootstrap_mean(hits[which]))}
             if which != SHIPPED:
                 row |= interval_cells("gain", bootstrap_mean(hits[which] - hits[SHIPPED]))
             rows.append(row)
@@ -105,7 +105,10 @@ def compare(weights: Mapping[str, Mapping[str, Tensor]], *, canvases: int) -> li
 def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.inference_mode():
         return torch.cat(
-            [correct(model(x), y).double() for x, y in zip(images.split(100), labels.split(100), strict=True)]
+            [
+                correct(model(x), y).double()
+                for x, y in zip(torch.split(images, 100), torch.split(labels, 100), strict=True)
+            ]
         )
 
 
