@@ -112,9 +112,7 @@ def calibrated(training: Training) -> LearnedParts:
         ratio = mean_cost(model, crops)
         return ratio, threshold
 
-    ratio, threshold = nearest_to(
-        FLOPS, tried, -LARGEST, LARGEST, first=0.0, rising=False, near=NEAR, rounds=ROUNDS
-    )
+    ratio, threshold = nearest_to(FLOPS, tried, -LARGEST, LARGEST, first=0.0, rising=False, near=NEAR, rounds=ROUNDS)
     tried(threshold)
     tensors = {name: tensor.detach().clone() for name, tensor in patch.learned.state_dict().items()}
     found: dict[str, Any] = {
@@ -141,7 +139,7 @@ def mean_cost(model: nn.Module, images: Tensor, batch: int = 8) -> float:
     """What a patched model costs in the mean over images, as a share of the unpatched one."""
     total = 0.0
     with torch.inference_mode():
-        for part in images.split(batch):
+        for part in torch.split(images, batch):
             model(part)
             total += len(part) * tokenprune.report(model).to_dict()["flops_ratio"]
     return total / len(images)

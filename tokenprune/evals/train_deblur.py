@@ -95,7 +95,7 @@ def averaged_psnr(weights: dict[str, Tensor], split: Split, count: int) -> tuple
     model.load_state_dict(weights)
     drawn = locally_blurred(split, count, SEED, size=IMAGE_SIZE)
     with torch.inference_mode():
-        restored = torch.cat([model(part) for part in drawn.images.split(4)])
+        restored = torch.cat([model(part) for part in torch.split(drawn.images, 4)])
     before, after = (psnr(images, drawn.sharp, drawn.mask).mean().item() for images in (drawn.images, restored))
     return before, after
 

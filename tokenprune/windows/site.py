@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
-from tokenprune.recording import PlaceRecord
 from tokenprune.ragged import RaggedReduction
+from tokenprune.recording import PlaceRecord
 from tokenprune.reduction import Reduction
 from tokenprune.state import in_backward, recall, remember
 from tokenprune.tables import positions, table
