@@ -81,21 +81,25 @@ def score(options: argparse.Namespace) -> int:
     with ranks() as processes:
         if options.reference is not None:
             for name, values in pair_scores(options.pictures, options.reference, lpips=options.lpips).items():
-                row |= interval_cells(name, bootstrap_mean(values))
+                row |= interval_cells(name, bootstrap_mean(values, seed=options.seed))
         elif options.lpips is not None:
             raise TokenPruneError("--lpips is a distance to pictures; name them with --reference FOLDER")
         if options.features is not None and options.real is None:
             raise TokenPruneError("--features is of a Fréchet distance to real pictures; name them with --real FOLDER")
         if options.features is not None:
             extractor = load_model(options.features, checkpoint=options.checkpoint)
-            row |= interval_cells("frechet", frechet_of_folders(options.pictures, options.real, extractor))
+            extractor.model.to(options.device or "cpu")
+            distance = frechet_of_folders(options.pictures, options.real, extractor, seed=options.seed)
+            row |= interval_cells("frechet", distance)
         elif options.real is not None:
-            fid = partial(inception_fid, options.pictures, options.real, weights=options.inception)
+            fid = partial(
+                inception_fid, options.pictures, options.real, weights=options.inception, device=options.device
+            )
             row["fid"] = processes.from_main(fid)
         if options.prompts is not None:
             prompts = read_lines(options.prompts, "prompts")
-            scores = clip_score(picture_files(options.pictures), prompts, model=options.clip)
-            row |= interval_cells("clip_score", bootstrap_mean(scores))
+            scores = clip_score(picture_files(options.pictures), prompts, model=options.clip, device=options.device)
+            row |= interval_cells("clip_score", bootstrap_mean(scores, seed=options.seed))
     emit(Table([row]), options)
     return 0
 

@@ -33,6 +33,7 @@ from tokenprune.evals.stats import bootstrap_mean
 from tokenprune.evals.table import Row, Table, environment, interval_cells
 
 SERIES = 3
+TIMED_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def evaluate_lvlm(
         return processes.joined([list(batch) for batch in zip(*given, strict=True)], table)
 
 
-def example_batch(questions: Questions, count: int = 8) -> dict[str, Tensor]:
+def example_batch(questions: Questions, count: int = TIMED_BATCH) -> dict[str, Tensor]:
     """The arguments of a forward on "where" of the first `count` pictures."""
     first = questions.first(count)
     return _inputs(first, first.where)

@@ -44,6 +44,9 @@ def run_search(options: argparse.Namespace) -> int:
     if not is_main():
         return 0
     found.save(folder / FILE)
+    if options.format == "json":
+        print((folder / FILE).read_text(encoding="utf-8").rstrip("\n"))
+        return 0
     print(f"{found.method}, schedule={dict(found.schedule)}")
     print(", ".join(f"{name} {value}" for name, value in found.found.items()))
     print(f'tokenprune.patch(model, schedule="{folder / FILE}")')
