@@ -217,7 +217,7 @@ def test_a_process_that_is_killed_ends_the_other_which_names_it(tmp_path: Path) 
     [(seconds, code, error)] = kill_one(tmp_path, 2, dead=1, silence=5.0)
     assert code == 1
     assert "tokenprune: error on rank 0: rank 1 of 2 has given no sign of life for 5 s" in error
-    assert seconds < 15
+    assert seconds < 30
 
 
 @pytest.mark.full
