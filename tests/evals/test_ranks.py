@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import ranks as processes
 import sharded
-import sharded_hub
 import torch
 
 from tokenprune import cli
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals import generation, rank_line, ranks
+from tokenprune.evals import rank_line, ranks
 from tokenprune.evals.rank_line import Line
 from tokenprune.evals.ranks import ALONE, Ranks
 
@@ -170,6 +169,10 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, capfd: Any) -> None:
 
 @pytest.mark.full
 def test_two_processes_find_what_one_finds_of_other_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sharded_hub  # and with it diffusers and transformers
+
+    from tokenprune.evals import generation
+
     monkeypatch.setattr(generation, "REAL_IMAGES", 40)
     folders = [tmp_path / str(rank) for rank in range(3)]
     for folder in folders:
