@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.evals.reading import from_workers, read_picture, rgb
 
 Transform = Callable[[Any], Tensor]
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
@@ -42,7 +43,7 @@ class ImageData:
         # The loader draws a seed for its workers; from a generator of its own, not from the caller's.
         generator = torch.Generator().manual_seed(seed)
         loader = DataLoader(Subset(self.items, chosen), batch_size, num_workers=workers, generator=generator)
-        for images, labels in loader:
+        for images, labels in from_workers(loader):
             yield images, None if self.classes is None else labels
 
     def chosen(self, samples: int | None, seed: int) -> Tensor:
@@ -98,11 +99,8 @@ class _Files(Dataset[tuple[Tensor, int]]):
         self.files, self.transform = files, transform
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
         path, label = self.files[index]
-        with Image.open(path) as picture:
-            return self.transform(_rgb(picture)), label
+        return self.transform(read_picture(path)), label
 
 
 class _HuggingFace(Dataset[tuple[Tensor, int]]):
@@ -110,8 +108,12 @@ class _HuggingFace(Dataset[tuple[Tensor, int]]):
         self.rows, self.transform, self.image, self.label = rows, transform, image, label
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        row = self.rows[index]
-        return self.transform(_rgb(row[self.image])), UNLABELLED if self.label is None else int(row[self.label])
+        try:
+            row = self.rows[index]
+            picture = rgb(row[self.image])
+        except Exception as error:  # of a broken row, anything that a decoder trips over
+            raise TokenPruneError(f"row {index} holds no picture that can be read: {error}") from error
+        return self.transform(picture), UNLABELLED if self.label is None else int(row[self.label])
 
 
 def _from_tensors(source: Any) -> ImageData:
@@ -131,13 +133,13 @@ def _from_folder(folder: Path, transform: Transform, num_classes: int | None) ->
         files = [(path, UNLABELLED) for path in _pictures(folder)]
         if not files:
             raise TokenPruneError(f"{folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
-        return ImageData(folder.name, _Files(files, transform), len(files), None)
+        return ImageData(folder.resolve().name, _Files(files, transform), len(files), None)
     numbers = {entry.name: number for number, entry in enumerate(classes)}
     count = len(classes)
     if num_classes == 1000 and count < 1000:
         numbers, count = _imagenet_numbers(numbers), 1000
     files = [(path, numbers[entry.name]) for entry in classes for path in _pictures(entry)]
-    return ImageData(folder.name, _Files(files, transform), len(files), count)
+    return ImageData(folder.resolve().name, _Files(files, transform), len(files), count)
 
 
 def _imagenet_numbers(names: dict[str, int]) -> dict[str, int]:
@@ -180,13 +182,3 @@ def _from_hugging_face(source: Any, transform: Transform, split: str | None) -> 
     classes = features[labels[0]].num_classes if labels else None
     items = _HuggingFace(rows, transform, images[0], labels[0] if labels else None)
     return ImageData(rows.info.dataset_name or "data set", items, len(rows), classes)
-
-
-def _rgb(picture: Any) -> Any:
-    """RGB on white where the picture has transparency: a transparent background is not black."""
-    if picture.mode in ("RGBA", "LA") or "transparency" in picture.info:
-        from PIL import Image
-
-        layer = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return picture.convert("RGB")

@@ -73,12 +73,19 @@ def score(options: argparse.Namespace) -> int:
     if options.real is not None:
         row["fid"] = inception_fid(options.pictures, options.real, weights=options.inception)
     if options.prompts is not None:
-        prompts = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+        prompts = _lines(Path(options.prompts))
         scores = clip_score(picture_files(options.pictures), prompts, model=options.clip)
         found = bootstrap_mean(scores)
         row |= interval_cells("clip_score", found)
     emit(Table([row]), options)
     return 0
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise TokenPruneError(f"{path} is no text in UTF-8: {error}") from error
 
 
 def _load(options: argparse.Namespace) -> DigitsPipeline:

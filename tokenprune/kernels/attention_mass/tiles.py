@@ -115,9 +115,7 @@ def tiles(
             if padded is not None:
                 keys = _filled(padded, keys)
             last = first + len(queries)
-            yield Tile(
-                images, part, slice(first, last), queries, keys.flatten(0, 1).to(dtype), k.shape[2], own, scale
-            )
+            yield Tile(images, part, slice(first, last), queries, keys.flatten(0, 1).to(dtype), k.shape[2], own, scale)
             first = last
 
 
