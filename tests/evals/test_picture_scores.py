@@ -79,7 +79,7 @@ def test_what_cannot_be_paired_is_told(folders, tmp_path):
         pair_scores(one, tmp_path / "nothing")
     (one / "1.png").write_bytes(b"no picture")
     (other / "x.png").rename(other / "0.png")
-    with pytest.raises(TokenPruneError, match=r"1\.png cannot be read as a picture|another size"):
+    with pytest.raises(TokenPruneError, match=r"1\.png is no picture that can be read|another size"):
         pair_scores(one, other)
 
 

@@ -43,7 +43,6 @@ def test_a_budget_is_met_or_refused_with_what_is_possible(
         tokenprune.patch(model, method, **budget, **chosen)
     except (BudgetError, UnsupportedMethod) as error:
         note(str(error))
-        assert str(error)
     else:
         reduced = run(model, x)
         assert (reduced.shape, reduced.dtype, reduced.device) == (plain.shape, plain.dtype, plain.device)

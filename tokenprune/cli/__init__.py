@@ -48,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" on rank {rank}" if count > 1 else ""
         print(f"tokenprune: error{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        print(f"tokenprune: error: out of memory: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -18,6 +18,8 @@ from tokenprune.cli.options import (
     add_texts,
     add_training,
     positive,
+    threads,
+    workers,
 )
 
 RECIPES = ("digits-vit", "digits-swin", "dit-digits", "unet-digits", "lvlm-digits", "digit-reader", "digit-masks")
@@ -108,7 +110,9 @@ def parser() -> argparse.ArgumentParser:
         "--samples", type=positive, help="images, drawn by --seed (default: all; digits: 1000; lvlm-digits: 75)"
     )
     evaluate.add_argument("--batch-size", type=positive, default=32, help="(default: %(default)s)")
-    evaluate.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
+    evaluate.add_argument(
+        "--workers", type=workers, default=0, help="processes that read images (default: %(default)s)"
+    )
     evaluate.add_argument(
         "--rounds", type=positive, help="dit-digits, unet-digits, lvlm-digits: time every row too, at least 20 rounds"
     )
@@ -234,7 +238,7 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--output", required=True, metavar="FOLDER", help="for the checkpoint and its record")
     train.add_argument("--steps", type=positive, help="of a recipe, other than its own only to try the command out")
-    train.add_argument("--threads", type=positive, default=1, help="CPU threads (default: %(default)s)")
+    train.add_argument("--threads", type=threads, default=1, help="CPU threads (default: %(default)s)")
     add_training(train)
     add_json(train)
     return top

@@ -76,8 +76,8 @@ def add_training(command: argparse.ArgumentParser) -> None:
     options.add_argument("--sched", metavar="NAME", help="schedule of timm (default: the paper's)")
     options.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], help="(default: as accelerate is set up)")
     options.add_argument("--save-every", type=positive, default=100, help="steps (default: %(default)s)")
-    options.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
-    options.add_argument("--seed", type=int, default=0, help="of the images' order (default: %(default)s)")
+    options.add_argument("--workers", type=workers, default=0, help="processes that read images (default: %(default)s)")
+    options.add_argument("--seed", type=seed, default=0, help="of the images' order (default: %(default)s)")
     options.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -103,8 +103,8 @@ def add_data(command: argparse._ActionsContainer, what: str, also: str = "") -> 
 def add_machine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="(default: %(default)s)")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    command.add_argument("--threads", type=positive, help="CPU threads (default: torch's own)")
-    command.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+    command.add_argument("--threads", type=threads, help="CPU threads (default: torch's own)")
+    command.add_argument("--seed", type=seed, default=0, help="of everything that is drawn (default: %(default)s)")
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -120,7 +120,23 @@ def add_json(command: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
+    return _within(text, 1, 2**31 - 1)
+
+
+def threads(text: str) -> int:
+    return _within(text, 1, 1024)
+
+
+def workers(text: str) -> int:
+    return _within(text, 0, 1024)
+
+
+def seed(text: str) -> int:
+    return _within(text, 0, 2**32 - 1)  # what every library takes
+
+
+def _within(text: str, least: int, most: int) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{value} is not from {least} to {most}")
     return value

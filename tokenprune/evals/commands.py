@@ -25,6 +25,7 @@ from tokenprune.evals.digits_lvlm import LVLM
 from tokenprune.evals.latency_profile import profile_latency
 from tokenprune.evals.models import DIGITS, SWIN, LoadedModel, load_model, noise
 from tokenprune.evals.ranks import is_main, own_device
+from tokenprune.evals.reading import read_picture
 from tokenprune.evals.sources import openclipart_data
 from tokenprune.evals.table import SUFFIXES, Row, Table, checked_path
 from tokenprune.evals.transforms import denormalize, input_size
@@ -227,8 +228,10 @@ def train(options: argparse.Namespace) -> int:
 def set_machine(options: argparse.Namespace) -> None:
     """Threads and seed of this process, as the options say.
 
-    Raises TokenPruneError for a device that is not there.
+    Raises TokenPruneError for a device that is not there, or computes nothing.
     """
+    if options.device.split(":")[0] == "meta":
+        raise TokenPruneError("--device meta: its tensors have no values; use cpu")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -303,13 +306,7 @@ def first_images(data: ImageData, count: int, seed: int) -> Tensor:
 
 def image_files(paths: Sequence[str], loaded: LoadedModel) -> Tensor:
     """The pictures at `paths` as the model takes them, [B, C, H, W]."""
-    from PIL import Image
-
-    inputs = []
-    for path in paths:
-        with Image.open(path) as picture:
-            inputs.append(loaded.transform(picture.convert("RGB")))
-    return torch.stack(inputs)
+    return torch.stack([loaded.transform(read_picture(path)) for path in paths])
 
 
 def check_output(options: argparse.Namespace) -> None:
@@ -333,4 +330,6 @@ def finish(table: Table, options: argparse.Namespace, **environment: Any) -> int
     table.environment = {"model": options.model, **environment, **table.environment}
     emit(table, options)
     ran = [row for row in table.rows if row.get("flops_ratio") is not None and not is_unpatched(str(row["method"]))]
+    if not ran:
+        print("tokenprune: error: no method could be run; the notes of the table say why", file=sys.stderr)
     return 0 if ran else 1

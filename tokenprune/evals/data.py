@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.hf_data import Rows, columns_of, is_saved, open_rows, streamed
 from tokenprune.evals.ranks import ALONE, Ranks
+from tokenprune.evals.reading import from_workers, read_picture, rgb
 from tokenprune.evals.streams import UNKNOWN, UNLABELLED, Stream, is_tars, webdataset
 
 Transform = Callable[[Any], Tensor]
@@ -58,7 +59,7 @@ class ImageData:
         else:
             own = processes.own([batch.tolist() for batch in torch.split(chosen, batch_size)])
             loader = DataLoader(self.items, batch_sampler=own, num_workers=workers, generator=generator)
-        for images, labels in loader:
+        for images, labels in from_workers(loader):
             yield images, None if self.classes is None else labels
 
     def by_number(self) -> Dataset[tuple[Tensor, Any]]:
@@ -143,7 +144,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         self.files, self.transform = files, transform
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(open_rgb(self.files[index])), UNLABELLED
+        return self.transform(read_picture(self.files[index])), UNLABELLED
 
 
 class _Files(Dataset[tuple[Tensor, int]]):
@@ -152,7 +153,7 @@ class _Files(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
-        return self.transform(open_rgb(path)), label
+        return self.transform(read_picture(path)), label
 
 
 def _from_tensors(source: Any) -> ImageData:
@@ -172,14 +173,14 @@ def _from_folder(folder: Path, transform: Transform, num_classes: int | None) ->
         files = [(path, UNLABELLED) for path in _pictures(folder)]
         if not files:
             raise TokenPruneError(f"{folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
-        return ImageData(folder.name, _Files(files, transform), len(files), None)
+        return ImageData(folder.resolve().name, _Files(files, transform), len(files), None)
     numbers = {entry.name: number for number, entry in enumerate(classes)}
     count = len(classes)
     if num_classes == 1000 and count < 1000:
         numbers, count = _imagenet_numbers(numbers), 1000
     files = [(path, numbers[entry.name]) for entry in classes for path in _pictures(entry)]
     told = tuple(numbers) if len(numbers) == count else None
-    return ImageData(folder.name, _Files(files, transform), len(files), count, names=told)
+    return ImageData(folder.resolve().name, _Files(files, transform), len(files), count, names=told)
 
 
 def _imagenet_numbers(names: dict[str, int]) -> dict[str, int]:
@@ -203,7 +204,7 @@ def _from_tars(folder: Path, transform: Transform, split: str | None, num_classe
     reader, size, classes = webdataset(folder, split)
 
     def read(row: tuple[Any, int]) -> tuple[Tensor, int]:
-        return transform(_rgb(row[0])), row[1]
+        return transform(rgb(row[0])), row[1]
 
     # The last classes of the model may be rare ones.
     return ImageData(folder.name, Stream(folder.name, lambda: reader, read), size, max(classes, num_classes or 0))
@@ -216,32 +217,8 @@ def _from_hugging_face(source: Any, transform: Transform, split: str | None) -> 
     columns, name = columns_of(rows), rows.info.dataset_name or "data set"
 
     def read(picture: Any) -> Tensor:
-        return transform(_rgb(picture))
+        return transform(rgb(picture))
 
     if isinstance(rows, datasets.IterableDataset):
         return ImageData(name, *streamed(rows, columns, read), columns.classes, names=columns.names)
     return ImageData(name, Rows(rows, columns, read), len(rows), columns.classes, names=columns.names)
-
-
-def open_rgb(path: Path) -> Any:
-    """The picture in a file as RGB.
-
-    Raises TokenPruneError where it cannot be read.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            return _rgb(picture)
-    except OSError as error:
-        raise TokenPruneError(f"{path} cannot be read as a picture: {error}") from error
-
-
-def _rgb(picture: Any) -> Any:
-    """RGB on white where the picture has transparency: a transparent background is not black."""
-    if picture.mode in ("RGBA", "LA") or "transparency" in picture.info:
-        from PIL import Image
-
-        layer = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return picture.convert("RGB")

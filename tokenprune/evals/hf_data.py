@@ -86,7 +86,10 @@ class Rows(Dataset[tuple[Tensor, int]]):
         self.rows, self.columns, self.read = rows, columns, read
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return _row(self.rows[index], self.columns, self.read)
+        try:
+            return _row(self.rows[index], self.columns, self.read)
+        except Exception as error:  # of a broken row, anything that a decoder trips over
+            raise TokenPruneError(f"row {index} holds no picture that can be read: {error}") from error
 
 
 def streamed(rows: Any, columns: Columns, read: Callable[[Any], Tensor]) -> tuple[Stream, int]:

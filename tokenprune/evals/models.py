@@ -156,8 +156,8 @@ def _from_function(name: str) -> nn.Module:
         sys.path.insert(0, here)
     try:
         made = getattr(importlib.import_module(module_name), function_name)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise UnsupportedModel(f"{name} could not be called: {error}") from error
+    except Exception as error:  # of anybody's code, anything
+        raise UnsupportedModel(f"{name} could not be called: {type(error).__name__}: {error}") from error
     if not isinstance(made, nn.Module):
         raise UnsupportedModel(f"{name} gave a {type(made).__name__}, not a torch module")
     return made

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.data import open_rgb
 from tokenprune.evals.fidelity import observe
 from tokenprune.evals.frechet import bootstrap_frechet, gaussian
 from tokenprune.evals.full_size import picture_files
 from tokenprune.evals.generation import psnr
 from tokenprune.evals.models import LoadedModel
 from tokenprune.evals.ranks import ranks
+from tokenprune.evals.reading import read_picture
 from tokenprune.evals.stats import Interval
 
 NETS = {"alex": ("AlexNet", "alexnet"), "squeeze": ("SqueezeNet1_1", "squeezenet1_1"), "vgg": ("VGG16", "vgg16")}
@@ -57,7 +57,7 @@ def picture_tensor(path: Path) -> Tensor:
     """The picture in a file, [1, 3, H, W] in [0, 1]."""
     from torchvision.transforms.functional import to_tensor
 
-    found: Tensor = to_tensor(open_rgb(path))
+    found: Tensor = to_tensor(read_picture(path))
     return found[None]
 
 
@@ -130,7 +130,7 @@ def _features(
     """Of this process's batches, [B, D] each."""
     weight, found = next(extractor.model.parameters()), []
     for batch in own([files[start : start + batch_size] for start in range(0, len(files), batch_size)]):
-        images = torch.stack([extractor.transform(open_rgb(path)) for path in batch])
+        images = torch.stack([extractor.transform(read_picture(path)) for path in batch])
         with torch.inference_mode():
             features = observe(extractor.model, images.to(weight)).features
         if not isinstance(features, Tensor) or features.ndim != 2:

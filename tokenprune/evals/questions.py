@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.arms import UNPATCHED, Budget
-from tokenprune.evals.data import chosen, open_rgb
+from tokenprune.evals.data import chosen
 from tokenprune.evals.lvlm_arms import LvlmArm, lvlm_arms
 from tokenprune.evals.progress import progress
 from tokenprune.evals.ranks import ranks
+from tokenprune.evals.reading import read_picture
 from tokenprune.evals.records import read_records, texts
 from tokenprune.evals.stats import bootstrap_mean
 from tokenprune.evals.table import Row, Table, environment, interval_cells
@@ -86,7 +87,7 @@ def inputs_of(processor: Any, question: Question, model: nn.Module) -> dict[str,
         )
     content = [{"type": "image"}, {"type": "text", "text": question.text}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    given = processor(images=open_rgb(question.image), text=prompt, return_tensors="pt")
+    given = processor(images=read_picture(question.image), text=prompt, return_tensors="pt")
     parameter = next(model.parameters())
     return {
         name: value.to(parameter.device, parameter.dtype) if value.is_floating_point() else value.to(parameter.device)

@@ -131,7 +131,7 @@ def train(
         "batch_size": batch,
         "processes": processes,
         "accumulate": accumulate,
-        "learning_rate": learning_rate,
+        "learning_rate": checked_weight("learning_rate", learning_rate, example=1.0),
         "distill_logits": distill.logits,
         "distill_tokens": distill.tokens,
         "model_rate": own,
@@ -172,7 +172,7 @@ def train(
         if state is not None and state.exists():
             work.resume(state)
         order.start = work.step * accumulate
-        taken = iter(loader(data.by_number(), order, workers=workers))
+        taken = loader(data.by_number(), order, workers=workers)
         work.run(taken, state, accumulate=accumulate, save_every=save_every, show=show_progress)
         parts = work.parts()
     if own:

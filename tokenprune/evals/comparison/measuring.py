@@ -106,7 +106,7 @@ def same_settings(folder: Path, settings: Mapping[str, object]) -> None:
         TokenPruneError: the folder holds another comparison.
     """
     path, asked = folder / "settings.json", json.loads(json.dumps(dict(settings)))
-    if not path.exists():
+    if not path.exists() or list(folder.iterdir()) == [path]:  # the latter failed before it measured anything
         path.write_text(json.dumps(asked, indent=1), encoding="utf-8")
         return
     try:
