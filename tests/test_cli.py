@@ -158,7 +158,7 @@ def test_options_are_alike(name):
     [
         (["search", "--method", "top_k", "--flops", "0.8", "--candidates", "3", "--samples", "4"], "schedule"),
         (["calibrate", "--method", "tome", "--flops", "0.8", "--samples", "4"], "found"),
-        (["patterns", "--method", "top_k", "--keep", "0.5", "--samples", "4", "--resamples", "5"], "kept"),
+        (["patterns", "--method", "top_k", "--keep", "0.5", "--samples", "4", "--resamples", "5"], "methods"),
     ],
 )
 def test_json_is_all_that_is_printed(command, key, capsys, tmp_path):
