@@ -189,14 +189,23 @@ def kept_rows(loaded: LoadedModel, inputs: Tensor, arms: Sequence[Arm], *, place
 
 def train(options: argparse.Namespace) -> int:
     """`tokenprune train`"""
-    from tokenprune.evals import train_diffusion, train_digits, train_lvlm, train_masks, train_reader, train_swin
+    from tokenprune.evals import (
+        train_deblur,
+        train_diffusion,
+        train_digits,
+        train_lvlm,
+        train_masks,
+        train_reader,
+        train_swin,
+    )
 
     if options.flops is not None or options.data is not None:
         raise TokenPruneError(
             "a recipe has images of its own and no budget; what a method learns for a model is trained by tokenprune"
             f" train {options.model} --method ltmp --flops 0.6 --output FOLDER"
         )
-    if options.model in (*DIFFUSION, LVLM, SWIN) and options.steps is not None:
+    whole: dict[str, Any] = {LVLM: train_lvlm, SWIN: train_swin, "deblur-swin": train_deblur}
+    if options.model in (*DIFFUSION, *whole) and options.steps is not None:
         raise TokenPruneError(
             f"--steps is for digits-vit, digit-reader and digit-masks; {options.model} is trained by its recipe"
         )
@@ -204,8 +213,8 @@ def train(options: argparse.Namespace) -> int:
         train_diffusion.main([options.model, "--output", options.output, "--threads", str(options.threads)])
         return 0
     torch.set_num_threads(options.threads)
-    if options.model in (LVLM, SWIN):
-        record = (train_lvlm if options.model == LVLM else train_swin).train(Path(options.output))
+    if options.model in whole:
+        record = whole[options.model].train(Path(options.output))
         print(f"{record['training_cpu_seconds']} s of CPU time, written to {options.output}")
         return 0
     recipe = {DIGITS: train_digits, "digit-masks": train_masks}.get(options.model, train_reader)
