@@ -2,10 +2,11 @@
 
     python -m tokenprune.evals.train_adawpt --output FOLDER
 
-The network stays as it is shipped. On crops of its training photographs the predictors first learn what is blurred, all
-windows computed; then the windows of each stage are drawn by Gumbel-softmax, and they learn by the error of what is
-restored, the mask of what is blurred, and the budget. After a fixed number of steps the threshold is found at which other crops of the same photographs cost the budget in the
-mean. Nothing is chosen on test photographs. A training that was interrupted goes on exactly as it would have without.
+The network stays as it is shipped. On crops of its training photographs the predictors first learn what is blurred,
+all windows computed; then the windows of each stage are drawn by Gumbel-softmax, and they learn by the error of what is
+restored, the mask of what is blurred, and the budget. After a fixed number of steps the threshold is found at which
+other crops of the same photographs cost the budget in the mean. Nothing is chosen on test photographs. A training that
+was interrupted goes on exactly as it would have without.
 """
 
 from __future__ import annotations
