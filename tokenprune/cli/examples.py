@@ -26,6 +26,7 @@ EXAMPLES = {
     ],
     "compare": [
         "tokenprune compare --model digits-vit --output compared",
+        "tokenprune compare --model dit-digits --method at_edm --method tomesd --samples 200 --output drawn",
         "tokenprune compare --model vit_small_patch16_224 --model deit_small_patch16_224 --data imagenet/val"
         " --method tome --method top_k --flops 0.6 --flops 0.5 --image cat.jpg --output compared",
     ],

@@ -100,6 +100,10 @@ def add_format(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", metavar="FILE", help="also write the table there: .json, .csv, .md or .txt")
 
 
+def add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_const", const="json", dest="format", help="print json")
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:

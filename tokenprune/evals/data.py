@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.evals.ranks import ALONE, Ranks
 
 Transform = Callable[[Any], Tensor]
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
@@ -35,13 +36,21 @@ class ImageData:
     dense: bool = False
 
     def batches(
-        self, batch_size: int, *, samples: int | None = None, seed: int = 0, workers: int = 0
+        self,
+        batch_size: int,
+        *,
+        samples: int | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        processes: Ranks = ALONE,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(images [B, C, H, W], labels [B] or None) of the `chosen` images, once each, in their order."""
-        chosen = self.chosen(samples, seed).tolist()
+        """(images [B, C, H, W], labels [B] or None) of the `chosen` images, once each, in their order; of several
+        `processes` each has whole batches of its own."""
+        batches = [part.tolist() for part in torch.split(self.chosen(samples, seed), batch_size)]
         # The loader draws a seed for its workers; from a generator of its own, not from the caller's.
         generator = torch.Generator().manual_seed(seed)
-        loader = DataLoader(Subset(self.items, chosen), batch_size, num_workers=workers, generator=generator)
+        own = processes.own(batches)
+        loader = DataLoader(self.items, batch_sampler=own, num_workers=workers, generator=generator)
         for images, labels in loader:
             yield images, None if self.classes is None else labels
 

@@ -25,10 +25,12 @@ def picture_files(folder: str | Path) -> list[Path]:
     return files
 
 
-def inception_fid(generated: str | Path, real: str | Path, *, weights: str | Path | None = None) -> float:
+def inception_fid(
+    generated: str | Path, real: str | Path, *, weights: str | Path | None = None, device: str | None = None
+) -> float:
     """Fréchet distance of two folders of pictures in Inception v3's features (Heusel et al., 2017), by torch-fidelity.
 
-    weights: of its Inception, where they must not be downloaded.
+    weights: of its Inception, where they must not be downloaded. device: None for CUDA where there is one.
 
     Raises ImportError without torch-fidelity, TokenPruneError for a folder without pictures and where the weights
     cannot be had.
@@ -46,7 +48,7 @@ def inception_fid(generated: str | Path, real: str | Path, *, weights: str | Pat
             input2=str(real),
             fid=True,
             samples_find_deep=True,
-            cuda=torch.cuda.is_available(),
+            cuda=torch.cuda.is_available() if device is None else torch.device(device).type == "cuda",
             verbose=False,
             **options,
         )
@@ -58,11 +60,16 @@ def inception_fid(generated: str | Path, real: str | Path, *, weights: str | Pat
 
 
 def clip_score(
-    pictures: Sequence[str | Path], prompts: Sequence[str], *, model: str = CLIP_MODEL, batch_size: int = 16
+    pictures: Sequence[str | Path],
+    prompts: Sequence[str],
+    *,
+    model: str = CLIP_MODEL,
+    batch_size: int = 16,
+    device: str | None = None,
 ) -> list[float]:
     """Cosine of each picture with its prompt in CLIP's space, at least 0 (Hessel et al., 2021, without its factor 2.5).
 
-    model: a name on the Hugging Face hub, or a folder.
+    model: a name on the Hugging Face hub, or a folder. device: None for CUDA where there is one.
 
     Raises ImportError without transformers, TokenPruneError for lists of different lengths and where the model cannot
     be had.
@@ -80,7 +87,7 @@ def clip_score(
         processor: Any = CLIPProcessor.from_pretrained(model)
     except OSError as error:
         raise TokenPruneError(f"CLIP {model} could not be loaded: {str(error).splitlines()[0]}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     clip.eval().to(device)
     scores: list[float] = []
     for start in range(0, len(pictures), batch_size):

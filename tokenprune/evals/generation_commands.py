@@ -71,11 +71,11 @@ def score(options: argparse.Namespace) -> int:
     if options.real is None and options.prompts is None:
         raise TokenPruneError("nothing to score against: name --real FOLDER for FID, --prompts FILE for CLIP, or both")
     if options.real is not None:
-        row["fid"] = inception_fid(options.pictures, options.real, weights=options.inception)
+        row["fid"] = inception_fid(options.pictures, options.real, weights=options.inception, device=options.device)
     if options.prompts is not None:
         prompts = Path(options.prompts).read_text(encoding="utf-8").splitlines()
-        scores = clip_score(picture_files(options.pictures), prompts, model=options.clip)
-        found = bootstrap_mean(scores)
+        scores = clip_score(picture_files(options.pictures), prompts, model=options.clip, device=options.device)
+        found = bootstrap_mean(scores, seed=options.seed)
         row |= interval_cells("clip_score", found)
     emit(Table([row]), options)
     return 0

@@ -42,6 +42,11 @@ def pictures(images: Tensor, grid: tuple[int, int]) -> list[str]:
     return [_address(fit_to_grid(image, grid, PIXELS)) for image in images]
 
 
+def addresses(images: Tensor) -> list[str]:
+    """Pictures [B, 3, H, W] in [0, 1] as data: addresses of PNG files."""
+    return [_address(image) for image in images]
+
+
 def _address(picture: Tensor) -> str:
     from PIL import Image
 
