@@ -22,7 +22,16 @@ from tokenprune.cli.options import (
     workers,
 )
 
-RECIPES = ("digits-vit", "digits-swin", "dit-digits", "unet-digits", "lvlm-digits", "digit-reader", "digit-masks")
+RECIPES = (
+    "digits-vit",
+    "digits-swin",
+    "dit-digits",
+    "unet-digits",
+    "lvlm-digits",
+    "digit-reader",
+    "digit-masks",
+    "deblur-swin",
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -104,12 +104,8 @@ def compare(weights: Mapping[str, Mapping[str, Tensor]], *, canvases: int) -> li
 
 def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.inference_mode():
-        return torch.cat(
-            [
-                correct(model(x), y).double()
-                for x, y in zip(torch.split(images, 100), torch.split(labels, 100), strict=True)
-            ]
-        )
+        logits = torch.cat([model(part) for part in torch.split(images, 100)])
+    return correct(logits, labels).double()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

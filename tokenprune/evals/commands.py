@@ -23,7 +23,7 @@ from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 from tokenprune.evals.digits_lvlm import LVLM
 from tokenprune.evals.latency_profile import profile_latency
-from tokenprune.evals.models import DIGITS, SWIN, LoadedModel, load_model, noise
+from tokenprune.evals.models import DEBLUR, DIGITS, SWIN, LoadedModel, load_model, noise
 from tokenprune.evals.ranks import is_main, own_device
 from tokenprune.evals.reading import read_picture
 from tokenprune.evals.sources import openclipart_data
@@ -193,14 +193,22 @@ def kept_rows(loaded: LoadedModel, inputs: Tensor, arms: Sequence[Arm], *, place
 
 def train(options: argparse.Namespace) -> int:
     """`tokenprune train`"""
-    from tokenprune.evals import train_diffusion, train_digits, train_lvlm, train_masks, train_reader, train_swin
+    from tokenprune.evals import (
+        train_deblur,
+        train_diffusion,
+        train_digits,
+        train_lvlm,
+        train_masks,
+        train_reader,
+        train_swin,
+    )
 
     if options.flops is not None or options.data is not None:
         raise TokenPruneError(
             "a recipe has images of its own and no budget; what a method learns for a model is trained by tokenprune"
             f" train {options.model} --method ltmp --flops 0.6 --output FOLDER"
         )
-    if options.model in (*DIFFUSION, LVLM, SWIN) and options.steps is not None:
+    if options.model in (*DIFFUSION, LVLM, SWIN, DEBLUR) and options.steps is not None:
         raise TokenPruneError(
             f"--steps is for digits-vit, digit-reader and digit-masks; {options.model} is trained by its recipe"
         )
@@ -209,6 +217,7 @@ def train(options: argparse.Namespace) -> int:
         **{name: partial(train_diffusion.train, name) for name in DIFFUSION},
         LVLM: train_lvlm.train,
         SWIN: train_swin.train,
+        DEBLUR: train_deblur.train,
     }
     short = {DIGITS: train_digits, "digit-masks": train_masks, "digit-reader": train_reader}
     as_json = options.format == "json"

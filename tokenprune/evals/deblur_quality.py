@@ -29,7 +29,7 @@ BATCH = 10
 
 
 def compare(model: nn.Module, crops: Blurred, *, flops: float, weights: str | None = None) -> list[Row]:
-    """A row for the crops as they are, the unpatched network and each method. Columns: `flops`, the mean over the crops;
+    """A row for the crops as they are, the unpatched network and each method. Columns: `flops`, the mean over crops;
     `blurred`, PSNR in dB within the blurred part, with a 95% interval over photographs; `gain` over the input and
     `loss` to the unpatched network there, paired; `sharp`, PSNR in the other part, of what is there already."""
     numbers = {name: number for number, name in enumerate(dict.fromkeys(crops.sources))}

@@ -27,7 +27,7 @@ SIDE = PATCH_SIZE + 2 * REACH
 
 
 def cosines() -> Tensor:
-    """Filters [WIDTH, 3, SIDE, SIDE] of a cosine transform: all frequencies of the brightness, and the lowest of the two
+    """Filters [WIDTH, 3, SIDE, SIDE] of a cosine transform: all frequencies of the brightness, and the lowest of two
     colour differences."""
     steps = (torch.arange(SIDE) + 0.5) * torch.pi / SIDE
     rows = torch.cos(torch.arange(SIDE)[:, None] * steps)

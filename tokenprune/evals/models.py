@@ -22,6 +22,7 @@ from tokenprune.learned_parts import require_safetensors
 
 DIGITS = "digits-vit"
 SWIN = "digits-swin"
+DEBLUR = "deblur-swin"
 MASKS = "digit-masks"
 DINOV2 = "dinov2-small-wheel"
 SHIPPED = (DIGITS, SWIN, DINOV2)

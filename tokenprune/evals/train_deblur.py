@@ -1,8 +1,8 @@
 """``tokenprune train deblur-swin --output FOLDER`` trains the shipped restoration network anew.
 
-Data, recipe and stopping rule are the constants below: small crops of the training photographs, a fixed number of steps,
-and the moving average of the weights is kept. Nothing is chosen on test photographs or on how the network behaves when
-windows are left out, and none are in training.
+Data, recipe and stopping rule are the constants below: small crops of the training photographs, a fixed number of
+steps, and the moving average of the weights is kept. Nothing is chosen on test photographs or on how the network
+behaves when windows are left out, and none are in training.
 
 What is drawn at a step depends on the step alone, and everything else is in the state that is saved on the way: a
 training that was interrupted goes on exactly as it would have without.

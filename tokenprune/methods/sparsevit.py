@@ -110,8 +110,8 @@ def sparsevit(*, ratios: Sequence[float] | None = None, adapt: float | None = No
     """
     if adapt is not None and (not _is_share(adapt) or round(adapt * 10) < 1 or ratios is not None):
         raise BudgetError(
-            f"adapt={adapt!r} is the largest share of the windows that a training step leaves out, in tenths, in place of"
-            " ratios=; use adapt=0.8"
+            f"adapt={adapt!r} is the largest share of the windows that a training step leaves out, in tenths, in place"
+            " of ratios=; use adapt=0.8"
         )
     schedule = WindowRatios(ratios=None if ratios is None else _as_tuple(ratios))
     return Method(
