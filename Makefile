@@ -50,7 +50,7 @@ test: $(VENV)/.installed
 	$(PYTEST) -m "not full and not hosts"
 
 test-full: $(VENV)/.installed
-	$(PYTEST) -m "not hosts"
+	$(PYTEST) -m "not hosts" --hypothesis-profile=full
 
 test-hosts: $(VENV)/.installed
 	$(BIN)/python -m pytest -m hosts tests/hosts

@@ -128,6 +128,9 @@ PARSED: dict[str, str] = {
     "python -m tokenprune.evals.gpu_bench": "needs a GPU",
     "python -m tokenprune.evals.kernel_bench --output bench-output --device cuda": "needs a GPU",
     "tokenprune score": "downloads Inception's and CLIP's weights",
+    "tokenprune eval --model clip:openai/clip-vit-base-patch32": "downloads the weights",
+    "tokenprune eval --model vlm:llava-hf/llava-1.5-7b-hf": "downloads the weights",
+    "tokenprune eval --model pipe:stabilityai/stable-diffusion-2-1": "downloads the weights",
     "pip install lmms-eval": "downloads it",
 }
 

@@ -1,4 +1,4 @@
-"""Every evaluation that is shared out, small: what one process finds is what each of several finds.
+"""Every evaluation of image towers that is shared out, small: what one process finds is what each of several finds.
 
 As a script it is one of several processes and writes what it found to the folder that it is given.
 """
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune import cli
-from tokenprune.evals import digits_denoisers, digits_lvlm, evaluate, generation
+from tokenprune.evals import evaluate
 from tokenprune.evals.data import ImageData, open_data
-from tokenprune.evals.digits_pipelines import pipeline_of
-from tokenprune.evals.lvlm_eval import evaluate_lvlm
+from tokenprune.evals.digit_masks import DigitMasks, masked_digits
+from tokenprune.evals.streams import Stream
 
 TABLE = "table.json"
 
@@ -35,12 +35,10 @@ def found(folder: Path) -> dict[str, Any]:
         "classes": evaluate(_vit(3), (images, labels), ["top_k", "ats"], [{"keep": 0.4}, {}], batch_size=5),
         "a subset": evaluate(_vit(3), (images, labels), *top_k, **settings, samples=7, seed=2),
         "one batch": evaluate(_vit(3), (images[:4], labels[:4]), *top_k, **settings),
+        "a stream": evaluate(_vit(3), _stream(images), *top_k, **settings, samples=13),
+        "masks": evaluate(DigitMasks().eval(), masked_digits("test", 7), *top_k, batch_size=2, baselines=False),
         "neighbours": evaluate(_vit(0), (images, labels), *top_k, **settings),
         "saliency": evaluate(_vit(0), crops, *top_k, **settings, saliency=_map),
-        "pictures": generation.evaluate_generation(
-            pipeline_of(_dit()), ["at_edm"], [{"flops": 0.8}], samples=7, batch_size=2, steps=2
-        ),
-        "answers": evaluate_lvlm(digits_lvlm.lvlm_digits(), ["top_k"], samples=7, batch_size=2, baselines=False),
     }
     told: dict[str, Any] = {what: table.rows for what, table in tables.items()}
     torch.manual_seed(3)
@@ -49,6 +47,10 @@ def found(folder: Path) -> dict[str, Any]:
     command = ["eval", "--model", "digits-vit", "--samples", "40", "--batch-size", "16", "--method", "top_k", "--json"]
     assert cli.main([*command, "--threads", "1", "--output", str(folder / TABLE)]) == 0
     return {**told, "schedule": [dict(schedule.schedule), dict(schedule.found)]}
+
+
+def _stream(images: Tensor) -> ImageData:
+    return ImageData("stream", Stream("stream", lambda: enumerate(images), lambda row: (row[1], row[0] % 3)), 23, 3)
 
 
 def _vit(classes: int) -> nn.Module:
@@ -61,14 +63,6 @@ def _vit(classes: int) -> nn.Module:
     return model.eval()
 
 
-def _dit() -> nn.Module:
-    torch.manual_seed(0)
-    model = digits_denoisers.dit(num_layers=3, num_attention_heads=1)
-    for parameter in model.parameters():  # its last layer starts at zero
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
 def _map(model: Any, images: Tensor) -> Tensor:
     [features] = model.forward_intermediates(images, indices=1, output_fmt="NCHW", intermediates_only=True)
     return features.norm(dim=1, keepdim=True)
@@ -76,7 +70,6 @@ def _map(model: Any, images: Tensor) -> Tensor:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    generation.REAL_IMAGES = 40
     into = Path(sys.argv[1])
     result = found(into)
     (into / f"{os.environ['RANK']}.json").write_text(json.dumps(result))

@@ -193,7 +193,7 @@ def chosen_parts(host: Learner, adapter: str, method: str, flops: float | None, 
         TokenPruneError: they are of another method or architecture.
     """
     if weights is None:
-        return _shipped_for(host, adapter, method, flops)
+        return shipped_for(host, adapter, method, flops)
     parts = load_learned(weights)  # type: ignore[arg-type]
     own = architecture(host, adapter)
     if parts.method != method:
@@ -214,7 +214,12 @@ def chosen_parts(host: Learner, adapter: str, method: str, flops: float | None, 
     return parts
 
 
-def _shipped_for(host: Learner, adapter: str, method: str, flops: float | None) -> LearnedParts:
+def shipped_for(host: Learner, adapter: str, method: str, flops: float | None) -> LearnedParts:
+    """The shipped ones of this very model and its classifier, at the budget `flops` or any.
+
+    Raises:
+        UntrainedMethod: there are none.
+    """
     own, norms = architecture(host, adapter), torch.tensor(block_norms(host))
     budgets = []
     for name in shipped_parts():

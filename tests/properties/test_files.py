@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from functools import cache
@@ -78,11 +79,9 @@ def changes(draw: st.DrawFn) -> Callable[[bytes], bytes]:
 def patches_or_refuses(target: nn.Module, **arguments: Any) -> None:
     """Patched, it runs; refused, it is in one of our errors, and the model is as it was."""
     x = images(target)
-    try:
+    with contextlib.suppress(TokenPruneError):
         tokenprune.patch(target, **arguments)
         assert run(target, x).shape == plain().shape
-    except TokenPruneError as error:
-        assert str(error)
     tokenprune.unpatch(target)
     assert torch.equal(run(target, x), plain())
 

@@ -72,9 +72,7 @@ def test_attention_peak(data: st.DataObject, qk: tuple[Tensor, Tensor], limit: i
     if not len(qk[0]):
         assert peak.attention_peak(*qk, first=first, memory_limit=limit).shape == (0, qk[1].shape[2])
         return
-    close(
-        peak.attention_peak(*qk, first=first, memory_limit=limit), naive_peak.attention_peak(*qk, first=first)
-    )
+    close(peak.attention_peak(*qk, first=first, memory_limit=limit), naive_peak.attention_peak(*qk, first=first))
 
 
 @cheap
@@ -117,9 +115,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 @cheap
 @given(st.data(), st.integers(1, 3), SIDES, SIDES, st.integers(1, 5), LIMITS, st.sampled_from(pairwise.METRICS))
-def test_nearest(
-    data: st.DataObject, batch: int, m: int, n: int, dim: int, limit: int | None, metric: str
-) -> None:
+def test_nearest(data: st.DataObject, batch: int, m: int, n: int, dim: int, limit: int | None, metric: str) -> None:
     a, b = data.draw(tensors(batch, m, dim)), data.draw(tensors(batch, n, dim))
     ranks = (torch.rand(batch, m), torch.rand(batch, n)) if data.draw(st.booleans()) else None
     value, row = pairwise.nearest(a, b, metric=metric, ranks=ranks, memory_limit=limit)

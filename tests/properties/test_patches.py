@@ -30,7 +30,9 @@ def test_a_budget_of_one_is_the_model_itself(vit: Vit, method: str, kind: str, b
 
 
 @given(st.data(), vits(), methods(), BATCHES)
-def test_a_budget_is_met_or_refused_with_what_is_possible(data: st.DataObject, vit: Vit, method: str, batch: int) -> None:
+def test_a_budget_is_met_or_refused_with_what_is_possible(
+    data: st.DataObject, vit: Vit, method: str, batch: int
+) -> None:
     """A patched output is of the same shape, dtype and device, counts are what was asked, and unpatching leaves the
     model as it was; what cannot be met is an error, behind which the model is as it was too."""
     budget, chosen = data.draw(budgets(vit)), data.draw(options(method))
@@ -41,7 +43,6 @@ def test_a_budget_is_met_or_refused_with_what_is_possible(data: st.DataObject, v
         tokenprune.patch(model, method, **budget, **chosen)
     except (BudgetError, UnsupportedMethod) as error:
         note(str(error))
-        assert str(error)
     else:
         reduced = run(model, x)
         assert (reduced.shape, reduced.dtype, reduced.device) == (plain.shape, plain.dtype, plain.device)
@@ -68,7 +69,9 @@ def as_asked(vit: Vit, budget: dict[str, Any], report: dict[str, Any]) -> None:
 
 
 @given(st.data(), vits((torch.float32,)), st.sampled_from(["top_k", "evit", "tome", "uniform"]), st.floats(0.3, 1.0))
-def test_reported_flops_are_those_of_torchs_own_counter(data: st.DataObject, vit: Vit, method: str, flops: float) -> None:
+def test_reported_flops_are_those_of_torchs_own_counter(
+    data: st.DataObject, vit: Vit, method: str, flops: float
+) -> None:
     model, x = vit.build(), vit.images(1)
     before = zoo.count(model, x).get_total_flops() / 2
     try:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from tokenprune.cli.commands import RECIPES, parser
 from tokenprune.cli.examples import EXAMPLES
 
-SHARED_OUT = ("eval", "search")
+SHARED_OUT = ("eval", "search", "score")
 
 __all__ = ["EXAMPLES", "RECIPES", "main", "parser"]
 
@@ -47,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TokenPruneError, ImportError, OSError) as error:
         where = f" on rank {rank}" if count > 1 else ""
         print(f"tokenprune: error{where}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        print(f"tokenprune: error: out of memory: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -83,6 +88,16 @@ def _run(options: argparse.Namespace) -> int:
         from tokenprune.evals import lvlm_commands
 
         return (lvlm_commands.run_eval if options.command == "eval" else lvlm_commands.refuse)(options)
+    kind, named, _ = (options.model or "").partition(":") if options.command == "eval" else ("", "", "")
+    if named and kind in ("clip", "vlm", "pipe"):
+        from tokenprune.evals import clip_commands, hub_commands
+
+        run_kind = {
+            "clip": clip_commands.run_eval,
+            "vlm": hub_commands.eval_questions,
+            "pipe": hub_commands.eval_prompts,
+        }
+        return run_kind[kind](options)
     if options.command == "train" and options.method is not None:
         from tokenprune.training import command
 

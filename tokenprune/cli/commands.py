@@ -15,11 +15,23 @@ from tokenprune.cli.options import (
     add_methods,
     add_model,
     add_restore,
+    add_texts,
     add_training,
     positive,
+    threads,
+    workers,
 )
 
-RECIPES = ("digits-vit", "digits-swin", "dit-digits", "unet-digits", "lvlm-digits", "digit-reader", "digit-masks")
+RECIPES = (
+    "digits-vit",
+    "digits-swin",
+    "dit-digits",
+    "unet-digits",
+    "lvlm-digits",
+    "digit-reader",
+    "digit-masks",
+    "deblur-swin",
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,18 +111,22 @@ def parser() -> argparse.ArgumentParser:
         "accuracy and fidelity to the unpatched model; of diffusion models their pictures, of the"
         " vision-language model its answers",
     )
-    add_model(evaluate)
+    add_model(evaluate, also="clip:NAME, vlm:NAME (of transformers), pipe:NAME (of diffusers)")
     add_methods(evaluate)
-    add_data(evaluate, "what to evaluate on (default: the model's own images)")
+    files = "; clip: captions.jsonl, vlm: questions.jsonl, pipe: prompts.txt"
+    add_data(evaluate, "what to evaluate on (default: the model's own images)", also=files)
     evaluate.add_argument(
         "--samples", type=positive, help="images, drawn by --seed (default: all; digits: 1000; lvlm-digits: 75)"
     )
     evaluate.add_argument("--batch-size", type=positive, default=32, help="(default: %(default)s)")
-    evaluate.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
+    evaluate.add_argument(
+        "--workers", type=workers, default=0, help="processes that read images (default: %(default)s)"
+    )
     evaluate.add_argument(
         "--rounds", type=positive, help="dit-digits, unet-digits, lvlm-digits: time every row too, at least 20 rounds"
     )
     add_generation(evaluate)
+    add_texts(evaluate)
     add_machine(evaluate)
     add_format(evaluate)
 
@@ -207,9 +223,15 @@ def parser() -> argparse.ArgumentParser:
     add_machine(calibrate)
     add_json(calibrate)
 
-    score = _command(commands, "score", "Inception FID and CLIP score of pictures from a full-size diffusion model")
+    score = _command(
+        commands, "score", "pictures of a diffusion model against real ones, prompts or those of another run"
+    )
     score.add_argument("--pictures", required=True, metavar="FOLDER", help="generated, by name in the prompts' order")
     score.add_argument("--real", metavar="FOLDER", help="real pictures: FID, by torch-fidelity")
+    score.add_argument("--features", metavar="MODEL", help="of the distance to them, as in eval (default: Inception)")
+    score.add_argument("--checkpoint", metavar="FILE", help="weights of MODEL, safetensors only")
+    score.add_argument("--reference", metavar="FOLDER", help="pictures of the same names: PSNR, SSIM")
+    score.add_argument("--lpips", choices=["alex", "squeeze", "vgg"], help="LPIPS to them as well, by torchmetrics")
     score.add_argument("--inception", metavar="FILE", help="weights of its Inception (default: downloaded)")
     score.add_argument("--prompts", metavar="FILE", help="one line a picture: CLIP score, by transformers")
     score.add_argument("--clip", default="openai/clip-vit-large-patch14", help="name or folder (default: %(default)s)")
@@ -225,7 +247,7 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--output", required=True, metavar="FOLDER", help="for the checkpoint and its record")
     train.add_argument("--steps", type=positive, help="of a recipe, other than its own only to try the command out")
-    train.add_argument("--threads", type=positive, default=1, help="CPU threads (default: %(default)s)")
+    train.add_argument("--threads", type=threads, default=1, help="CPU threads (default: %(default)s)")
     add_training(train)
     add_json(train)
     return top

@@ -19,13 +19,15 @@ from tokenprune.evals.knn import knn_predict
 from tokenprune.evals.progress import progress
 from tokenprune.evals.ranks import ALONE, Ranks, ranks
 from tokenprune.evals.saliency import feature_cosine, saliency_correlation
+from tokenprune.evals.segmentation import bootstrap_iou, interval_of, overlaps
 from tokenprune.evals.stats import bootstrap_mean, bootstrap_share
 from tokenprune.evals.table import Row, Table, environment, interval_cells
 from tokenprune.evals.transforms import model_transform
 
 Dense = Callable[[nn.Module, Tensor], Tensor]
 NEIGHBOURS = 10
-SUPPORT = {"top1": (0.0, 1.0), "knn": (0.0, 1.0), "agreement": (0.0, 1.0)}
+TOP = 5
+SUPPORT = {"top1": (0.0, 1.0), "top5": (0.0, 1.0), "knn": (0.0, 1.0), "agreement": (0.0, 1.0)}
 
 
 def evaluate(
@@ -51,9 +53,11 @@ def evaluate(
     saliency: (model, images [B, C, H, W]) -> maps [B, ...], compared with the unpatched model's where it is given.
 
     Columns, each a mean over images with a 95% bootstrap interval: `top1`, `top1_drop` (paired, as a share) and
-    `top1_kept` (what is left of the unpatched `top1`, paired, as a share of it) where there are labels; `knn`,
-    `knn_drop` and `knn_kept` in their place for a model without a classifier (10 neighbours); `agreement` of the top-1
-    class with the unpatched model; `cosine` of the features that enter the classifier; `saliency` correlation.
+    `top1_kept` (what is left of the unpatched `top1`, paired, as a share of it) where there are labels, `top5` where
+    there are more than ten classes; `miou`, `miou_drop` and `miou_kept` where the labels are maps [h, w] and the model
+    gives maps of logits (255 and negative labels do not count); `knn`, `knn_drop` and `knn_kept` in their place for a
+    model without a classifier (10 neighbours); `agreement` of the top-1 class with the unpatched model; `cosine` of the
+    features that enter the classifier; `saliency` correlation.
     `flops_ratio` is the mean over the batches, `tokens` of the last one. On how many images a row gave NaN is in its
     `note`.
 
@@ -69,7 +73,12 @@ def evaluate(
         device, dtype = placement(model)
         example, _ = next(images.batches(2, samples=samples, seed=seed))
         arms = build_arms(
-            model, example.to(device, dtype), methods, budgets, baselines=baselines, dense=saliency is not None
+            model,
+            example.to(device, dtype),
+            methods,
+            budgets,
+            baselines=baselines,
+            dense=saliency is not None or images.dense,
         )
         return evaluate_arms(
             arms,
@@ -141,12 +150,12 @@ def run_unpatched(
     loader = images.batches(batch_size, samples=samples, seed=seed, workers=workers, processes=processes)
     show_progress = show_progress and processes.is_main
     for batch, labels in progress(loader, "eval", total=total, show=show_progress):
-        if labels is not None and int(labels.min()) < 0:
+        if labels is not None and labels.ndim == 1 and int(labels.min()) < 0:
             raise TokenPruneError(f"{images.name} has images without a label; take a split whose labels are public")
         inputs = batch.to(device, dtype)
         with torch.inference_mode():
             maps = None if saliency is None else saliency(base.model, inputs)
-            yield UnpatchedBatch(inputs, labels, observe(base.model, inputs), maps)
+            yield UnpatchedBatch(inputs, labels, _on_grid(observe(base.model, inputs), labels), maps)
 
 
 def compare(
@@ -219,11 +228,16 @@ def _score_batch(arms: Sequence[Arm], batch: UnpatchedBatch, saliency: Dense | N
     assert base is not None
     for arm, model, score in runnable(arms, scores):
         inputs = arm.prepare(batch.images)
-        seen = reference if model is base else observe(model, inputs)
+        seen = reference if model is base else _on_grid(observe(model, inputs), batch.labels)
         if classifies(base):
             score.add("agreement", agreement(seen.logits, reference.logits))
-            if batch.labels is not None:
+            if batch.labels is not None and batch.labels.ndim > 1:
+                logits = seen.logits.cpu()
+                score.add("overlaps", overlaps(logits.argmax(1), batch.labels, logits.shape[1]))
+            elif batch.labels is not None:
                 score.add("top1", correct(seen.logits.cpu(), batch.labels))
+                if seen.logits.shape[1] > 2 * TOP:
+                    score.add("top5", correct(seen.logits.cpu(), batch.labels, among=TOP))
         elif batch.labels is not None:
             score.features = seen.features.float().cpu()
         score.add("cosine", feature_cosine(seen.features, reference.features))
@@ -238,11 +252,21 @@ def _score_batch(arms: Sequence[Arm], batch: UnpatchedBatch, saliency: Dense | N
     return scores
 
 
+def _on_grid(seen: Observation, labels: Tensor | None) -> Observation:
+    """Maps of logits [B, classes, ...] brought to the size of maps of labels, where these are some."""
+    if labels is None or labels.ndim == 1:
+        return seen
+    maps = functional.interpolate(seen.logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
+    return Observation(maps.flatten(1), maps)
+
+
 def _row(arm: Arm, score: _Scores, base: _Scores, groups: Tensor | None, seed: int) -> Row:
     measured = "flops_ratio" in score.values
     ratio = float(score.values["flops_ratio"].mean()) if measured else arm.flops_ratio
     row: Row = {"method": arm.method, "budget": arm.budget, "flops_ratio": ratio, "tokens": score.tokens}
-    for name in ("top1", "knn", "agreement", "cosine", "saliency"):
+    if "overlaps" in score.values:
+        row |= _iou_cells(score.values["overlaps"], base.values["overlaps"], score is base, groups, seed)
+    for name in ("top1", "top5", "knn", "agreement", "cosine", "saliency"):
         if name not in score.values:
             continue
         values = score.values[name]
@@ -257,6 +281,14 @@ def _row(arm: Arm, score: _Scores, base: _Scores, groups: Tensor | None, seed: i
             drop |= interval_cells(f"{name}_kept", kept)
             row |= drop if score is not base else dict.fromkeys(drop)
     return {**row, "note": _note(arm, score)}
+
+
+def _iou_cells(counts: Tensor, base: Tensor, is_base: bool, groups: Tensor | None, seed: int) -> Row:
+    found, draws = bootstrap_iou(counts, groups=groups, seed=seed)
+    _, whole = bootstrap_iou(base, groups=groups, seed=seed)
+    drop = interval_cells("miou_drop", interval_of(whole - draws))
+    drop |= interval_cells("miou_kept", interval_of(draws / whole))
+    return interval_cells("miou", found) | (dict.fromkeys(drop) if is_base else drop)
 
 
 def _note(arm: Arm, score: _Scores) -> str | None:

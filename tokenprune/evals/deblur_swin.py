@@ -27,7 +27,7 @@ SIDE = PATCH_SIZE + 2 * REACH
 
 
 def cosines() -> Tensor:
-    """Filters [WIDTH, 3, SIDE, SIDE] of a cosine transform: all frequencies of the brightness, and the lowest of the two
+    """Filters [WIDTH, 3, SIDE, SIDE] of a cosine transform: all frequencies of the brightness, and the lowest of two
     colour differences."""
     steps = (torch.arange(SIDE) + 0.5) * torch.pi / SIDE
     rows = torch.cos(torch.arange(SIDE)[:, None] * steps)
@@ -48,9 +48,8 @@ class Patches(nn.Module):
         self.img_size = (IMAGE_SIZE, IMAGE_SIZE)
         self.grid_size = (IMAGE_SIZE // PATCH_SIZE, IMAGE_SIZE // PATCH_SIZE)
         self.proj = nn.Conv2d(3, WIDTH, SIDE, stride=PATCH_SIZE, padding=REACH)
-        with torch.no_grad():
-            self.proj.weight.copy_(cosines())
-            self.proj.bias.zero_()
+        self.proj.weight.data = cosines()
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         tokens: Tensor = self.proj((x - MEAN) / STD)

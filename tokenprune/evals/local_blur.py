@@ -8,7 +8,7 @@ undone to a good part, by design. Crops of training, validation and test are of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -52,8 +52,8 @@ def locally_blurred(
     """Crops number `start` and following of a seed, of `size` pixels a side; each depends on the seed and its number
     alone. shares: least and most of the area that is blurred, drawn evenly between."""
     drawn = [_draw(PHOTOGRAPHS[split], seed, number, size, shares) for number in range(start, start + count)]
-    images, sharp, mask = (torch.stack([one[i] for one in drawn]) for i in range(3))
-    return Blurred(images, sharp, mask, tuple(one[3] for one in drawn))
+    images, sharp, mask, sources = zip(*drawn, strict=True)
+    return Blurred(torch.stack(images), torch.stack(sharp), torch.stack(mask), sources)
 
 
 def _draw(
@@ -85,7 +85,7 @@ def outline(size: int, share: float, generator: torch.Generator) -> Tensor:
     return field > edge
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sharp_and_blurred(name: str) -> Tensor:
     """[2, 3, H, W] in [0, 1]."""
     picture = torch.from_numpy(_photograph(name).copy())

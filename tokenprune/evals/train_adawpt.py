@@ -2,10 +2,11 @@
 
     python -m tokenprune.evals.train_adawpt --output FOLDER
 
-The network stays as it is shipped. On crops of its training photographs the windows of each stage are drawn by
-Gumbel-softmax, and the predictors learn by the error of what is restored, a mask of what is blurred, and the budget.
-After a fixed number of steps the threshold is found at which other crops of the same photographs cost the budget in the
-mean. Nothing is chosen on test photographs. A training that was interrupted goes on exactly as it would have without.
+The network stays as it is shipped. On crops of its training photographs the predictors first learn what is blurred,
+all windows computed; then the windows of each stage are drawn by Gumbel-softmax, and they learn by the error of what is
+restored, the mask of what is blurred, and the budget. After a fixed number of steps the threshold is found at which
+other crops of the same photographs cost the budget in the mean. Nothing is chosen on test photographs. A training that
+was interrupted goes on exactly as it would have without.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from tokenprune.windows.patch import WindowsPatch
 
 METHOD, FLOPS = "adawpt", 0.5
 SEED = 1
-STEPS = 600
+GUIDED_STEPS = 1000
+STEPS = 1250
 BATCH = 4
 CROP = 96
 SHARES = (0.2, 0.7)
@@ -47,12 +49,13 @@ RESTORATION = 10.0
 
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
-EMA_DECAY = 0.98
-RATES = Rates(warmup=30, cooldown_share=0.5, last_share=0.01)
+EMA_DECAY = 0.97
+GUIDED_RATE = 1e-2
+RATES = Rates(warmup=20, cooldown_share=0.7, last_share=0.01)
 LOG_EVERY = 50
 SAVE_EVERY = 25
 CALIBRATION_CROPS = 24
-LARGEST, NEAR, ROUNDS = 8.0, 0.003, 10
+LARGEST, NEAR, ROUNDS = 4.0, 0.003, 8
 
 
 class Training(Resumable):
@@ -74,10 +77,13 @@ class Training(Resumable):
         """One step, and at every LOG_EVERY-th a line of the log."""
         start = time.process_time()
         for group in self.optimizer.param_groups:
-            group["lr"] = RATES(self.step, self.steps, RATE)
+            group["lr"] = rate_at(self.step, self.steps)
+        if self.step == GUIDED_STEPS:
+            self.average = {key: value.clone() for key, value in self.model.state_dict().items()}
         torch.manual_seed(SEED * 1_000_003 + self.step)  # for the draws
         drawn = locally_blurred("train", BATCH, SEED, self.step * BATCH, size=CROP, shares=SHARES)
-        self.patch.lesson = lesson = WindowLesson(drawn.mask, self.patch.share_of_cost)
+        guided_only = self.step < GUIDED_STEPS
+        self.patch.lesson = lesson = WindowLesson(drawn.mask, self.patch.share_of_cost, whole=guided_only)
         try:
             restored = error(self.network(drawn.images), drawn.sharp)
             self.descend(RESTORATION * restored + guided(lesson, FLOPS))
@@ -90,6 +96,13 @@ class Training(Resumable):
             line = {"step": self.step, "loss": self.recent_loss(), "error": restored.item()}
             self.log.append({**line, "cost": lesson.cost().item(), "right": right.float().mean().item()})
         self.seconds += time.process_time() - start
+
+
+def rate_at(step: int, steps: int) -> float:
+    """The learning rate of a step: two descents, one for each phase."""
+    if step < GUIDED_STEPS:
+        return RATES(step, min(GUIDED_STEPS, steps), GUIDED_RATE)
+    return RATES(step - GUIDED_STEPS, steps - GUIDED_STEPS, RATE)
 
 
 def windows_patch(model: nn.Module) -> WindowsPatch:
@@ -112,9 +125,7 @@ def calibrated(training: Training) -> LearnedParts:
         ratio = mean_cost(model, crops)
         return ratio, threshold
 
-    ratio, threshold = nearest_to(
-        FLOPS, tried, -LARGEST, LARGEST, first=0.0, rising=False, near=NEAR, rounds=ROUNDS
-    )
+    ratio, threshold = nearest_to(FLOPS, tried, -LARGEST, LARGEST, first=0.0, rising=False, near=NEAR, rounds=ROUNDS)
     tried(threshold)
     tensors = {name: tensor.detach().clone() for name, tensor in patch.learned.state_dict().items()}
     found: dict[str, Any] = {
@@ -124,11 +135,12 @@ def calibrated(training: Training) -> LearnedParts:
         "calibration_crops": CALIBRATION_CROPS,
         "data": "training photographs of tokenprune.evals.local_blur: " + ", ".join(PHOTOGRAPHS["train"]),
         "steps": training.steps,
+        "guided_steps": GUIDED_STEPS,
         "batch_size": BATCH,
         "crop": CROP,
         "shares": list(SHARES),
         "restoration": RESTORATION,
-        "learning_rate": RATE,
+        "learning_rate": [GUIDED_RATE, RATE],
         "weight_decay": WEIGHT_DECAY,
         "seed": SEED,
         "training_cpu_seconds": round(training.seconds),
@@ -141,7 +153,7 @@ def mean_cost(model: nn.Module, images: Tensor, batch: int = 8) -> float:
     """What a patched model costs in the mean over images, as a share of the unpatched one."""
     total = 0.0
     with torch.inference_mode():
-        for part in images.split(batch):
+        for part in torch.split(images, batch):
             model(part)
             total += len(part) * tokenprune.report(model).to_dict()["flops_ratio"]
     return total / len(images)

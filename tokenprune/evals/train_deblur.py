@@ -1,8 +1,8 @@
 """``tokenprune train deblur-swin --output FOLDER`` trains the shipped restoration network anew.
 
-Data, recipe and stopping rule are the constants below: small crops of the training photographs, a fixed number of steps,
-and the moving average of the weights is kept. Nothing is chosen on test photographs or on how the network behaves when
-windows are left out, and none are in training.
+Data, recipe and stopping rule are the constants below: small crops of the training photographs, a fixed number of
+steps, and the moving average of the weights is kept. Nothing is chosen on test photographs or on how the network
+behaves when windows are left out, and none are in training.
 
 What is drawn at a step depends on the step alone, and everything else is in the state that is saved on the way: a
 training that was interrupted goes on exactly as it would have without.
@@ -95,7 +95,7 @@ def averaged_psnr(weights: dict[str, Tensor], split: Split, count: int) -> tuple
     model.load_state_dict(weights)
     drawn = locally_blurred(split, count, SEED, size=IMAGE_SIZE)
     with torch.inference_mode():
-        restored = torch.cat([model(part) for part in drawn.images.split(4)])
+        restored = torch.cat([model(part) for part in torch.split(drawn.images, 4)])
     before, after = (psnr(images, drawn.sharp, drawn.mask).mean().item() for images in (drawn.images, restored))
     return before, after
 

@@ -92,8 +92,8 @@ LEARNED = Learned(part=Predictor, penalty=guided, rate=rate, recipe=Recipe(epoch
 
 @register_method("adawpt")
 def adawpt() -> Method:
-    """Compute the windows that a learned predictor is confident about, attention and MLP, as many as an image needs, and
-    pass the others through unchanged.
+    """Compute the windows that a learned predictor is confident about, attention and MLP, as many as an image needs,
+    and pass the others through unchanged.
 
     Each stage has a predictor in front of its first block; a window's confidence is the mean of its tokens', in blocks
     with shifted windows as in the others. `python -m tokenprune.evals.train_adawpt` learns them for the shipped

@@ -26,8 +26,8 @@ class BlockCost:
 @dataclass(frozen=True)
 class WindowCosts:
     """Of one image's forward. grid: at which it was counted. between: multiply-adds in front of each block that belong
-    to none, and last of the head. scoring: of a token in front of each block, to choose windows. dense: whether the head
-    is one of all tokens."""
+    to none, and last of the head. scoring: of a token in front of each block, to choose windows. dense: whether the
+    head is one of all tokens."""
 
     grid: Grid
     layouts: tuple[Layout, ...]

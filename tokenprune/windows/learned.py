@@ -32,9 +32,8 @@ def learned_by_stage(host: WindowsHost, patch: WindowsPatch, weights: object) ->
     try:
         parts.load_state_dict(dict(stored.tensors))
     except RuntimeError as error:
-        raise TokenPruneError(
-            f"the learned parts do not fit the {patch.stages} stages of this model: {' '.join(str(error).split())[:300]}"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise TokenPruneError(f"the learned parts do not fit the {patch.stages} stages here: {reason}") from error
     return parts
 
 

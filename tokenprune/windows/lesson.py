@@ -18,13 +18,14 @@ class WindowLesson:
     """Where a patch has one, all windows are computed, and of a masked one the tokens go on as they entered.
 
     marked: [B, H, W] the pixels that want to be computed. counted: {block: share of its windows} -> what such a forward
-    costs as a share of the unpatched one, scoring included. grids: of each stage. confidences: (stage, tiling) -> [B,
-    W] logits of computing each window. alive: the same -> [B, W] masks, one and zero, with the gradient of what decided
-    them. blocks: block -> by which of these it went.
+    costs as a share of the unpatched one, scoring included. whole: whether none is masked yet. grids: of each stage.
+    confidences: (stage, tiling) -> [B, W] logits of computing each window. alive: the same -> [B, W] masks, one and
+    zero, with the gradient of what decided them. blocks: block -> by which of these it went.
     """
 
     marked: Tensor
     counted: Callable[[Mapping[int, Tensor]], Tensor]
+    whole: bool = False
     grids: dict[int, Grid] = field(default_factory=dict)
     confidences: dict[Key, Tensor] = field(default_factory=dict)
     alive: dict[Key, Tensor] = field(default_factory=dict)

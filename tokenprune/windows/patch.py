@@ -63,7 +63,7 @@ class WindowsPatch(Portable):
     def _published(self) -> tuple[float, ...] | None:
         """The method's own share of windows left out in each block, where that is the budget."""
         ratios = self.method.window_ratios
-        if self.budget.kind not in ("default", "own") or ratios is None:
+        if self.budget.kind not in ("default", "own") or ratios is None or self.method.window_draw is not None:
             return None
         return ratios(self._depths())
 
@@ -93,7 +93,7 @@ class WindowsPatch(Portable):
                 recording.forwards.append(forward)
         if self.probe is not None:
             keep = dict.fromkeys(range(len(self.layouts)), 1)
-        elif self.method.training_only:
+        elif self.method.window_draw is not None:
             keep = self._draw(grid) if module.training else {}
         else:
             keep = self.keep(*grid) if self.active else {}
@@ -194,7 +194,7 @@ class WindowsPatch(Portable):
         means: dict[int, float] = {index: fmean(self.seen.get(index, (keep,))) for index, keep in plan.keep.items()}
         before, after = self.costs.total(grid, {}), self.costs.total(grid, means)
         notes = ["tokens out are those of the windows that a block computes; the others pass through it unchanged"]
-        if self.method.training_only:
+        if self.method.window_draw is not None:
             notes.append("acts in training forwards alone, each with shares of its own: these are the last one's")
         if self.method.adaptive and not self.seen:
             notes.append("adaptive: these are the most windows; what is computed is known after a forward")
@@ -218,7 +218,7 @@ class WindowsPatch(Portable):
         """That of the last forward."""
         if not self.active:
             return Plan({}, {})
-        return self.drawn if self.method.training_only else self.plan(grid)
+        return self.drawn if self.method.window_draw is not None else self.plan(grid)
 
     def _place(self, index: int, keep: float, grid: Grid) -> dict[str, Any]:
         layout = self.layouts[index]

@@ -26,7 +26,9 @@ Describe = Callable[[nn.Module], WindowsHost]
 def chooses_windows(method: Method) -> bool:
     """Whether a method works on whole windows: one for them, or that works as it does on tokens, as it learns nothing,
     merges none and does not look at attention, all of which stays in a window."""
-    return "windows" in method.needs or not (method.learned or method.adaptive or method.merges or method.proportional or method.needs - {"windows"})
+    return "windows" in method.needs or not (
+        method.learned or method.adaptive or method.merges or method.proportional or method.needs - {"windows"}
+    )
 
 
 def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, request: Request) -> WindowsPatch:
@@ -53,7 +55,7 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
     if patch.active and method.learned is not None:
         patch.learned = learned_by_stage(host, patch, request.weights)
     patch.costs = _count(describe, patch, model)
-    if patch.active and not method.training_only:
+    if patch.active and method.window_draw is None:
         patch.plan(host.grid)
     return patch
 

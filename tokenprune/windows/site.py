@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
-from tokenprune.recording import PlaceRecord
 from tokenprune.ragged import RaggedReduction
+from tokenprune.recording import PlaceRecord
 from tokenprune.reduction import Reduction
 from tokenprune.state import in_backward, recall, remember
 from tokenprune.tables import positions, table
@@ -131,7 +131,8 @@ class BlockSite:
         key = self.layout.stage, self.layout.tiling
         lesson.blocks[self.index], lesson.grids[self.layout.stage] = key, grid
         if key not in lesson.alive:
-            lesson.confidences[key], lesson.alive[key] = scores, self.patch.method.window_mask(scores)
+            draw = torch.ones_like if lesson.whole else self.patch.method.window_mask
+            lesson.confidences[key], lesson.alive[key] = scores, draw(scores)
         return lesson.alive[key]
 
     def _scored(self, now: Pass, x: Tensor, index: Tensor) -> tuple[AttentionRecord, Tensor | None]:

@@ -30,6 +30,8 @@ def overlays(arms: Sequence[Arm], inputs: Tensor) -> dict[str, Any]:
             continue
         with tokenprune.record(model) as recording, torch.inference_mode():
             model(inputs)
+        if not recording.forwards:  # at a budget of 1.0
+            continue
         forward = recording.forwards[-1]
         grid = grid or forward.grid
         places = [{"name": place.name, "grid": place.grid, "source": place.source.tolist()} for place in forward.places]

@@ -39,14 +39,16 @@ def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) ->
     b = (b / torch.linalg.vector_norm(b, dim=-1, keepdim=True).clamp_min_(EPSILON)).transpose(1, 2)
     norms = torch.linalg.vector_norm(a, dim=-1).clamp_min_(EPSILON)
     work = min(memory_limit, CACHED * torch.get_num_threads()) if device.type == "cpu" else memory_limit
-    columns = table(_columns, others, dtype, like=a)
     if window is None and batch * rows * others * dtype.itemsize <= work:
         similarity = torch.bmm(a, b)
-        # Of equals the first, as torch documents it of max too.
-        value, index = similarity.max(-1) if others <= FEW else _best(similarity, columns, others)
+        if others <= FEW:
+            value, index = similarity.max(-1)  # of equals the first, as torch documents it
+            return value.div_(norms), index
+        value, index = _best(similarity, table(_columns, others, dtype, like=a), others)
         return value.div_(norms), index.long()
     if window is None and device.type == "cpu":  # of larger blocks fewer pack b
         work = min(memory_limit, 2 * work)
+    columns = table(_columns, others, dtype, like=a)
     value = a.new_empty(batch, rows)
     index = torch.empty(batch, rows, dtype=torch.long, device=device)
     block = max(1, min(rows, work // (others * dtype.itemsize)))
