@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedMethod
+from tokenprune.kernels.inputs import mean_over_heads
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class AttentionRecord:
         """Mean over heads of the keys of the prunable tokens, [B, n, D]: what similarity is measured on."""
         if self.keys is None:
             return self.hidden[:, self.num_prefix_tokens :]
-        return self.keys[:, :, self.num_prefix_tokens :].mean(1)
+        return mean_over_heads(self.keys[:, :, self.num_prefix_tokens :])
 
     def rotated(self) -> tuple[Tensor, Tensor]:
         """Queries and keys [B, H, N, D] as the attention uses them, rotary embedding applied where the host has it."""

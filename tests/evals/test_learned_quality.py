@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tokenprune.evals import tuned_masks
-from tokenprune.evals.digit_masks import mean_iou, overlaps
+from tokenprune.evals.digit_masks import overlaps
 from tokenprune.evals.learned_quality import TASKS, compare
 from tokenprune.evals.models import load_model
+from tokenprune.evals.segmentation import mean_iou
 from tokenprune.training.distillation import Distillation
 from tokenprune.training.session import start_of
 

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.evals.arms import UNPATCHED
-from tokenprune.evals.digit_masks import masked_digits, mean_iou, overlaps
+from tokenprune.evals.digit_masks import masked_digits, overlaps
 from tokenprune.evals.digits import cluttered_digits
 from tokenprune.evals.models import DIGITS, MASKS, load_model, load_weights
+from tokenprune.evals.segmentation import mean_iou
 from tokenprune.evals.stats import Interval, bootstrap
 from tokenprune.evals.table import Row, Table, environment, interval_cells
 from tokenprune.training.work import MODEL

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", options.epochs, step_on_epochs=False, updates_per_epoch=per_epoch
     )
-    for step, (images, labels) in enumerate(loader(data.items, order, workers=0)):
+    for step, (images, labels) in enumerate(loader(data.by_number(), order, workers=0)):
         scheduler.step_update(step)
         loss = F.cross_entropy(loaded.model(images), labels)
         optimizer.zero_grad()

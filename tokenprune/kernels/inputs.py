@@ -55,6 +55,21 @@ def repeat_heads(k: Tensor, heads: int) -> Tensor:
     return k if k.shape[1] == heads else k.repeat_interleave(heads // k.shape[1], dim=1)
 
 
+def mean_over_heads(x: Tensor) -> Tensor:
+    """The mean over H of x [B, H, N, D] as [B, N, D].
+
+    On a CPU head by head, which takes two thirds of the time: the heads of a token lie side by side in what a fused
+    projection puts out, and a sum over them would go from token to token.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.shape[1] < 2 or exporting():
+        return x.mean(1)
+    first, second, *others = x.unbind(1)
+    total = first + second
+    for head in others:
+        total.add_(head)
+    return total.div_(x.shape[1])
+
+
 def additive(bias: Tensor) -> Tensor:
     """A mask (True: may be attended to) as a bias of 0 and -inf; a bias as it is."""
     if bias.dtype != torch.bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import UnsupportedMethod
+from tokenprune.kernels.inputs import mean_over_heads
 from tokenprune.kernels.pairwise import METRICS
 from tokenprune.reduction import Reduction
 from tokenprune.scores.pagerank import fuse_heads, passing_heads, weighted_pagerank
@@ -99,7 +100,7 @@ class ImportanceAndSimilarity:
             return record.block_input[:, prefix:]
         if self.feature == "key":
             return record.metric
-        return (record.q if self.feature == "query" else record.v)[:, :, prefix:].mean(1)
+        return mean_over_heads((record.q if self.feature == "query" else record.v)[:, :, prefix:])
 
     def similar(self, importance: Tensor, record: AttentionRecord, remove: int) -> Tensor:
         """Positions [B, remove] of the tokens that the similarity stage takes."""

@@ -130,10 +130,9 @@ def choose(q: Tensor, k: Tensor, *, iterations: int = 1, memory_limit: int | Non
         if _fits(2 * q.shape[0] * q.shape[1] * q.shape[2], k.shape[2], limit, itemsize):  # the logits and A
             return Choice("tiled", "a few calls of torch take less time than the launch of a kernel of our own")
         return Choice("triton", "a GPU computes A faster than it writes it to memory")
-    fits = _fits(q.shape[2], k.shape[2], limit, itemsize)
-    if iterations == 1:
+    if iterations == 1 and not _fits(q.shape[2], k.shape[2], min(limit, eager.CACHED), itemsize):
         return Choice("matrix_free", "one iteration reads every row of A once")
-    if fits:
+    if _fits(q.shape[2], k.shape[2], limit, itemsize):
         return Choice("tiled", "A is computed once for all iterations")
     return Choice("matrix_free", "one head's A exceeds the memory limit")
 
@@ -185,7 +184,7 @@ def _check(q: Tensor, k: Tensor, weights: Tensor, bias: Tensor | None, counts: S
         raise TokenPruneError(
             f"attention_mass: a bias {list(bias.shape)} does not fit logits {[batch, heads, rows, keys]}"
         )
-    if not counts or min(counts) < 1 or list(counts) != sorted(counts):
+    if not counts or min(counts) < 1 or list(counts) != sorted(set(counts)):
         raise TokenPruneError(f"attention_mass: iterations={list(counts)}: at least one, in rising order")
     if counts[-1] > 1 and rows != keys:
         raise TokenPruneError(

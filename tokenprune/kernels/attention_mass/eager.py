@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokenprune.kernels.attention_mass.iterate import iterate
+from tokenprune.kernels.attention_mass.iterate import iterate, push_into
 from tokenprune.kernels.attention_mass.tiles import Exponentials, Tile, flat, tiles
 from tokenprune.kernels.inputs import additive, precision, product
 
@@ -75,20 +75,17 @@ def tiled(
         return all_at_once(q, k, weights, bias, counts, tolerance, scale, log_sums)
     pairs = max(1, work // (rows * row))
     block = rows if pairs > 1 else max(1, work // row)
-    buffer = q.new_empty(min(pairs, q.shape[0] * q.shape[1]), rows, columns, dtype=dtype)
-    out = q.new_empty(len(counts), *q.shape[:2], keys, dtype=dtype)
+    every = q.shape[0] * q.shape[1]
+    buffer = q.new_empty(min(pairs, every), rows, columns, dtype=dtype)
+    start = weights.flatten(0, 1).to(dtype).unsqueeze(1)
+    out = q.new_empty(len(counts), every, 1, columns, dtype=dtype)
     for tile in tiles(q, k, bias, scale, pairs, columns, dtype):
         attention, sums = buffer[: len(tile.q)], _sums(log_sums, tile)
-        for start in range(0, rows, block):
-            part = slice(start, start + block)
+        for first in range(0, rows, block):
+            part = slice(first, first + block)
             tile.attention(part, attention[:, part], None if sums is None else sums[:, part])
-
-        def push(mass: Tensor, attention: Tensor = attention) -> Tensor:
-            return torch.bmm(mass, attention)[..., :keys]
-
-        mass = flat(weights, tile.images, tile.heads, dtype).unsqueeze(1)
-        _store(out, tile, iterate(push, mass, counts, tolerance))
-    return out
+        push_into(out[:, tile.pairs], attention, start[tile.pairs], keys, counts, tolerance)
+    return out.view(len(counts), *q.shape[:2], columns)[..., :keys].contiguous()
 
 
 def matrix_free(

@@ -18,10 +18,11 @@ denormal number of float32, which would lose digits, or count as 0 (torch.set_fl
 @dataclass(frozen=True)
 class Tile:
     """n pairs, some heads of one image or all heads of some images: q [n, M, D], k [n, columns, D], of which the first
-    `keys` are keys and the rest zeros."""
+    `keys` are keys and the rest zeros. pairs: their places among those of all images."""
 
     images: slice
     heads: slice
+    pairs: slice
     q: Tensor
     k: Tensor
     keys: int
@@ -36,7 +37,8 @@ class Tile:
         logits = out if out.device.type == "cpu" else torch.empty_like(out)
         # Padded columns too: a batched product into a slice would be a loop over the pairs.
         torch.baddbmm(logits, self.q[:, rows], self.k.transpose(1, 2), beta=0, alpha=self.scale, out=logits)
-        logits[..., keys:] = float("-inf")
+        if keys < logits.shape[2]:
+            logits[..., keys:].fill_(float("-inf"))
         if self.bias is None:
             return _softmax(logits, out, log_sums)
         bias = additive(self.bias if self.bias.shape[2] == 1 else self.bias[:, :, rows])
@@ -94,17 +96,27 @@ def tiles(
 ) -> Iterator[Tile]:
     """Tiles of at most `pairs` pairs in `dtype`, cut the same way for every image, the keys filled up to `columns`."""
     batch, heads = q.shape[:2]
+    if batch == 0:
+        return
     images_at_once, heads_at_once = max(1, pairs // heads), min(pairs, heads)
-    for image in range(0, batch, images_at_once):
-        images = slice(image, min(batch, image + images_at_once))
-        for head in range(0, heads, heads_at_once):
-            part = slice(head, min(heads, head + heads_at_once))
+    padded = None
+    if k.shape[2] < columns:  # one for all tiles: of each the same columns are keys
+        padded = k.new_zeros(images_at_once, heads_at_once, columns, k.shape[3], dtype=dtype)
+    first = 0
+    for image, some in enumerate(zip(q.split(images_at_once), k.split(images_at_once), strict=True)):
+        images = slice(image * images_at_once, image * images_at_once + len(some[0]))
+        for head, (queries, keys) in enumerate(zip(*(x.split(heads_at_once, 1) for x in some), strict=True)):
+            part = slice(head * heads_at_once, head * heads_at_once + keys.shape[1])
             own = None
             if bias is not None:
                 own = bias if bias.shape[0] == 1 else bias[images]
                 own = own if bias.shape[1] == 1 else own[:, part]
-            keys = _padded(k[images, part], columns, dtype)
-            yield Tile(images, part, flat(q, images, part, dtype), keys, k.shape[2], own, scale)
+            queries = queries.flatten(0, 1).to(dtype)
+            if padded is not None:
+                keys = _filled(padded, keys)
+            last = first + len(queries)
+            yield Tile(images, part, slice(first, last), queries, keys.flatten(0, 1).to(dtype), k.shape[2], own, scale)
+            first = last
 
 
 def flat(x: Tensor, images: slice, heads: slice, dtype: torch.dtype) -> Tensor:
@@ -112,12 +124,8 @@ def flat(x: Tensor, images: slice, heads: slice, dtype: torch.dtype) -> Tensor:
     return x[images, heads].flatten(0, 1).to(dtype)
 
 
-def _padded(k: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """k [b, h, N, D] as [b h, columns, D], zeros behind the keys."""
-    keys = k.shape[2]
-    if keys == columns:
-        return k.flatten(0, 1).to(dtype)
-    padded = k.new_empty(*k.shape[:2], columns, k.shape[3], dtype=dtype)
-    padded[:, :, :keys] = k
-    padded[:, :, keys:] = 0
-    return padded.flatten(0, 1)
+def _filled(padded: Tensor, k: Tensor) -> Tensor:
+    """The part [b, h, columns, D] of `padded` with k [b, h, N, D] in front."""
+    part = padded if k.shape[:2] == padded.shape[:2] else padded[: k.shape[0], : k.shape[1]]
+    part.narrow(2, 0, k.shape[2]).copy_(k)
+    return part

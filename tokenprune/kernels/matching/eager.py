@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from tokenprune.kernels.inputs import EPSILON, precision, product
+from tokenprune.tables import table
 
 # Bytes of similarities that a thread works on at a time, so that they stay in its cache.
 CACHED = 2 * 2**20
 
 # Columns up to which the calls cost more than what they do: one product, and torch.max with indices.
 FEW = 48
+
+# Columns of which the largest is found before the column is looked for.
+GROUP = 128
 
 
 def all_at_once(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,15 +36,21 @@ def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) ->
     if device.type == "cuda" and window is None and batch * rows * others * dtype.itemsize <= memory_limit:
         return all_at_once(a, b)
     a, b = a.to(dtype), b.to(dtype)
-    b = (b / torch.linalg.vector_norm(b, dim=-1, keepdim=True).clamp_min(EPSILON)).transpose(1, 2)
-    norms = torch.linalg.vector_norm(a, dim=-1).clamp_min(EPSILON)
+    b = (b / torch.linalg.vector_norm(b, dim=-1, keepdim=True).clamp_min_(EPSILON)).transpose(1, 2)
+    norms = torch.linalg.vector_norm(a, dim=-1).clamp_min_(EPSILON)
     work = min(memory_limit, CACHED * torch.get_num_threads()) if device.type == "cpu" else memory_limit
-    if window is None and others <= FEW and batch * rows * others * dtype.itemsize <= work:
-        value, index = torch.bmm(a, b).max(-1)  # of equals the first, as torch documents it
-        return value / norms, index
+    if window is None and batch * rows * others * dtype.itemsize <= work:
+        similarity = torch.bmm(a, b)
+        if others <= FEW:
+            value, index = similarity.max(-1)  # of equals the first, as torch documents it
+            return value.div_(norms), index
+        value, index = _best(similarity, table(_columns, others, dtype, like=a), others)
+        return value.div_(norms), index.long()
+    if window is None and device.type == "cpu":  # of larger blocks fewer pack b
+        work = min(memory_limit, 2 * work)
+    columns = table(_columns, others, dtype, like=a)
     value = a.new_empty(batch, rows)
     index = torch.empty(batch, rows, dtype=torch.long, device=device)
-    columns = torch.arange(others, dtype=dtype, device=device)
     block = max(1, min(rows, work // (others * dtype.itemsize)))
     if window is not None:  # as many rows as a window is wide, which see two windows' width together
         block = max(1, min(block, (2 * window + 1) * rows // others))
@@ -64,6 +74,10 @@ def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) ->
     return value / norms, index
 
 
+def _columns(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=dtype, device=device)
+
+
 def outside(start: int, stop: int, columns: Tensor, rows: int, others: int, window: int) -> Tensor:
     """Which of `columns` are outside the windows of the rows from `start` to `stop`: [stop - start, columns]."""
     centre = torch.arange(start, stop, device=columns.device) * others // rows
@@ -73,8 +87,17 @@ def outside(start: int, stop: int, columns: Tensor, rows: int, others: int, wind
 def _best(similarity: Tensor, columns: Tensor, others: int) -> tuple[Tensor, Tensor]:
     """The largest of each row and the lowest of the `columns` (< others) that reaches it; overwrites `similarity`.
 
-    Four vectorised passes take half the time of torch.max with indices on a CPU. NaN gives NaN and the first column.
+    Four vectorised passes take half the time of torch.max with indices on a CPU; of many columns one pass finds the
+    group with the largest, and the others see that group alone. NaN gives NaN and a valid column.
     """
+    shape = similarity.shape
+    groups, rest = divmod(shape[2], GROUP)
+    if groups > 1 and rest == 0:
+        within = similarity.view(-1, GROUP)
+        best = within.amax(-1).view(-1, groups).max(-1).indices  # of equals the first
+        own = table(_columns, len(best), torch.long, like=best) * groups + best
+        value, column = _best(within.index_select(0, own).view(*shape[:2], GROUP), columns[:GROUP], others)
+        return value, column + best.view(shape[:2]) * GROUP
     best = similarity.amax(-1, keepdim=True)
     below = torch.lt(similarity, best, out=similarity)
     return best.squeeze(-1), torch.add(columns, below, alpha=others, out=similarity).amin(-1)

@@ -37,29 +37,25 @@ def _first_rows(batch: int, count: int, device: torch.device) -> Tensor:
 def merge(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
     """Averages weighted by size (None: one each) of groups of x [B, n, C], and their sizes; in float32 at least before
     it is rounded."""
-    if sizes is None:
-        return _merge_of_one(x, kept, moved, target)
-    moved_sizes = gather(sizes, moved, 1)
-    merged_sizes = gather(sizes, kept, 1).scatter_add(1, target, moved_sizes)
-    out = gather(x, kept, 1).to(torch.promote_types(x.dtype, sizes.dtype))
-    # x_t + sum of s_m / S (x_m - x_t) is the average of the group, and touches none but the rows that it changes.
-    share = moved_sizes / gather(merged_sizes, target, 1)
-    rows, flat = flat_rows(target, kept.shape[1]), out.flatten(0, 1)
-    # In place: memory that is new costs a CPU more than the arithmetic.
-    pull = gather(x, moved, 1).flatten(0, 1).to(flat.dtype).sub_(flat.index_select(0, rows)).mul_(share.reshape(-1, 1))
-    # By whole rows, as in `gather`: scatter_add takes four times as long on a CPU.
-    flat.index_add_(0, rows, pull)
-    return out.to(x.dtype), merged_sizes
-
-
-def _merge_of_one(x: Tensor, kept: Tensor, moved: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """As `merge` of tokens that are of one patch each: a sum and a quotient, which leaves groups of one as they are."""
-    sizes = x.new_ones(kept.shape, dtype=torch.float32)
-    sizes = sizes.scatter_add(1, target, sizes.new_ones(target.shape))
-    out = gather(x, kept, 1).to(torch.promote_types(x.dtype, sizes.dtype))
-    flat = out.flatten(0, 1)
-    flat.index_add_(0, flat_rows(target, kept.shape[1]), gather(x, moved, 1).flatten(0, 1).to(flat.dtype))
-    return out.div_(sizes.unsqueeze(-1)).to(x.dtype), sizes
+    (batch, tokens, width), count = x.shape, kept.shape[1]
+    rows, own, goal = flat_rows(kept, tokens), flat_rows(moved, tokens), flat_rows(target, count)
+    # Whole rows, as in `gather`, and in place: memory that is new costs a CPU more than the arithmetic.
+    flat = x.reshape(-1, width)
+    dtype = torch.promote_types(x.dtype, torch.float32 if sizes is None else sizes.dtype)
+    out, pull = flat.index_select(0, rows).to(dtype), flat.index_select(0, own).to(dtype)
+    if sizes is None:  # a sum and a quotient, which leaves groups of one as they are
+        merged = x.new_ones(batch * count, dtype=torch.float32)
+        merged.scatter_add_(0, goal, merged.new_ones(goal.shape))
+        out = out.index_add_(0, goal, pull).div_(merged.unsqueeze(-1))
+    else:
+        # x_t + sum of s_m / S (x_m - x_t) is the average of the group, and touches none but the rows that it changes.
+        sizes = sizes.reshape(-1)
+        added = sizes.index_select(0, own)
+        merged = sizes.index_select(0, rows).scatter_add_(0, goal, added)
+        share = added / merged.index_select(0, goal)
+        pull = pull.sub_(out.index_select(0, goal)).mul_(share.unsqueeze(-1))
+        out = out.index_add_(0, goal, pull)
+    return out.to(x.dtype).view(batch, count, width), merged.view(batch, count)
 
 
 def merge_sizes(sizes: Tensor, kept: Tensor, moved: Tensor, target: Tensor) -> Tensor:
