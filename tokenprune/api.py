@@ -246,9 +246,11 @@ def methods(target: object | None = None) -> list[MethodInfo]:
         table = shipped_table()
         return [registry.method_info(name, table.adapters_of(name)) for name in registry.method_names()]
     model, family = find_models(target)[0]
-    request, usable = Request(parse_budget(keep=0.5), target=target, prefix_only_last=False), []
+    budget, usable = parse_budget(keep=0.5), []
     with bare(model, family):
         for name in registry.method_names():
+            remade = partial(_remade, name, {})
+            request = Request(budget, target=target, prefix_only_last=False, remade=remade)
             try:
                 family.prepare(model, registry.make_method(name, {}), request)
             except (BudgetError, UntrainedMethod):

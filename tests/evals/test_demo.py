@@ -27,7 +27,7 @@ def test_demo_writes_a_table_and_two_pictures(quick, tmp_path, capsys):
         if row["method"] in ("ats", "saint", "algm", "adaptive_tome"):  # adaptive: no flops= before it is calibrated
             assert "calibration" in row["note"]
             continue
-        if row["method"] in ("dynamicvit", "sit", "sinkhorn", "patch_merger", "tnt", "cropr"):  # nothing is shipped
+        if row["method"] in ("sit", "sinkhorn", "patch_merger"):  # nothing is shipped
             assert "has to learn for this model first" in row["note"]
             continue
         assert row["note"] is None or row["method"] == "smaller input", row
