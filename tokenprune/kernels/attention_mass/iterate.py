@@ -20,9 +20,7 @@ def iterate(push: Callable[[Tensor], Tensor], mass: Tensor, counts: Sequence[int
     return wanted
 
 
-def push_into(
-    out: Tensor, attention: Tensor, mass: Tensor, keys: int, counts: Sequence[int], tolerance: float
-) -> None:
+def push_into(out: Tensor, attention: Tensor, mass: Tensor, keys: int, counts: Sequence[int], tolerance: float) -> None:
     """As `iterate` with a product with `attention` [n, M, columns], of which the first `keys` columns are keys, from
     `mass` [n, 1, M] on, into out [len(counts), n, 1, columns].
 
