@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run, and with --hypothesis-profile=full many new ones in each.
+settings.register_profile("fixed", max_examples=20, derandomize=True, database=None, deadline=None)
+settings.register_profile("full", max_examples=500, database=None, deadline=None, print_blob=True)
+settings.load_profile("fixed")
 
 torch.set_num_threads(1)
 os.environ["TOKENPRUNE_CACHE"] = os.devnull  # no latency table of this machine's

@@ -16,7 +16,7 @@ from tokenprune.method import Method
 from tokenprune.patch import Patch, attach
 from tokenprune.restore import restoration_cost
 from tokenprune.self_check import check_front, follow, verdicts
-from tokenprune.solver import Counts
+from tokenprune.solver import Counts, check_met
 
 
 def ghosted(host: Host, adapter: Adapter, patch: Patch, probe: Probe | None, *, last_alone: bool = False) -> Host:
@@ -90,7 +90,11 @@ def _hand_on(*args: Any, **kwargs: Any) -> Any:
 
 def corrected(host: Host, adapter: Adapter, patch: Patch, counts: Counts) -> tuple[Counts, int]:
     """Counts whose really counted cost is nearest to the budget, and that: the aim is moved by the error that was
-    counted."""
+    counted.
+
+    Raises:
+        BudgetError: that is not within 1% of the unpatched model's.
+    """
     assert patch.costs is not None
     base = patch.costs.total(host.tokens)
     aim = target = patch.budget.value * base
@@ -105,6 +109,7 @@ def corrected(host: Host, adapter: Adapter, patch: Patch, counts: Counts) -> tup
         aim -= error
         counts = patch._solve(host.tokens, aim)
     _, counts, counted = min(tried, key=operator.itemgetter(0))
+    check_met(patch.budget, counts, counted / base)
     return counts, counted
 
 

@@ -11,6 +11,8 @@ from tokenprune.errors import BudgetError
 from tokenprune.schedule import Layout, Schedule, kept_count, largest_share
 
 Counts = dict[int, int]
+MET = 0.01
+"""How far from a flops budget, as a share of the unpatched multiply-adds, what is computed may be."""
 
 
 def solve(
@@ -113,7 +115,18 @@ def _by_cost(
     counts = _refined(counts, cost, aim, schedule, tokens, layout)
     if all(count == tokens for count in counts):
         raise BudgetError(f"{budget} of {tokens} tokens removes none at blocks {_listed(places)}; use a smaller budget")
-    return dict(zip(places, counts, strict=True))
+    found = dict(zip(places, counts, strict=True))
+    if target is None:
+        check_met(budget, found, costs.total(tokens, found) / base)
+    return found
+
+
+def check_met(budget: Budget, counts: Counts, reached: float) -> None:
+    """Raise BudgetError where the share `reached` by the nearest `counts` is not the one that was asked for."""
+    if abs(reached - budget.value) > MET:
+        raise BudgetError(
+            f"{budget} falls between whole tokens at blocks {_listed(tuple(counts))}; flops={reached:.3f} can be met"
+        )
 
 
 def _strongest(

@@ -9,12 +9,18 @@ import pytest
 import torch
 
 from tokenprune import cli
-from tokenprune.evals.comparison import measuring
-from tokenprune.evals.comparison.advice import advised, frontier, quality_column
+from tokenprune.evals import digits_denoisers, digits_lvlm, digits_pipelines, generation, lvlm_bench
+from tokenprune.evals.comparison import answering, measuring
+from tokenprune.evals.comparison.advice import QUALITIES, Quality, advised, frontier, qualities
+from tokenprune.evals.stats import Interval
 from tokenprune.evals.table import Table
+from tokenprune.evals.throughput import Relative, Timing
 
 COMMAND = ["compare", "--model", "digits-vit", "--method", "tome", "--method", "top_k", "--samples", "6"]
 COMMAND += ["--flops", "0.6", "--flops", "0.5", "--batch-size", "2", "--quiet", "--threads", "1", "--output"]
+
+
+SMALLER = ["smaller input", "smaller input, bilinear", "smaller input, area"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,7 @@ def test_a_row_for_every_method_and_budget_with_the_baselines(folder):
     rows = Table.from_json((folder / "compare.json").read_text()).rows
     assert [row["method"] for row in rows] == [
         "unpatched",
-        *2 * ["tome", "top_k", "random", "uniform", "smaller input"],
+        *2 * ["tome", "top_k", "random", "uniform", *SMALLER],
     ]
     for row in rows[1:]:
         budget = float(row["budget"].removeprefix("flops="))
@@ -95,15 +101,77 @@ def test_a_run_goes_on_where_it_was_stopped(folder, monkeypatch, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
-def test_diffusion_models_are_sent_to_eval(tmp_path, capsys):
-    assert cli.main(["compare", "--model", "dit-digits", "--output", str(tmp_path / "out")]) == 1
-    assert "tokenprune eval" in capsys.readouterr().err
+SMALL = ["--method", "tomesd", "--flops", "0.8", "--flops", "0.65", "--samples", "8", "--steps", "3"]
+SMALL += ["--threads", "1", "--quiet"]
+
+
+def test_diffusion_models_stand_beside_every_kind_of_fewer_steps(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    model = digits_denoisers.dit(num_layers=2, num_attention_heads=1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    monkeypatch.setattr(digits_pipelines, "digits_pipeline", lambda name: digits_pipelines.pipeline_of(model))
+    monkeypatch.setattr(generation, "REAL_IMAGES", 70)
+    timed = []
+
+    def together(calls, rounds, **_):
+        timed.append(len(calls))
+        return [Relative(Interval(speed, speed, speed), 1.0, 1.0) for speed in (1.0, *[1.5] * (len(calls) - 1))]
+
+    monkeypatch.setattr("tokenprune.evals.generation_bench.measure_together", together)
+    command = ["compare", "--model", "dit-digits", *SMALL, "--output", str(tmp_path)]
+    assert cli.main(command) == 0
+    rows = Table.from_json((tmp_path / "compare.json").read_text()).rows
+    fewer = ["fewer steps", "fewer steps, UniPC", "fewer steps, the first ones"]
+    assert [row["method"] for row in rows] == ["unpatched", *2 * ["tomesd", "random", "uniform", *fewer]]
+    assert [row["steps"] for row in rows if row["method"] in fewer] == [2] * 6
+    assert all(row["frechet_low"] <= row["frechet"] <= row["frechet_high"] for row in rows)
+    assert len({row["frechet"] for row in rows if row["budget"] == "flops=0.65"}) == 6
+    (told,) = data_of((tmp_path / "compare.html").read_text())["models"]
+    assert [one["column"] for one in told["qualities"]] == ["frechet", "accuracy"]
+    assert [one["method"] for one in told["drawn"]] == [row["method"] for row in rows]
+    assert {len(one["pictures"]) for one in told["drawn"]} == {6}
+    base, tomesd = told["drawn"][0]["pictures"], told["drawn"][1]["pictures"]
+    assert base != tomesd
+    assert told["drawn"][4]["pictures"] == told["drawn"][10]["pictures"], "two even steps are two even steps"
+    assert all(picture.startswith("data:image/png;base64,") for picture in base + tomesd)
+    before = len(timed)
+    assert cli.main(command) == 0
+    assert len(timed) == before, "what was drawn is timed again"
+    assert Table.from_json((tmp_path / "compare.json").read_text()).rows == rows
+    assert cli.main([*command[:-1], str(tmp_path / "other"), "--data", "nowhere"]) == 1
+    assert "--data" in capsys.readouterr().err
+
+
+def test_vision_language_models_are_judged_by_what_they_name_and_find(tmp_path, monkeypatch, capsys):
+    def measure(*works, **_):
+        return Timing(20, 1, 1.0, 0.5, Interval(2.0, 1.9, 2.1), 1.0, True, 1, None, None)
+
+    monkeypatch.setattr(lvlm_bench, "measure", measure)
+    options = ["--method", "fopru", "--keep", "0.5", "--samples", "3", "--threads", "1", "--quiet"]
+    command = ["compare", "--model", digits_lvlm.LVLM, *options, "--output", str(tmp_path)]
+    assert cli.main(command) == 0
+    rows = Table.from_json((tmp_path / "compare.json").read_text()).rows
+    names = [row["method"] for row in rows]
+    assert len(set(names)) == len(names)
+    assert {"unpatched", "fopru", "fopru, positions counted anew", "fopru, rows", "random", "uniform"} <= set(names)
+    assert rows[0]["speedup"] == 1.0
+    assert {row["speedup"] for row in rows[1:]} == {2.0}
+    (told,) = data_of((tmp_path / "compare.html").read_text())["models"]
+    assert [one["column"] for one in told["qualities"]] == ["recognition", "localisation"]
+    assert all("Fastest within" in one["advice"][0] or "No method" in one["advice"][0] for one in told["qualities"])
+    assert (told["drawn"], told["pictures"]) == ([], [])
+    monkeypatch.setattr(answering, "evaluate_lvlm", None)  # what is there is not asked again
+    assert cli.main(command) == 0
+    assert cli.main([*command[:-1], str(tmp_path / "other"), "--steps", "3"]) == 1
+    assert "--steps" in capsys.readouterr().err
 
 
 def row(method, budget, top1, speedup, trusted=True):
     return {"method": method, "budget": budget, "top1": top1, "speedup": speedup, "trusted": trusted}
 
 
+TOP1 = QUALITIES[0]
 ROWS = [
     row("unpatched", "", 0.90, 1.0),
     row("tome", "flops=0.6", 0.895, 1.5),
@@ -128,12 +196,14 @@ def test_the_frontier_is_what_no_other_row_beats_in_both():
             for other in ROWS
         )
     ]
-    assert sorted(frontier(ROWS, "top1")) == naive == [0, 1, 2, 6]
-    assert frontier(ROWS, "top1") == [0, 1, 2, 6], "from the slowest on"
+    assert sorted(frontier(ROWS, TOP1)) == naive == [0, 1, 2, 6]
+    assert frontier(ROWS, TOP1) == [0, 1, 2, 6], "from the slowest on"
+    turned = [{**row, "frechet": None if row["top1"] is None else 1 - row["top1"]} for row in ROWS]
+    assert frontier(turned, Quality("frechet", "distance", lower=True)) == [0, 1, 2, 6]
 
 
 def test_the_advice_names_the_fastest_that_loses_nothing_and_says_what_is_doubtful():
-    first, at_06, at_05, doubtful = advised(ROWS, quality_column(ROWS))
+    first, at_06, at_05, doubtful = advised(ROWS, *qualities(ROWS))
     assert "patch(model, 'tome', flops=0.6)" in first
     assert "1.50 times" in first
     assert at_06.startswith("At flops=0.6 the best is tome")
@@ -144,6 +214,6 @@ def test_the_advice_names_the_fastest_that_loses_nothing_and_says_what_is_doubtf
 
 def test_the_advice_says_that_nothing_is_faster_or_good_enough():
     slow = [ROWS[0], row("tome", "flops=0.6", 0.9, 0.8)]
-    assert "is faster than no method here" in advised(slow, "top1")[0]
-    assert "No method stays within 0.01" in advised([ROWS[0], ROWS[2]], "top1")[0]
-    assert advised([ROWS[0], ROWS[4]], "top1") == ["No method could be run here; the notes in the table say why."]
+    assert "is faster than no method here" in advised(slow, TOP1)[0]
+    assert "No method stays within 0.01" in advised([ROWS[0], ROWS[2]], TOP1)[0]
+    assert advised([ROWS[0], ROWS[4]], TOP1) == ["No method could be run here; the notes in the table say why."]

@@ -7,7 +7,7 @@ import torch
 import tokenprune
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals import digits_denoisers, generation, generation_arms, generation_bench
-from tokenprune.evals.digits_pipelines import pipeline_of
+from tokenprune.evals.digits_pipelines import digits_pipeline, pipeline_of
 from tokenprune.evals.drawing_orders import drawing_orders
 from tokenprune.evals.drawn_digits import drawn_digit_pictures
 from tokenprune.evals.frechet import gaussian
@@ -101,7 +101,7 @@ def test_guidance_goes_beyond_the_label(pipe):
 
 def test_pictures_do_not_depend_on_their_batch(pipe):
     arm, orders = _arms(pipe)[0], drawing_orders(5, 0)
-    whole, parts = generation.draw(arm, orders), generation.draw(arm, orders, batch_size=2)
+    whole, parts = (torch.cat(generation.draw(arm, list(orders.batches(size)))) for size in (5, 2))
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
 
 
@@ -143,6 +143,16 @@ def test_scores_of_the_same_pictures_and_of_spoilt_ones(pipe):
         generation.score_drawings([arm], [pictures[:1]], labels[:1], real)
 
 
+def test_unipc_is_nearer_to_many_small_steps_than_as_many_of_eulers():
+    orders, (base,) = drawing_orders(3, 0), _arms(digits_pipeline("dit-digits"), 60)
+    fine, euler = base.draw(orders), generation_arms.fewer_steps(base, 6, "").draw(orders)
+    arm = generation_arms.unipc_steps(base, 6, "flops=0.06")
+    unipc = arm.draw(orders)
+    assert torch.equal(arm.draw(orders), unipc), "a run carries what it saw over into the next"
+    assert not arm.is_patched
+    assert (unipc - fine).abs().mean() < (euler - fine).abs().mean()
+
+
 def test_accuracy_is_the_share_that_the_reader_takes_for_the_label(pipe):
     pictures, labels, _ = drawn_digit_pictures("test", 200)
     images = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
@@ -156,9 +166,6 @@ def test_accuracy_is_the_share_that_the_reader_takes_for_the_label(pipe):
 def test_equal_time_takes_the_steps_that_the_patched_run_leaves_time_for(pipe):
     base = _arms(pipe, 20)[0]
 
-    def timing(speedup):
-        return Timing(20, 1, 1.0, 1 / speedup, Interval(speedup, speedup, speedup), 1.0, True, 1, None, None)
-
     patched = [
         replace(base, method="at_edm", budget="flops=0.6"),
         replace(base, method="tomesd", budget="flops=0.6"),
@@ -166,7 +173,7 @@ def test_equal_time_takes_the_steps_that_the_patched_run_leaves_time_for(pipe):
     ]
     fewer = generation_arms.fewer_steps(base, 12, "flops=0.6")
     arms = [base, *patched, fewer]
-    extra = generation._equal_time(arms, [timing(s) for s in (1.0, 1.25, 20 / 12, 0.9, 1.6)])
+    extra = generation_arms.equal_time(arms, [Interval(s, s, s) for s in (1.0, 1.25, 20 / 12, 0.9, 1.6)])
     assert [(arm.steps, arm.budget) for arm in extra] == [(16, "flops=0.6")]
 
 

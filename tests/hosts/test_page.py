@@ -83,8 +83,8 @@ def test_a_reader_finds_the_way(page: Path, width: int) -> None:
     )
     seen = json.loads(re.search(r"<title>(.*?)</title>", found.stdout, re.DOTALL)[1].replace("&amp;", "&"))
     rows = json.loads((page.parent / "compare.json").read_text())["rows"]
-    assert seen["marks"] == seen["rows"] == len(rows) == 11
-    assert seen["withoutRandom"] == 9
+    assert seen["marks"] == seen["rows"] == len(rows) == 15
+    assert seen["withoutRandom"] == 13
     assert re.match(r"(tome|top_k) flops=0\.\d: ", seen["point"])
     assert seen["sorted"] == sorted(seen["sorted"], reverse=True)
     last, first, fewer = (int(re.search(r"(\d+) of 100", labels[0])[1]) for labels in seen["labels"])

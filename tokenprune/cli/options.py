@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 
-def add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
+def add_model(command: argparse.ArgumentParser, required: bool = True, also: str = "") -> None:
     command.add_argument(
         "--model",
         required=required,
         help="digits-vit, digits-swin, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name,"
-        " owner/name on the Hugging Face hub or module:function",
+        f" owner/name on the Hugging Face hub or module:function{also and ', '}{also}",
     )
     command.add_argument(
         "--checkpoint",
@@ -33,9 +33,21 @@ def add_budgets(command: argparse.ArgumentParser) -> None:
 
 
 def add_generation(command: argparse.ArgumentParser) -> None:
-    options = command.add_argument_group("only for dit-digits and unet-digits")
+    options = command.add_argument_group("only for dit-digits, unet-digits and pipe:NAME")
     options.add_argument("--steps", type=positive, help="denoising steps (default: 20)")
     options.add_argument("--guidance", type=float, help="classifier-free guidance, 1 for none (default: 3)")
+
+
+def add_texts(command: argparse.ArgumentParser) -> None:
+    options = command.add_argument_group("only for vlm:NAME or pipe:NAME")
+    options.add_argument("--max-new-tokens", type=positive, help="vlm: of an answer (default: 32)")
+    options.add_argument("--clip", metavar="NAME", help="pipe: a CLIP, for the score of pictures and prompts")
+    options.add_argument("--lpips", choices=["alex", "squeeze", "vgg"], help="pipe: LPIPS to the unpatched picture")
+    options = command.add_argument_group("only for clip:NAME")
+    options.add_argument("--classes", metavar="FILE", help="their names, one a line (default: the data's own)")
+    options.add_argument(
+        "--template", action="append", help="of a text with {} for the name; repeatable (default: a photo of a {}.)"
+    )
 
 
 def add_training(command: argparse.ArgumentParser) -> None:
@@ -64,8 +76,8 @@ def add_training(command: argparse.ArgumentParser) -> None:
     options.add_argument("--sched", metavar="NAME", help="schedule of timm (default: the paper's)")
     options.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], help="(default: as accelerate is set up)")
     options.add_argument("--save-every", type=positive, default=100, help="steps (default: %(default)s)")
-    options.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
-    options.add_argument("--seed", type=int, default=0, help="of the images' order (default: %(default)s)")
+    options.add_argument("--workers", type=workers, default=0, help="processes that read images (default: %(default)s)")
+    options.add_argument("--seed", type=seed, default=0, help="of the images' order (default: %(default)s)")
     options.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -77,19 +89,22 @@ def add_restore(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_data(command: argparse._ActionsContainer, what: str) -> None:
+def add_data(command: argparse._ActionsContainer, what: str, also: str = "") -> None:
     command.add_argument(
         "--data",
-        help=f"{what}: a folder of images or of class folders, a Hugging Face data set, or openclipart[:FOLDER]",
+        help=f"{what}: a folder of images, of class folders, of webdataset's tars or of a saved data set, the name"
+        f" of one on the Hugging Face hub, stream:NAME to read it as it comes, or openclipart[:FOLDER]{also}",
     )
-    command.add_argument("--split", help="of a Hugging Face data set (default: validation, else test)")
+    command.add_argument(
+        "--split", help="of a data set (default: validation, else test), or a brace pattern of tars (default: all)"
+    )
 
 
 def add_machine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="(default: %(default)s)")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    command.add_argument("--threads", type=positive, help="CPU threads (default: torch's own)")
-    command.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+    command.add_argument("--threads", type=threads, help="CPU threads (default: torch's own)")
+    command.add_argument("--seed", type=seed, default=0, help="of everything that is drawn (default: %(default)s)")
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -100,8 +115,28 @@ def add_format(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", metavar="FILE", help="also write the table there: .json, .csv, .md or .txt")
 
 
+def add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_const", const="json", dest="format", help="print json")
+
+
 def positive(text: str) -> int:
+    return _within(text, 1, 2**31 - 1)
+
+
+def threads(text: str) -> int:
+    return _within(text, 1, 1024)
+
+
+def workers(text: str) -> int:
+    return _within(text, 0, 1024)
+
+
+def seed(text: str) -> int:
+    return _within(text, 0, 2**32 - 1)  # what every library takes
+
+
+def _within(text: str, least: int, most: int) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{value} is not from {least} to {most}")
     return value

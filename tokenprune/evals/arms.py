@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from tokenprune.budget import BUDGETS, parse_budget
 from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod
 from tokenprune.evals.flops import multiply_adds
 from tokenprune.evals.shared_copy import shared_copy
-from tokenprune.evals.smaller_input import resize, smaller_input
+from tokenprune.evals.smaller_input import FILTERS, resize, smaller_input
 from tokenprune.registry import make_method, method_names
 
 T = TypeVar("T")
@@ -27,21 +27,34 @@ UNPATCHED = "unpatched"
 SMALLER_INPUT = "smaller input"
 FEWER_STEPS = "fewer steps"
 FIRST_STEPS = "fewer steps, the first ones"
+UNIPC_STEPS = "fewer steps, UniPC"
+FEWER = (FEWER_STEPS, FIRST_STEPS, UNIPC_STEPS)
+
+
+def is_unpatched(method: str) -> bool:
+    """Whether rows of that name carry no patch: the model as it is, on a smaller input, or with fewer steps."""
+    return method in (UNPATCHED, *FEWER) or method.split(",")[0] == SMALLER_INPUT
+
+
+def is_baseline(method: str) -> bool:
+    """Whether rows of that name are there to be beaten: those without a patch, and those that drop without a score."""
+    return is_unpatched(method) or method in DROP_BASELINES
 
 
 @dataclass(frozen=True)
 class Arm:
     """One row of a comparison. `model` is None where it could not be built, and `note` then says why.
 
-    size: (height, width) in pixels that images are brought to before the forward, None for as they are. flops:
-    multiply-adds of one image. flops_ratio: those over the unpatched model's. tokens: prunable tokens that leave the
-    last place, of the example images.
+    size: (height, width) in pixels that images are brought to before the forward by `filter`, None for as they are.
+    flops: multiply-adds of one image. flops_ratio: those over the unpatched model's. tokens: prunable tokens that leave
+    the last place, of the example images.
     """
 
     method: str
     budget: str
     model: nn.Module | None
     size: tuple[int, int] | None = None
+    filter: str = FILTERS[0]
     flops: int | None = None
     flops_ratio: float | None = None
     tokens: int | None = None
@@ -50,11 +63,11 @@ class Arm:
     @property
     def is_patched(self) -> bool:
         """Whether `model` carries a patch, and so has a report."""
-        return self.model is not None and self.method not in (UNPATCHED, SMALLER_INPUT, FEWER_STEPS, FIRST_STEPS)
+        return self.model is not None and not is_unpatched(self.method)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] as this arm's model takes them."""
-        return images if self.size is None else resize(images, self.size)
+        return images if self.size is None else resize(images, self.size, self.filter)
 
 
 def build_arms(
@@ -154,7 +167,14 @@ def smaller_arm(base: nn.Module, images: Tensor, budget: Budget, ratios: Sequenc
     except TokenPruneError as error:
         return Arm(SMALLER_INPUT, label, None, note=str(error))
     note = f"{found.size[0]}x{found.size[1]} pixels"
-    return Arm(SMALLER_INPUT, label, found.model, found.size, found.flops, found.flops_ratio, note=note)
+    return Arm(
+        SMALLER_INPUT, label, found.model, found.size, flops=found.flops, flops_ratio=found.flops_ratio, note=note
+    )
+
+
+def filtered(arm: Arm, by: str) -> Arm:
+    """`arm`, of a smaller input, with pictures shrunk by another of FILTERS."""
+    return replace(arm, method=f"{SMALLER_INPUT}, {by}", filter=by)
 
 
 def runnable(arms: Sequence[Arm], others: Sequence[T]) -> Iterator[tuple[Arm, nn.Module, T]]:

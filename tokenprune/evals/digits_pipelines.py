@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
@@ -64,7 +65,8 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
             original, mask = original.to(images), mask.to(images.device)
         # The scheduler's own spacing would spend the last of its steps on the last thousandth of the way.
         even = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
-        self.scheduler.set_timesteps(sigmas=even if sigmas is None else list(sigmas), device=parameter.device)
+        levels = np.array(even if sigmas is None else sigmas)  # UniPC takes no list
+        self.scheduler.set_timesteps(len(levels), sigmas=levels, device=parameter.device)
         for timestep in self.scheduler.timesteps:
             if guidance_scale == 1.0:
                 velocity = predict(model, images, timestep.expand(len(images)), labels, centres)
@@ -102,7 +104,7 @@ def digits_pipeline(name: str, folders: Sequence[str | Path] = ()) -> DigitsPipe
     return pipeline_of(trained(name, folders))
 
 
-def pipeline_of(denoiser: nn.Module) -> DigitsPipeline:
-    """A pipeline around `denoiser`, with a scheduler of its own."""
+def pipeline_of(denoiser: nn.Module, scheduler: Any = None) -> DigitsPipeline:
+    """A pipeline around `denoiser`, with a scheduler of its own: Euler's, or the one that is given."""
     kind = DiTDigitsPipeline if hasattr(denoiser, "transformer_blocks") else UNetDigitsPipeline
-    return kind(denoiser, FlowMatchEulerDiscreteScheduler())
+    return kind(denoiser, FlowMatchEulerDiscreteScheduler() if scheduler is None else scheduler)

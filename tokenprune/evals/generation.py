@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,15 +10,16 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.arms import FEWER_STEPS, UNPATCHED, Budget
+from tokenprune.evals.arms import Budget
 from tokenprune.evals.digit_reader import DigitReader, digit_reader, read
 from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline
 from tokenprune.evals.drawing_orders import Orders, drawing_orders
 from tokenprune.evals.drawn_digits import PIXEL_MEAN, PIXEL_STD, drawn_digit_pictures, to_model
 from tokenprune.evals.frechet import Gaussian, bootstrap_frechet, gaussian, interval
-from tokenprune.evals.generation_arms import GenerationArm, fewer_steps, generation_arms
+from tokenprune.evals.generation_arms import GenerationArm, equal_time, generation_arms
 from tokenprune.evals.generation_bench import time_generation, timing_cells_of
 from tokenprune.evals.progress import progress
+from tokenprune.evals.ranks import ranks
 from tokenprune.evals.saliency import feature_cosine
 from tokenprune.evals.stats import Interval, bootstrap_mean
 from tokenprune.evals.table import Row, Table, environment, interval_cells
@@ -55,31 +55,50 @@ def evaluate_generation(
     unpatched picture of the same seed, where a picture that equals it within the rounding of eight bits counts as
     58.9 dB. All with 95% bootstrap intervals over seeds, those of rise and drop paired.
 
-    Raises TokenPruneError for fewer than two samples and for a named method that is unknown or does not fit.
+    In several processes each of which calls this alike, batches are shared out, and all get the table that one gives.
+
+    Raises TokenPruneError for fewer than two samples, for a named method that is unknown or does not fit, for `rounds`
+    in several processes, and where another of these has died.
     """
-    orders = drawing_orders(samples, seed)
-    arms = generation_arms(pipe, orders.first(2), methods, budgets, steps=steps, guidance=guidance, baselines=baselines)
-    timings: list[Timing | None] = [None] * len(arms)
-    if rounds is not None:
-        timed = partial(time_generation, rounds=rounds, seed=seed, show_progress=show_progress)
-        timings = timed(arms, arms[0], orders)
-        extra = _equal_time(arms, timings) if baselines else []
-        timings, arms = timings + timed(extra, arms[0], orders), arms + extra
-    drawings = [draw(arm, orders, batch_size=batch_size, show_progress=show_progress) for arm in arms]
-    rows = score_drawings(arms, drawings, orders.labels, real_features(), seed=seed)
-    for row, timing in zip(rows, timings, strict=True):
-        row.update(timing_cells_of(timing))
-        row["note"] = row.pop("note")  # the last column
-    conditions: Row = {"images": samples, "steps": steps, "guidance": guidance, "real images": REAL_IMAGES}
-    return Table(rows, conditions | environment())
+    with ranks() as processes:
+        processes.refuse_timing(rounds)
+        orders = drawing_orders(samples, seed)
+        arms = generation_arms(
+            pipe, orders.first(2), methods, budgets, steps=steps, guidance=guidance, baselines=baselines
+        )
+        timings: list[Timing | None] = [None] * len(arms)
+        if rounds is not None:
+            timed = partial(time_generation, rounds=rounds, seed=seed, show_progress=show_progress)
+            timings = timed(arms, arms[0], orders)
+            extra = equal_time(arms, [one.speedup if one else None for one in timings]) if baselines else []
+            timings, arms = timings + timed(extra, arms[0], orders), arms + extra
+        own, show = processes.own(list(orders.batches(batch_size))), show_progress and processes.is_main
+        drawn = [draw(arm, own, show_progress=show) for arm in arms]
+
+        def table(parts: list[list[Tensor | None]]) -> Table:
+            drawings = [together([part[arm] for part in parts]) for arm in range(len(arms))]
+            rows = score_drawings(arms, drawings, orders.labels, real_features(), seed=seed)
+            for row, timing in zip(rows, timings, strict=True):
+                row.update(timing_cells_of(timing))
+                row["note"] = row.pop("note")  # the last column
+            conditions: Row = {"images": samples, "steps": steps, "guidance": guidance, "real images": REAL_IMAGES}
+            return Table(rows, conditions | processes.conditions() | environment())
+
+        return processes.joined([list(batch) for batch in zip(*drawn, strict=True)], table)
 
 
-def draw(arm: GenerationArm, orders: Orders, *, batch_size: int = 50, show_progress: bool = False) -> Tensor | None:
-    """The arm's pictures [N, 3, 36, 36] in [0, 1], None where it could not be built."""
+def draw(arm: GenerationArm, batches: Sequence[Orders], *, show_progress: bool = False) -> list[Tensor | None]:
+    """The arm's pictures [B, 3, 36, 36] in [0, 1] of each batch, None where it could not be built."""
     if arm.pipe is None:
-        return None
-    batches, what = list(orders.batches(batch_size)), f"{arm.method} {arm.budget}".strip()
-    return torch.cat([arm.draw(batch).float().cpu() for batch in progress(batches, what, show=show_progress)])
+        return [None] * len(batches)
+    bar = progress(batches, f"{arm.method} {arm.budget}".strip(), show=show_progress)
+    return [arm.draw(batch).float().cpu() for batch in bar]
+
+
+def together(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The pictures of all batches, None where they were not drawn."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
 
 
 def real_features(count: int | None = None, reader: DigitReader | None = None) -> Gaussian:
@@ -157,20 +176,6 @@ def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio [N] in dB of pictures [N, C, H, W] in [0, 1]; at most 58.9, see ROUNDING_ERROR."""
     error = (pictures - reference).double().square().mean(dim=(1, 2, 3))
     return -10 * error.clamp(min=ROUNDING_ERROR).log10()
-
-
-def _equal_time(arms: Sequence[GenerationArm], timings: Sequence[Timing | None]) -> list[GenerationArm]:
-    """Runs of fewer steps that take as long as the patched rows, each number of steps once."""
-    taken = {(arm.budget, arm.steps) for arm in arms if arm.method == FEWER_STEPS}
-    found: list[GenerationArm] = []
-    for arm, timing in zip(arms, timings, strict=True):
-        if timing is None or arm.method in (UNPATCHED, FEWER_STEPS):
-            continue
-        steps = min(arms[0].steps, max(1, math.floor(arms[0].steps / timing.speedup.estimate + 0.5)))
-        if steps < arms[0].steps and (arm.budget, steps) not in taken:
-            taken.add((arm.budget, steps))
-            found.append(fewer_steps(arms[0], steps, arm.budget))
-    return found
 
 
 def _mean(name: str, values: Tensor, support: tuple[float, float] | None, seed: int) -> Row:

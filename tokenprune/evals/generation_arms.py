@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 import tokenprune
@@ -14,6 +16,7 @@ from tokenprune.evals.arms import (
     DROP_BASELINES,
     FEWER_STEPS,
     FIRST_STEPS,
+    UNIPC_STEPS,
     UNPATCHED,
     Arm,
     Budget,
@@ -26,6 +29,7 @@ from tokenprune.evals.digits_pipelines import GUIDANCE, DigitsPipeline, pipeline
 from tokenprune.evals.drawing_orders import Orders
 from tokenprune.evals.flops import count_multiply_adds
 from tokenprune.evals.shared_copy import shared_copy
+from tokenprune.evals.stats import Interval
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,32 @@ def first_steps(base: GenerationArm, steps: int) -> GenerationArm:
     sigmas = tuple(1 - step / base.steps for step in range(steps))
     arm = fewer_steps(base, steps, "")
     return replace(arm, method=FIRST_STEPS, note=f"the first {steps} of {base.steps} steps", sigmas=sigmas)
+
+
+def unipc_steps(base: GenerationArm, steps: int, budget: str) -> GenerationArm:
+    """The unpatched `base` with `steps` even steps of UniPC (Zhao et al., NeurIPS 2023), which uses those before."""
+    assert base.model is not None
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipe = pipeline_of(shared_copy(base.model), scheduler)
+    arm = fewer_steps(base, steps, budget)
+    return replace(arm, method=UNIPC_STEPS, model=pipe.denoiser, pipe=pipe)
+
+
+def equal_time(arms: Sequence[GenerationArm], speedups: Sequence[Interval | None]) -> list[GenerationArm]:
+    """Runs of fewer steps that take as long as the patched ones of `arms`, each number of steps once.
+
+    speedups: measured, of each arm; None where it was not.
+    """
+    taken = {(arm.budget, arm.steps) for arm in arms if arm.method == FEWER_STEPS}
+    found: list[GenerationArm] = []
+    for arm, speedup in zip(arms, speedups, strict=True):
+        if speedup is None or not arm.is_patched:
+            continue
+        steps = min(arms[0].steps, max(1, math.floor(arms[0].steps / speedup.estimate + 0.5)))
+        if steps < arms[0].steps and (arm.budget, steps) not in taken:
+            taken.add((arm.budget, steps))
+            found.append(fewer_steps(arms[0], steps, arm.budget))
+    return found
 
 
 def method_arm(base: GenerationArm, orders: Orders, name: str, budget: Budget, *, required: bool) -> GenerationArm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from tokenprune.evals.arms import Budget
 from tokenprune.evals.bench import timing_cells
@@ -13,7 +14,7 @@ from tokenprune.evals.generation_arms import GenerationArm, generation_arms
 from tokenprune.evals.progress import progress
 from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.table import Row, Table, environment
-from tokenprune.evals.throughput import Timing, measure
+from tokenprune.evals.throughput import Relative, Timing, measure, measure_together
 
 TIMED_BATCH = 4
 
@@ -73,6 +74,20 @@ def time_generation(
             )
         )
     return timings
+
+
+def time_together(
+    arms: Sequence[GenerationArm], orders: Orders, *, rounds: int = 20, seed: int = 0
+) -> list[Relative | None]:
+    """Whole runs on `orders` of all arms in turn, the first one being the unpatched, which runs again as the last; None
+    for an arm that could not be built."""
+    base = arms[0]
+    assert base.model is not None
+    second = pipeline_of(shared_copy(base.model))
+    timed = [arm for arm in arms if arm.pipe is not None]
+    calls = [partial(arm.draw, orders) for arm in (*timed, replace(base, pipe=second, model=second.denoiser))]
+    found = dict(zip(map(id, timed), measure_together(calls, rounds, seed=seed)[:-1], strict=True))
+    return [found.get(id(arm)) for arm in arms]
 
 
 def timing_cells_of(timing: Timing | None) -> Row:

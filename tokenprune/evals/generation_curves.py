@@ -13,9 +13,7 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,31 +21,18 @@ from torch import Tensor
 
 from tokenprune.evals.digit_reader import digit_reader
 from tokenprune.evals.digits_denoisers import CHECKPOINTS
-from tokenprune.evals.digits_pipelines import digits_pipeline, pipeline_of
+from tokenprune.evals.digits_pipelines import digits_pipeline
 from tokenprune.evals.drawing_orders import Orders, drawing_orders
 from tokenprune.evals.generation import arm_cells, quality_cells, real_features, score
 from tokenprune.evals.generation_arms import GenerationArm, unpatched_arm
+from tokenprune.evals.generation_bench import time_together
 from tokenprune.evals.generation_rows import ROWS, STEPS, Kind, build, name_of
 from tokenprune.evals.generation_scores import Scored, curve_table, load_scores, save_scores
 from tokenprune.evals.kept_pictures import draw_missing, kept
 from tokenprune.evals.plot import plot_accuracy_against_speed
-from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.table import Row, Table, environment
-from tokenprune.evals.throughput import measure_together
 
 TIMED_BATCH = 2
-
-
-def time_rows(arms: Mapping[str, GenerationArm], orders: Orders, rounds: int) -> dict[str, Row]:
-    """{name: cells of its timing} of whole runs on the first TIMED_BATCH orders, all arms in turn, the first one being
-    the unpatched."""
-    names, timed = list(arms), list(arms.values())
-    base = timed[0]
-    assert base.model is not None
-    again = pipeline_of(shared_copy(base.model))
-    timed.append(replace(base, pipe=again, model=again.denoiser))
-    found = measure_together([partial(arm.draw, orders.first(TIMED_BATCH)) for arm in timed], rounds)
-    return {name: timing.cells() for name, timing in zip(names, found[:-1], strict=True)}
 
 
 def draw_row(arm: GenerationArm, orders: Orders, place: Path, batch: int) -> Tensor:
@@ -128,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reachable = [k for k in kinds[1:] if (found_of := scores.get(name_of(k, STEPS))) is None or found_of["draws"]]
         untimed = [kind for kind in reachable if name_of(kind, STEPS) not in times][: options.rows]
         arms = {name_of(kind, STEPS): build(first, kind, orders) for kind in (STEPS, *untimed)}
-        times |= time_rows({name: arm for name, arm in arms.items() if arm.pipe is not None}, orders, options.rounds)
+        timed = time_together(list(arms.values()), orders.first(TIMED_BATCH), rounds=options.rounds)
+        times |= {name: one.cells() for name, one in zip(arms, timed, strict=True) if one is not None}
         clocked.write_text(json.dumps(times, indent=1))
     else:
         missing = [kind for kind in kinds if name_of(kind, STEPS) not in scores][: options.rows]

@@ -14,6 +14,8 @@ from tokenprune.errors import UnsupportedModel
 from tokenprune.evals.flops import multiply_adds
 from tokenprune.evals.shared_copy import shared_copy
 
+FILTERS = ("bicubic", "bilinear", "area")
+
 
 @dataclass(frozen=True)
 class SmallerInput:
@@ -55,12 +57,13 @@ def smaller_input(model: nn.Module, images: Tensor, flops_ratio: float) -> Small
     return _nearest(at, rows - 1, flops_ratio)
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """`images` [B, C, H, W] at `size` (height, width), bicubic with antialiasing; unchanged where they have it."""
+def resize(images: Tensor, size: tuple[int, int], by: str = "bicubic") -> Tensor:
+    """`images` [B, C, H, W] at `size` (height, width), by one of FILTERS, the first two with antialiasing; unchanged
+    where they have it."""
     if tuple(images.shape[-2:]) == size:
         return images
     # CPU kernels for antialiasing exist in float32 only; the model gets its own dtype back.
-    return functional.interpolate(images.float(), size=size, mode="bicubic", antialias=True).to(images.dtype)
+    return functional.interpolate(images.float(), size=size, mode=by, antialias=by != "area").to(images.dtype)
 
 
 def _nearest(at: Callable[[int], SmallerInput], largest: int, flops_ratio: float) -> SmallerInput:

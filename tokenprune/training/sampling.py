@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tokenprune.evals.reading import from_workers
+
 Turn = tuple[int, int]
 """An image's turn: the epoch, and which image."""
 
@@ -75,13 +77,14 @@ def drawn_by(seed: int) -> Iterator[None]:
             numpy.random.set_state(states[2])
 
 
-def loader(items: Dataset[tuple[Tensor, int]], order: Order, *, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
+def loader(items: Dataset[tuple[Tensor, int]], order: Order, *, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (images [b, C, H, W], labels [b]) in that order. It draws from no global generator."""
     generator = torch.Generator().manual_seed(order.seed)
-    return DataLoader(
+    batches: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
         ByTurn(items, order.seed),  # type: ignore[arg-type]  # collated, the items are batches
         batch_sampler=order,
         num_workers=workers,
         generator=generator,
         pin_memory=torch.cuda.is_available(),
     )
+    return from_workers(batches)

@@ -43,7 +43,7 @@ class Work:
         steps: int,
         per_epoch: int,
     ) -> None:
-        from timm.optim import create_optimizer_v2
+        from timm.optim import create_optimizer_v2, list_optimizers
         from timm.scheduler import create_scheduler_v2
 
         assert patch.learned is not None
@@ -64,6 +64,8 @@ class Work:
             groups[_MODEL] = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             rates[_MODEL] = recipe["learning_rate"] * recipe["model_rate"]
         paper = self.declared.recipe
+        if recipe["opt"] not in list_optimizers():
+            raise TokenPruneError(f"opt={recipe['opt']!r} is none of timm's: {', '.join(list_optimizers())}")
         optimizer = create_optimizer_v2(
             [{"params": group, "lr": rates[name]} for name, group in groups.items()],
             opt=recipe["opt"],

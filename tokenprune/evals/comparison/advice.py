@@ -3,51 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from tokenprune.evals.arms import DROP_BASELINES, SMALLER_INPUT, UNPATCHED
+from tokenprune.evals.arms import UNPATCHED, is_baseline
 from tokenprune.evals.table import Row
-
-QUALITIES = ("top1", "knn", "saliency", "agreement", "cosine")
-LOSS = 0.01
-NAMES = {"top1": "top-1", "knn": "k-NN", "saliency": "saliency correlation", "cosine": "feature cosine"}
+from tokenprune.registry import method_names
 
 
-def quality_column(rows: Sequence[Row]) -> str:
-    """The column by which rows are judged: accuracy where there are labels, else agreement with the unpatched model, or
-    the correlation of its maps, or the cosine of its features."""
-    return next(name for name in QUALITIES if any(row.get(name) is not None for row in rows))
+@dataclass(frozen=True)
+class Quality:
+    """A column by which rows are judged: what it is called, how much of it may be lost for nothing to be lost, and
+    whether less is better."""
+
+    column: str
+    name: str
+    loss: float = 0.01
+    lower: bool = False
+
+    def of(self, row: Row) -> float | None:
+        """The value of a row, so that more is better."""
+        value = _value(row, self.column)
+        return None if value is None else -value if self.lower else value
 
 
-def frontier(rows: Sequence[Row], quality: str) -> list[int]:
+QUALITIES = (
+    Quality("top1", "top-1"),
+    Quality("knn", "k-NN"),
+    Quality("saliency", "saliency correlation"),
+    Quality("frechet", "Fréchet distance", loss=0.1, lower=True),
+    Quality("accuracy", "digits recognised"),
+    Quality("recognition", "digits named"),
+    Quality("localisation", "digits found"),
+    Quality("agreement", "agreement"),
+    Quality("cosine", "feature cosine"),
+)
+
+
+def qualities(rows: Sequence[Row]) -> list[Quality]:
+    """What rows may be judged by, accuracy first where there are labels: what the unpatched model has as well."""
+    base = next(row for row in rows if row["method"] == UNPATCHED)
+    return [quality for quality in QUALITIES if quality.of(base) is not None]
+
+
+def frontier(rows: Sequence[Row], quality: Quality) -> list[int]:
     """Which rows no other is both as fast and as good as, by their estimates, from the slowest on."""
-    measured = [
-        i for i, row in enumerate(rows) if _value(row, quality) is not None and _value(row, "speedup") is not None
-    ]
+    measured = [(speed, value, i) for i, row in enumerate(rows) for speed, value in _both(row, quality)]
     best, kept = float("-inf"), list[int]()
-    for i in sorted(measured, key=lambda i: (-(_value(rows[i], "speedup") or 0), -(_value(rows[i], quality) or 0))):
-        value = _value(rows[i], quality)
-        if value is not None and value > best:
+    for _, value, i in sorted(measured, key=lambda one: (-one[0], -one[1])):
+        if value > best:
             best, kept = value, [*kept, i]
     return kept[::-1]
 
 
-def advised(rows: Sequence[Row], quality: str) -> list[str]:
-    """Sentences: the fastest method within a hundredth of the unpatched model's quality, the one with the best quality
-    at each budget, what the baselines give there, and what could not be believed."""
+def advised(rows: Sequence[Row], quality: Quality) -> list[str]:
+    """Sentences: the fastest method that loses nothing worth mentioning of the unpatched model's quality, the one with
+    the best quality at each budget, what the baselines give there, and what could not be believed."""
     base = next(row for row in rows if row["method"] == UNPATCHED)
-    whole = _value(base, quality)
-    assert whole is not None
-    methods = [row for row in rows if row["method"] not in (UNPATCHED, SMALLER_INPUT, *DROP_BASELINES)]
-    measured = [row for row in methods if _measured(row, quality)]
+    measured = [row for row in rows if not is_baseline(str(row["method"])) and _both(row, quality)]
     if not measured:
         return ["No method could be run here; the notes in the table say why."]
-    said = [_fastest(measured, quality, whole)]
+    said = [_fastest(measured, quality, base)]
     for budget in dict.fromkeys(row["budget"] for row in measured):
-        best = max((r for r in measured if r["budget"] == budget), key=lambda r: (r[quality], r["speedup"]))
+        best = max((row for row in measured if row["budget"] == budget), key=lambda row: _both(row, quality)[0][::-1])
         others = [
-            f"{row['method']} {row[quality]:.3f} at {row['speedup']:.2f} times"
+            f"{row['method']} {row[quality.column]:.3f} at {row['speedup']:.2f} times"
             for row in rows
-            if row["budget"] == budget and row["method"] in (SMALLER_INPUT, *DROP_BASELINES) and _measured(row, quality)
+            if row["budget"] == budget and is_baseline(str(row["method"])) and _both(row, quality)
         ]
         beside = f" Beside it: {', '.join(others)}." if others else ""
         said.append(f"At {budget} the best is {_told(best, quality)}.{beside}")
@@ -60,29 +81,30 @@ def advised(rows: Sequence[Row], quality: str) -> list[str]:
     return said
 
 
-def _fastest(rows: Sequence[Row], quality: str, whole: float) -> str:
-    stands = f"the unpatched model's {NAMES.get(quality, quality)} of {whole:.3f}"
-    near = [row for row in rows if (_value(row, quality) or 0.0) >= whole - LOSS]
+def _fastest(rows: Sequence[Row], quality: Quality, base: Row) -> str:
+    stands, whole = f"the unpatched model's {quality.name} of {base[quality.column]:.3f}", quality.of(base)
+    assert whole is not None
+    near = [row for row in rows if _both(row, quality)[0][1] >= whole - quality.loss]
     if not near:
-        return f"No method stays within {LOSS:g} of {stands} at these budgets."
-    best = max(near, key=lambda row: row["speedup"])  # type: ignore[arg-type,return-value]
+        return f"No method stays within {quality.loss:g} of {stands} at these budgets."
+    best = max(near, key=lambda row: _both(row, quality))
     if (_value(best, "speedup") or 0.0) <= 1.0:
         return (
-            f"No method that stays within {LOSS:g} of {stands} is faster than no"
+            f"No method that stays within {quality.loss:g} of {stands} is faster than no"
             f" method here; the nearest is {_told(best, quality)}."
         )
-    return (
-        f"Fastest within {LOSS:g} of {stands}: {_told(best, quality)}, by"
-        f" patch(model, {best['method']!r}, {best['budget']})."
-    )
+    call = f", by patch(model, {best['method']!r}, {best['budget']})" if best["method"] in method_names() else ""
+    return f"Fastest within {quality.loss:g} of {stands}: {_told(best, quality)}{call}."
 
 
-def _told(row: Row, quality: str) -> str:
-    return f"{row['method']} at {row['budget']} with {row[quality]:.3f} at {row['speedup']:.2f} times the speed"
+def _told(row: Row, quality: Quality) -> str:
+    return f"{row['method']} at {row['budget']} with {row[quality.column]:.3f} at {row['speedup']:.2f} times the speed"
 
 
-def _measured(row: Row, quality: str) -> bool:
-    return _value(row, quality) is not None and _value(row, "speedup") is not None
+def _both(row: Row, quality: Quality) -> list[tuple[float, float]]:
+    """The row's speed and quality, more being better of both; nothing where one of them is missing."""
+    speed, value = _value(row, "speedup"), quality.of(row)
+    return [] if speed is None or value is None else [(speed, value)]
 
 
 def _value(row: Row, name: str) -> float | None:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.evals.arms import Budget, is_baseline
 from tokenprune.evals.commands import budgets, first_images, image_data, image_files, set_machine
+from tokenprune.evals.comparison.answering import answer_budgets
 from tokenprune.evals.comparison.measuring import measure_budgets, same_settings
 from tokenprune.evals.comparison.overlays import overlays, pictures
 from tokenprune.evals.comparison.page import Compared, write_page
 from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
-from tokenprune.evals.digits_lvlm import LVLM
+from tokenprune.evals.digits_lvlm import LVLM, lvlm_digits
 from tokenprune.evals.models import load_model
-from tokenprune.evals.table import Table
+from tokenprune.evals.table import Row, Table
 from tokenprune.evals.transforms import denormalize
 
-BUDGETS = ({"flops": 0.8}, {"flops": 0.6}, {"flops": 0.5}, {"flops": 0.4})
+BUDGETS: tuple[Budget, ...] = ({"flops": 0.8}, {"flops": 0.6}, {"flops": 0.5}, {"flops": 0.4})
+DRAWN_BUDGETS: tuple[Budget, ...] = ({"flops": 0.8}, {"flops": 0.65})
+ANSWERED_BUDGETS: tuple[Budget, ...] = ({"keep": 0.5}, {"keep": 0.25})
+IMAGES, DRAWN, ANSWERED = 500, 100, 75
 PICTURES = 3
 MEASURED = "measured"
 
@@ -34,9 +40,8 @@ def run_compare(options: argparse.Namespace) -> int:
     folder = Path(options.output)
     measured = folder / MEASURED
     measured.mkdir(parents=True, exist_ok=True)
-    asked = {
-        name: value for name, value in vars(options).items() if name not in ("command", "output", "quiet", "image")
-    }
+    shown_alone = ("command", "output", "quiet", "image", "format")
+    asked = {name: value for name, value in vars(options).items() if name not in shown_alone}
     same_settings(measured, asked)
     compared = [_model(name, options, measured) for name in options.model]
     rows = [{"model": one.name, **row} for one in compared for row in one.table.rows]
@@ -44,21 +49,89 @@ def run_compare(options: argparse.Namespace) -> int:
     for suffix in (".md", ".csv", ".json"):
         table.save(folder / f"compare{suffix}")
     write_page(folder / "compare.html", compared, _as_typed(options))
-    print(f"written to {folder}: compare.html, compare.md, compare.csv, compare.json")
-    return 0 if any(one.overlays["arms"] for one in compared) else 1
+    if options.format == "json":
+        print(table.to_json())
+    else:
+        print(f"written to {folder}: compare.html, compare.md, compare.csv, compare.json")
+    return 0 if any(_ran(row) for one in compared for row in one.table.rows) else 1
+
+
+def _ran(row: Row) -> bool:
+    return row.get("speedup") is not None and not is_baseline(str(row["method"]))
 
 
 def _model(name: str, options: argparse.Namespace, measured: Path) -> Compared:
-    if name in (*DIFFUSION, LVLM):
-        raise TokenPruneError(f"compare is of image models; for {name} tokenprune eval has all methods in one table")
+    of = _diffusion if name in DIFFUSION else _answering if name == LVLM else _images
+    return of(name, options, measured)
+
+
+def _diffusion(name: str, options: argparse.Namespace, measured: Path) -> Compared:
+    from tokenprune.evals.comparison.drawing import draw_budgets
+    from tokenprune.evals.digits_pipelines import STEPS, digits_pipeline
+
+    _refuse(name, options, "data", "split", "image", "random_weights")
+    pipe = digits_pipeline(name)
+    pipe.to(options.device, getattr(torch, options.dtype))
+    found = list(
+        draw_budgets(
+            pipe,
+            name,
+            options.method,
+            budgets(options, DRAWN_BUDGETS),
+            measured,
+            samples=options.samples or DRAWN,
+            batch_size=options.batch_size,
+            steps=options.steps or STEPS,
+            rounds=options.rounds,
+            seed=options.seed,
+            show_progress=not options.quiet,
+        )
+    )
+    drawn = [one for number, (_, some) in enumerate(found) for one in (some if number == 0 else some[1:])]
+    return Compared(name, _one_table([table for table, _ in found]), drawn=drawn)
+
+
+def _answering(name: str, options: argparse.Namespace, measured: Path) -> Compared:
+    _refuse(name, options, "data", "split", "image", "random_weights", "steps")
+    if options.device != "cpu" or options.dtype != "float32":
+        raise TokenPruneError(f"{name} is compared in float32 on the CPU; leave out --device and --dtype")
+    tables = answer_budgets(
+        lvlm_digits(),
+        name,
+        options.method,
+        budgets(options, ANSWERED_BUDGETS),
+        measured,
+        samples=options.samples or ANSWERED,
+        batch_size=options.batch_size,
+        rounds=options.rounds,
+        seed=options.seed,
+        show_progress=not options.quiet,
+    )
+    return Compared(name, _one_table(list(tables)))
+
+
+def _refuse(name: str, options: argparse.Namespace, *foreign: str) -> None:
+    given = [f"--{option.replace('_', '-')}" for option in foreign if getattr(options, option)]
+    if given:
+        raise TokenPruneError(f"{name} makes its own pictures; it takes no {', '.join(given)}")
+
+
+def _one_table(tables: Sequence[Table]) -> Table:
+    """The rows of all budgets, the unpatched one once."""
+    rows = [row for number, table in enumerate(tables) for row in (table.rows if number == 0 else table.rows[1:])]
+    return Table(rows, tables[0].environment)
+
+
+def _images(name: str, options: argparse.Namespace, measured: Path) -> Compared:
+    _refuse(name, options, "steps")
     loaded = load_model(name, random_weights=options.random_weights)
     loaded.model.to(options.device, getattr(torch, options.dtype))
     options = argparse.Namespace(**{**vars(options), "model": name})
-    data = image_data(options, loaded, options.samples)
+    samples = options.samples or IMAGES
+    data = image_data(options, loaded, samples)
     images = first_images(data, options.batch_size, options.seed).to(options.device, getattr(torch, options.dtype))
     shown = image_files(options.image, loaded).to(images) if options.image else images[:PICTURES]
-    rows, found, grid = list[Any](), list[Any](), None
-    environment: dict[str, Any] = {}
+    tables, found, grid = list[Table](), list[Any](), None
     for arms, table in measure_budgets(
         loaded,
         data,
@@ -66,20 +139,19 @@ def _model(name: str, options: argparse.Namespace, measured: Path) -> Compared:
         options.method,
         budgets(options, BUDGETS),
         measured,
-        samples=options.samples,
+        samples=samples,
         batch_size=options.batch_size,
         rounds=options.rounds,
         seed=options.seed,
         show_progress=not options.quiet,
     ):
-        rows += table.rows if not rows else table.rows[1:]
-        environment = environment or table.environment
+        tables.append(table)
         drawn = overlays(arms, shown)
         found, grid = [*found, *drawn["arms"]], grid or drawn["grid"]
     faces = denormalize(shown.float().cpu(), loaded.mean, loaded.std)
     return Compared(
         name=name,
-        table=Table(rows, environment),
+        table=_one_table(tables),
         pictures=[] if grid is None else pictures(faces, grid),
         overlays={"grid": grid, "arms": found},
     )
@@ -89,7 +161,7 @@ def _as_typed(options: argparse.Namespace) -> str:
     """The command that measures the same again."""
     words = ["tokenprune", "compare"]
     for name, value in vars(options).items():
-        if name in ("command", "output", "quiet") or value is None or value is False:
+        if name in ("command", "output", "quiet", "format") or value is None or value is False:
             continue
         flag = f"--{name.replace('_', '-')}"
         words += [flag] if value is True else [w for one in _listed(value) for w in (flag, str(one))]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.accuracy import compare, run_unpatched
-from tokenprune.evals.arms import Arm, Budget, budget_label, build_arms
+from tokenprune.evals.accuracy import UnpatchedBatch, compare, run_unpatched
+from tokenprune.evals.arms import SMALLER_INPUT, Arm, Budget, budget_label, build_arms, filtered
 from tokenprune.evals.bench import bench_together
 from tokenprune.evals.data import ImageData
 from tokenprune.evals.models import LoadedModel
+from tokenprune.evals.smaller_input import FILTERS
 from tokenprune.evals.table import Row, Table
 
 ENDS = ("", "_low", "_high")
@@ -50,34 +52,51 @@ def measure_budgets(
 ) -> Iterator[tuple[list[Arm], Table]]:
     """For each budget in turn its arms, the unpatched one first, and their table, one row each.
 
-    images: [B, C, H, W], of the batch that is timed. A table that is in `folder` already is read and not measured
-    again; the arms are built anew for each budget, as pictures need them.
+    images: [B, C, H, W], of the batch that is timed. A smaller input stands there once for each filter that shrinks
+    pictures, as one of them suits a model best. A table that is in `folder` already is read and not measured again; the
+    arms are built anew for each budget, as pictures need them.
     """
     saliency = loaded.saliency if data.classes is None else None
-    seen = None
-    for budget in budgets:
-        arms = build_arms(loaded.model, images, methods, [budget], dense=saliency is not None)
-        path = folder / f"{loaded.name.replace('/', '--').replace(':', '--')}-{budget_label(budget)}.json"
-        if path.exists():
-            yield arms, Table.from_json(path.read_text(encoding="utf-8"))
-            continue
-        if seen is None:  # through the unpatched model once for all budgets
-            given = run_unpatched(
-                arms[0],
-                data,
-                batch_size=batch_size,
-                samples=samples,
-                seed=seed,
-                saliency=saliency,
-                show_progress=show_progress,
+    seen = list[UnpatchedBatch]()
+
+    def measure(arms: list[Arm]) -> Table:
+        if not seen:  # through the unpatched model once for all budgets
+            seen.extend(
+                run_unpatched(
+                    arms[0],
+                    data,
+                    batch_size=batch_size,
+                    samples=samples,
+                    seed=seed,
+                    saliency=saliency,
+                    show_progress=show_progress,
+                )
             )
-            seen = list(given)
         quality = compare(arms, seen, data, samples=samples, seed=seed, saliency=saliency)
         speed = bench_together(arms, images, rounds=rounds, seed=seed, show_progress=show_progress)
         table = join(quality, speed)
         table.environment = {"model": loaded.name, "batch": len(images), **table.environment}
-        table.save(path)
-        yield arms, table
+        return table
+
+    for budget in budgets:
+        arms = build_arms(loaded.model, images, methods, [budget], dense=saliency is not None or data.dense)
+        smaller = [arm for arm in arms if arm.method == SMALLER_INPUT and arm.model is not None]
+        arms += [filtered(arm, by) for arm in smaller for by in FILTERS[1:]]
+        yield arms, measured_once(measured_path(folder, loaded.name, budget), partial(measure, arms))
+
+
+def measured_path(folder: Path, model: str, budget: Budget) -> Path:
+    """Where in `folder` the rows of a model at a budget are kept."""
+    return folder / f"{model.replace('/', '--').replace(':', '--')}-{budget_label(budget)}.json"
+
+
+def measured_once(path: Path, measure: Callable[[], Table]) -> Table:
+    """The table that is kept in `path`, else the one that `measure` gives, which then is."""
+    if path.exists():
+        return Table.from_json(path.read_text(encoding="utf-8"))
+    table = measure()
+    table.save(path)
+    return table
 
 
 def same_settings(folder: Path, settings: Mapping[str, object]) -> None:
@@ -87,7 +106,7 @@ def same_settings(folder: Path, settings: Mapping[str, object]) -> None:
         TokenPruneError: the folder holds another comparison.
     """
     path, asked = folder / "settings.json", json.loads(json.dumps(dict(settings)))
-    if not path.exists():
+    if not path.exists() or list(folder.iterdir()) == [path]:  # the latter failed before it measured anything
         path.write_text(json.dumps(asked, indent=1), encoding="utf-8")
         return
     try:

@@ -30,6 +30,8 @@ def overlays(arms: Sequence[Arm], inputs: Tensor) -> dict[str, Any]:
             continue
         with tokenprune.record(model) as recording, torch.inference_mode():
             model(inputs)
+        if not recording.forwards:  # at a budget of 1.0
+            continue
         forward = recording.forwards[-1]
         grid = grid or forward.grid
         places = [{"name": place.name, "grid": place.grid, "source": place.source.tolist()} for place in forward.places]
@@ -40,6 +42,11 @@ def overlays(arms: Sequence[Arm], inputs: Tensor) -> dict[str, Any]:
 def pictures(images: Tensor, grid: tuple[int, int]) -> list[str]:
     """Pictures [B, 3, H, W] in [0, 1] as data: addresses of PNG files whose patches have whole numbers of pixels."""
     return [_address(fit_to_grid(image, grid, PIXELS)) for image in images]
+
+
+def addresses(images: Tensor) -> list[str]:
+    """Pictures [B, 3, H, W] in [0, 1] as data: addresses of PNG files."""
+    return [_address(image) for image in images]
 
 
 def _address(picture: Tensor) -> str:

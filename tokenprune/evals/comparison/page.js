@@ -2,12 +2,16 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf"];
-  const BASELINES = ["random", "uniform", "smaller input"];
+  const BASELINES = ["random", "uniform", "smaller input", "fewer steps"];
+  const isBaseline = (method) => BASELINES.includes(method.split(",")[0]);
   const NAMES = {
     method: "method", budget: "budget", top1: "top-1", top1_drop: "top-1 lost", top1_kept: "top-1 kept", knn: "k-NN",
     knn_drop: "k-NN lost", knn_kept: "k-NN kept", agreement: "agreement", cosine: "feature cosine", saliency: "saliency",
     flops_ratio: "FLOPs", tokens: "tokens left", speedup: "speed-up", promised: "promised", control: "A/A'",
-    trusted: "quiet", images_per_s: "images/s", note: "note",
+    trusted: "quiet", images_per_s: "images/s", note: "note", frechet: "Fréchet distance", frechet_rise: "Fréchet rise",
+    accuracy: "digits recognised", accuracy_drop: "recognised less", psnr: "PSNR", recognition: "digits named",
+    recognition_drop: "named less", localisation: "digits found", localisation_drop: "found less", steps: "steps",
+    decode_speedup: "decoding speed-up", cache_bytes: "cache bytes", vertical: "where kept tokens lie", share: "share kept",
   };
   const $ = (id) => document.getElementById(id);
   const make = (tag, attributes = {}, ...children) => {
@@ -28,13 +32,13 @@
     return typeof value === "number" && !Number.isInteger(value) ? number(value) : String(value);
   };
 
-  let model, hidden = new Set(), sorting = { column: null, down: true };
+  let model, judged, hidden = new Set(), sorting = { column: null, down: true };
 
   const colourOf = (method) => {
     if (method === "unpatched") return "currentColor";
-    if (BASELINES.includes(method)) return "#8a94a3";
+    if (isBaseline(method)) return "#8a94a3";
     const methods = [...new Set(model.rows.map((row) => row.method))]
-      .filter((name) => name !== "unpatched" && !BASELINES.includes(name));
+      .filter((name) => name !== "unpatched" && !isBaseline(name));
     return COLOURS[methods.indexOf(method) % COLOURS.length];
   };
 
@@ -46,7 +50,7 @@
 
   function plot() {
     const box = { left: 52, right: 12, top: 12, bottom: 40, width: 760, height: 420 };
-    const quality = model.quality;
+    const quality = judged.column;
     const rows = model.rows.filter((row) => typeof row[quality] === "number" && typeof row.speedup === "number" && !hidden.has(row.method));
     const holder = $("plot");
     holder.replaceChildren();
@@ -79,8 +83,8 @@
       text(Number(at.toFixed(3)), { x: box.left - 6, y: y(at) + 4, "text-anchor": "end" });
     }
     text("measured speed-up over the unpatched model", { x: (box.left + box.width) / 2, y: box.height - 8, "text-anchor": "middle" });
-    text(NAMES[quality], { x: 4, y: 12 });
-    const front = model.frontier.map((index) => model.rows[index]);
+    text(judged.name, { x: 4, y: 12 });
+    const front = judged.frontier.map((index) => model.rows[index]);
     svg.append(drawn("polyline", {
       points: front.map((row) => `${x(row.speedup)},${y(row[quality])}`).join(" "), fill: "none", stroke: "currentColor",
       "stroke-dasharray": "4 4", opacity: 0.6,
@@ -135,7 +139,7 @@
       button.addEventListener("click", () => { sorting = { column: name, down: column === name ? !down : name !== "method" }; table(); });
       head.append(make("th", { scope: "col", "aria-sort": column === name ? (down ? "descending" : "ascending") : "none" }, button));
     }
-    const best = new Set(model.frontier.map((index) => model.rows[index]));
+    const best = new Set(judged.frontier.map((index) => model.rows[index]));
     const body = rows.map((row) => {
       const line = make("tr", best.has(row) ? { class: "best" } : {});
       for (const name of model.columns) {
@@ -152,20 +156,45 @@
     $("csv").href = `data:text/csv;charset=utf-8,${encodeURIComponent(lines.join("\n") + "\n")}`;
   }
 
+  function choices(arms) {
+    const methods = [...new Set(arms.map((arm) => arm.method))];
+    const select = make("select", { id: "method" }, ...methods.map((name) => make("option", { value: name }, name)));
+    const budget = make("input", { id: "budget", type: "range", min: 0, step: 1, value: 0 }), output = make("output");
+    $("controls").append(make("label", {}, "Method ", select), make("label", {}, "Budget ", output, budget));
+    const chosen = () => {
+      const own = arms.filter((arm) => arm.method === select.value);
+      budget.max = own.length - 1;
+      const arm = own[Math.min(budget.value, own.length - 1)];
+      output.textContent = arm.budget;
+      return arm;
+    };
+    return { controls: [select, budget], chosen };
+  }
+
+  function drawings() {
+    const holder = $("pictures"), [base, ...arms] = model.drawn;
+    $("tokens-title").textContent = "What is drawn from the same noise";
+    $("tokens-words").textContent = "Above: the unpatched model. Below: the chosen row, from the same noise.";
+    const row = (pictures, words) => make("div", { class: "drawn" }, ...pictures.map((address, index) => make("img", { src: address, alt: `picture ${index + 1}, ${words}` })));
+    const { controls, chosen } = choices(arms);
+    const draw = () => { const arm = chosen(); holder.replaceChildren(row(base.pictures, "unpatched"), row(arm.pictures, `${arm.method} ${arm.budget}`)); };
+    for (const control of controls) control.addEventListener("input", draw);
+    draw();
+  }
+
   function tokens() {
     const controls = $("controls"), holder = $("pictures");
     controls.replaceChildren();
     holder.replaceChildren();
+    $("tokens").hidden = !model.drawn.length && !model.pictures.length;
+    if (model.drawn.length > 1) { drawings(); return; }
+    $("tokens-title").textContent = "Which tokens survive";
+    $("tokens-words").textContent = "Dropped patches fade. Patches that one token stands for are tinted in one colour.";
     const arms = model.overlays.arms.filter((arm) => arm.places.length);
     if (!arms.length || !model.pictures.length) { holder.textContent = "No method could be drawn here."; return; }
-    const methods = [...new Set(arms.map((arm) => arm.method))];
-    const select = make("select", { id: "method" }, ...methods.map((name) => make("option", { value: name }, name)));
-    const budget = make("input", { id: "budget", type: "range", min: 0, step: 1, value: 0 });
-    const layer = make("input", { id: "layer", type: "range", min: 0, step: 1, value: 1000 });
-    const [budgetName, layerName] = [make("output"), make("output")];
-    controls.append(
-      make("label", {}, "Method ", select), make("label", {}, "Budget ", budgetName, budget), make("label", {}, "Layer ", layerName, layer),
-    );
+    const { controls: choosing, chosen } = choices(arms);
+    const layer = make("input", { id: "layer", type: "range", min: 0, step: 1, value: 1000 }), layerName = make("output");
+    controls.append(make("label", {}, "Layer ", layerName, layer));
     const images = model.pictures.map((address) => {
       const canvas = make("canvas", { role: "img" }), image = new Image();
       image.onload = draw;
@@ -174,13 +203,10 @@
       return { canvas, image };
     });
     function draw() {
-      const own = arms.filter((arm) => arm.method === select.value);
-      budget.max = own.length - 1;
-      const arm = own[Math.min(budget.value, own.length - 1)];
+      const arm = chosen();
       layer.max = arm.places.length - 1;
       const place = arm.places[Math.min(layer.value, arm.places.length - 1)];
       const [rows, columns] = place.grid || model.overlays.grid;
-      budgetName.textContent = arm.budget;
       images.forEach(({ canvas, image }, index) => {
         if (!image.complete || !image.naturalWidth) return;
         canvas.width = image.naturalWidth;
@@ -200,7 +226,7 @@
         if (index === 0) layerName.textContent = `${place.name}: ${count.size} of ${source.length} tokens left`;
       });
     }
-    for (const control of [select, budget, layer]) control.addEventListener("input", draw);
+    for (const control of [...choosing, layer]) control.addEventListener("input", draw);
     draw();
   }
 
@@ -214,11 +240,24 @@
     for (const button of $("models").children) button.setAttribute("aria-selected", String(button.textContent === name));
     const told = model.environment;
     $("about").textContent = `${name}, ${told.images} images of ${told.data}, batches of ${told.batch}, on ${told.device}`;
-    $("advice").replaceChildren(...model.advice.map((sentence) => make("li", {}, sentence)));
+    const judges = model.qualities.map((quality) => {
+      const button = make("button", { type: "button", role: "tab" }, quality.name);
+      button.addEventListener("click", () => judge(quality.column));
+      return button;
+    });
+    $("qualities").replaceChildren(...judges);
+    $("qualities").hidden = judges.length < 2;
     $("conditions").replaceChildren(...Object.entries(told).flatMap(([key, value]) => [make("dt", {}, key), make("dd", {}, shown(value))]));
+    tokens();
+    judge(model.qualities[0].column);
+  }
+
+  function judge(column) {
+    judged = model.qualities.find((quality) => quality.column === column);
+    for (const button of $("qualities").children) button.setAttribute("aria-selected", String(button.textContent === judged.name));
+    $("advice").replaceChildren(...judged.advice.map((sentence) => make("li", {}, sentence)));
     $("point").textContent = "";
     plot();
-    tokens();
     table();
   }
 

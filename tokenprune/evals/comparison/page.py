@@ -5,23 +5,25 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tokenprune.evals.comparison.advice import advised, frontier, quality_column
+from tokenprune.evals.comparison.advice import advised, frontier, qualities
 from tokenprune.evals.table import Table
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What was found of one model. overlays, pictures: as `tokenprune.evals.comparison.overlays` gives them."""
+    """What was found of one model. overlays, pictures: as `tokenprune.evals.comparison.overlays` gives them; drawn:
+    what each row of a diffusion model draws, as `tokenprune.evals.comparison.drawing` gives it."""
 
     name: str
     table: Table
-    pictures: Sequence[str]
-    overlays: dict[str, Any]
+    pictures: Sequence[str] = ()
+    overlays: dict[str, Any] = field(default_factory=lambda: {"grid": None, "arms": []})
+    drawn: Sequence[dict[str, Any]] = ()
 
 
 def write_page(path: Path, compared: Sequence[Compared], command: str) -> None:
@@ -44,15 +46,23 @@ def write_page(path: Path, compared: Sequence[Compared], command: str) -> None:
 
 def _model(one: Compared) -> dict[str, Any]:
     table: dict[str, Any] = json.loads(one.table.to_json())
-    quality = quality_column(one.table.rows)
+    rows = one.table.rows
+    judged = [
+        {
+            "column": quality.column,
+            "name": f"{quality.name}{', less is better' if quality.lower else ''}",
+            "frontier": frontier(rows, quality),
+            "advice": advised(rows, quality),
+        }
+        for quality in qualities(rows)
+    ]
     return {
         "name": one.name,
         **table,
-        "quality": quality,
-        "frontier": frontier(one.table.rows, quality),
-        "advice": advised(one.table.rows, quality),
+        "qualities": judged,
         "pictures": list(one.pictures),
         "overlays": one.overlays,
+        "drawn": list(one.drawn),
     }
 
 

@@ -98,12 +98,12 @@ class _Part:
 
 def _layout(arms: Sequence[Arm], image: Tensor) -> _Layout:
     base = arms[0].model
-    patched = next((arm.model for arm in arms if arm.is_patched), None)
-    if patched is None or base is None:
+    patched = [arm.model for arm in arms if arm.is_patched]
+    if not patched or base is None:
         raise UnsupportedModel("; ".join(arm.note for arm in arms if arm.note) or "no method was given: nothing leaves")
-    with tokenprune.record(patched) as recording, torch.inference_mode():
-        patched(image)
-    forward = recording.forwards[-1]
+    forward = next((found for model in patched if (found := _recorded(model, image)) is not None), None)
+    if forward is None:
+        raise TokenPruneError("every token stays at these budgets, so there are no patterns; use one below 1")
     where = type(base).__name__
     if not forward.places or forward.grid is None:
         raise UnsupportedModel(f"patterns are of the patches of an image on a grid, and those of {where} fill none")
@@ -124,6 +124,13 @@ def _layout(arms: Sequence[Arm], image: Tensor) -> _Layout:
     names = {name.rpartition(".")[2] for name, _ in base.named_parameters()}
     class_token = prefix > 0 and not names.isdisjoint(CLASS_TOKENS)
     return _Layout(parent, blocks, stages, forward.grid, class_token, classifies(base))
+
+
+def _recorded(model: nn.Module | None, image: Tensor) -> Forward | None:
+    assert model is not None
+    with tokenprune.record(model) as recording, torch.inference_mode():
+        model(image)
+    return recording.forwards[-1] if recording.forwards else None
 
 
 class _Caught:
@@ -151,7 +158,7 @@ def _observe(model: nn.Module, patched: bool, images: Tensor, layout: _Layout) -
         if patched:
             with tokenprune.record(model) as recording:
                 seen = observe(model, images)
-            forward = recording.forwards[-1]
+            forward = recording.forwards[-1] if recording.forwards else None
         else:
             seen = observe(model, images)
     if any(len(output) != len(images) for output in caught.outputs):  # packed: whose class token is whose?

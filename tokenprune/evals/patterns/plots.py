@@ -39,7 +39,7 @@ def plot_all(patterns: Sequence[Pattern], pairs: Sequence[Pair], folder: Path) -
         if any(pair.features for pair in ours):
             made.append(folder / f"features{mark}.png")
             plot_features([pair for pair in ours if pair.across == UNPATCHED], made[-1])
-        if all(pattern.right is not None for pattern in own):
+        if all(pattern.right is not None for pattern in own) and any(pair.measures for pair in ours):
             made.append(folder / f"correlation{mark}.png")
             plot_correlation(ours, made[-1])
     return made
