@@ -103,7 +103,7 @@ def tiles(
     if k.shape[2] < columns:  # one for all tiles: of each the same columns are keys
         padded = k.new_zeros(images_at_once, heads_at_once, columns, k.shape[3], dtype=dtype)
     first = 0
-    for image, some in enumerate(zip(q.split(images_at_once), k.split(images_at_once), strict=True)):
+    for image, some in enumerate(zip(q.split(images_at_once), k.split(images_at_once), strict=True)):  # type: ignore[no-untyped-call]
         images = slice(image * images_at_once, image * images_at_once + len(some[0]))
         for head, (queries, keys) in enumerate(zip(*(x.split(heads_at_once, 1) for x in some), strict=True)):
             part = slice(head * heads_at_once, head * heads_at_once + keys.shape[1])
