@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import TokenPruneError, UnsupportedModel
-from tokenprune.evals.accuracy import Dense
+from tokenprune.evals.accuracy_rows import Dense
 from tokenprune.evals.data import ImageData, Transform
 from tokenprune.evals.sources import digits_data, digits_training, masks_data, masks_training, photographs_data
 from tokenprune.evals.transforms import input_size, model_transform, normalization, square_transform

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.accuracy import Dense, UnpatchedBatch, compare, run_unpatched
+from tokenprune.evals.accuracy import compare, run_unpatched
+from tokenprune.evals.accuracy_rows import Dense, UnpatchedBatch
 from tokenprune.evals.arms import (
     SMALLER_INPUT,
     UNPATCHED,

@@ -143,9 +143,10 @@ class Line:
             try:
                 self._check()
             except TokenPruneError:
-                if self._interrupts and not self._asking:
-                    _thread.interrupt_main()
-                return
+                if not self._asking:  # which finds it out by itself
+                    if self._interrupts:
+                        _thread.interrupt_main()
+                    return
 
     def _who(self, rank: int) -> str:
         return f"rank {rank} of {self.count}"

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.accuracy import UnpatchedBatch, compare, run_unpatched
+from tokenprune.evals.accuracy import compare, run_unpatched
+from tokenprune.evals.accuracy_rows import UnpatchedBatch
 from tokenprune.evals.arms import SMALLER_INPUT, Arm, Budget, budget_label, build_arms, filtered
 from tokenprune.evals.bench import bench_together
 from tokenprune.evals.data import ImageData

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.errors import TokenPruneError, UnsupportedModel
-from tokenprune.evals.accuracy import classifies
+from tokenprune.evals.accuracy_rows import classifies
 from tokenprune.evals.arms import Arm, runnable
 from tokenprune.evals.data import ImageData
 from tokenprune.evals.fidelity import agreement, correct, observe
