@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= tests/constraints.txt
 
 .PHONY: demo demo-diffusion bench-kernels bench-speed bench-denoisers bench-lvlm bench-gpu eval-diffusion eval-quality
-.PHONY: test test-full test-hosts test-gpu lint install clean
+.PHONY: test test-full test-hosts test-gpu lint docs docs-pictures install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tokenprune demo --output demo-output
@@ -66,6 +66,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of docs/, from what is here alone; a link or a name that leads nowhere ends it.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+
+docs-pictures: $(VENV)/.installed
+	$(BIN)/python -m tokenprune.evals.method_pictures --output docs/images/methods
+
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -75,4 +82,4 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist demo-output demo-diffusion-output bench-output eval-output
+	rm -rf $(VENV) dist demo-output demo-diffusion-output bench-output eval-output site

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -360,3 +361,23 @@ def close(mine: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
     """The same tokens, and scores within 2e-6 of the largest."""
     assert torch.equal(mine[0], other[0])
     assert (mine[1] - other[1]).abs().max() <= 2e-6 * other[1].abs().max()
+
+
+class Processor:
+    """As much of transformers' as is asked for."""
+
+    image_processor = SimpleNamespace(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.25, 0.3])
+
+    def apply_chat_template(self, messages: Any, add_generation_prompt: bool) -> str:
+        assert add_generation_prompt
+        image, text = messages[0]["content"]
+        assert image == {"type": "image"}
+        return f"<image>{text['text']}"
+
+    def __call__(self, images: Any, text: list[str], return_tensors: str) -> dict[str, Tensor]:
+        assert len(images) == 1
+        words = [20 + len(word) for word in text[0].removeprefix("<image>").split()]
+        return {"input_ids": torch.tensor([[1, 5, *[IMAGE] * 16, *words]])}
+
+    def batch_decode(self, sequences: Tensor, skip_special_tokens: bool) -> list[str]:
+        return [" ".join(map(str, row)) for row in sequences.tolist()]

@@ -1,9 +1,13 @@
-"""What one process of a distributed test runs: a plain module, that a new process can import by its name whatever
-other packages call themselves `tests`."""
+"""Processes of a distributed test, and what one of them runs: a plain module, that a new process can import by its name
+whatever other packages call themselves `tests`."""
 
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from families import build, images
@@ -11,6 +15,27 @@ from torch import nn
 from torch.nn import functional as F
 
 import tokenprune
+
+
+def environments(count: int) -> list[dict[str, str]]:
+    """What a launcher would tell each of `count` processes, which find the tests' modules and use one thread."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    shared = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def start(count: int, *arguments: object) -> list[subprocess.Popen[str]]:
+    """`python ARGUMENTS` in `count` processes, whose outputs can be read."""
+    command = [sys.executable, *map(str, arguments)]
+    return [
+        subprocess.Popen(command, env=told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for told in environments(count)
+    ]
 
 
 def train_one_rank(rank: int, folder: str) -> None:

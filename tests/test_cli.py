@@ -1,3 +1,4 @@
+import argparse
 import csv
 import io
 import json
@@ -136,6 +137,56 @@ def test_methods_lists_what_there_is(capsys):
     assert next(row["options"] for row in rows if row["name"] == "tome") == "r=8, proportional=True, places=None"
     assert run("methods", "--model", "small_vit:build", "--markdown") == 0
     assert "| tome |" in capsys.readouterr().out
+
+
+NO_DEVICE = {"methods", "train"}  # nothing is computed; accelerate has its own
+NO_TABLE = {"viz"}  # a picture
+
+
+@pytest.mark.parametrize("name", cli.EXAMPLES)
+def test_options_are_alike(name):
+    [commands] = [action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    options = {option for action in commands.choices[name]._actions for option in action.option_strings}
+    expected = {"--json"} if name not in NO_TABLE else set()
+    if name not in NO_DEVICE:
+        expected |= {"--device", "--seed"} if name == "score" else {"--device", "--dtype", "--seed", "--threads"}
+    assert expected <= options
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        (["search", "--method", "top_k", "--flops", "0.8", "--candidates", "3", "--samples", "4"], "schedule"),
+        (["calibrate", "--method", "tome", "--flops", "0.8", "--samples", "4"], "found"),
+        (["patterns", "--method", "top_k", "--keep", "0.5", "--samples", "4", "--resamples", "5"], "methods"),
+    ],
+)
+def test_json_is_all_that_is_printed(command, key, capsys, tmp_path):
+    output = tmp_path / ("out.json" if command[0] == "calibrate" else "out")
+    name, *more = command
+    assert run(name, "--model", "digits-vit", *more, "--output", output, "--json", *QUICK) == 0
+    assert key in json.loads(capsys.readouterr().out)
+
+
+def test_a_recipe_prints_its_record_as_json(monkeypatch, tmp_path, capsys):
+    from tokenprune.evals import train_digits
+
+    monkeypatch.setattr(train_digits, "train", lambda *given: print("step 1") or {"test_accuracy": 0.5})
+    assert run("train", "digits-vit", "--output", tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"test_accuracy": 0.5}
+
+
+def test_what_a_recipe_does_not_take_is_not_ignored(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        run("train", "digits-vit", "--output", tmp_path, "--epochs", "3", "--learning-rate", "2")
+    assert stopped.value.code == 2
+    assert "takes no --epochs, --learning-rate" in capsys.readouterr().err
+
+
+def test_exit_codes_are_told(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    assert "Exit codes: 0" in capsys.readouterr().out
 
 
 def test_bench_prints_and_writes(capsys, tmp_path, monkeypatch):

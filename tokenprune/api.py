@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from tokenprune.family import AppliedPatch, Family, Request, active_patches, com
 from tokenprune.finding import active_on, bare, find_models, modules_of, patches_on, reattach
 from tokenprune.latency import load_table, told_speed
 from tokenprune.learned_parts import LearnedParts, load_learned
+from tokenprune.method import Method
 from tokenprune.method_families import shipped_table
 from tokenprune.recording import Recording
 from tokenprune.registry import MethodInfo
@@ -89,7 +91,7 @@ def patch(
 
     weights: what a method that learns has learned for this model: what `tokenprune.train` returns, its folder or file
     (safetensors with JSON beside it), or the name of shipped ones. None takes the shipped ones of this very model.
-    Without a budget they have that which they were trained for.
+    Options that are not named here are those that they were trained with, and with `weights` so is the budget.
 
     options: of the method, see `methods()`; one of them is a budget of its own (`r` of tome, `rate` of the others), and
     then the only one. An earlier patch of the same model is replaced. At another input size the
@@ -121,7 +123,8 @@ def patch(
         raise UnsupportedMethod(f"weights= are learned parts, and {method} learns nothing; leave them out")
     if schedule is not None and options.get("places") is not None:
         raise BudgetError("schedule= names the places itself; leave out places=")
-    request = Request(budget, steps, target, prefix_only_last, positions, restore, weights)
+    remade = partial(_remade, method, options) if method is not None else None
+    request = Request(budget, steps, target, prefix_only_last, positions, restore, weights, remade)
     found = [(model, family, replaced_by(family, model)) for model, family in find_models(target)]
     for model, _, earlier in found:
         detach(model, earlier)
@@ -270,6 +273,10 @@ def _found(source: StoredSchedule | str | PathLike[str], method: str | None) -> 
             f" schedule={dict(stored.schedule)} to use it with another"
         )
     return stored
+
+
+def _remade(method: str, options: dict[str, Any], shipped: Mapping[str, Any]) -> Method:
+    return registry.make_method(method, {**shipped, **options})
 
 
 def _prepare_default(family: Family, model: nn.Module, request: Request) -> AppliedPatch:

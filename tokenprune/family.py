@@ -11,7 +11,7 @@ adapter as `_tokenprune_adapter`, and `release()` removes what is outside of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,7 +29,8 @@ class Request:
     """What `patch` was asked for, beside the method. steps: over the steps of a denoising run, as given. target: what
     the caller patched, a module or a pipeline. prefix_only_last: see `tokenprune.patch`, of image towers. positions: of
     the visual tokens that a vision-language model keeps, None for its default. restore: see `tokenprune.patch`, of
-    image towers, None for the method's own. weights: learned parts, as given."""
+    image towers, None for the method's own. weights: learned parts, as given. remade: other options -> the method with
+    these where the caller named none."""
 
     budget: Budget
     steps: Any = None
@@ -38,6 +39,7 @@ class Request:
     positions: str | None = None
     restore: str | None = None
     weights: object = None
+    remade: Callable[[Mapping[str, Any]], Method] | None = None
 
 
 class AppliedPatch(Protocol):

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from os import PathLike, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.errors import BudgetError, TokenPruneError, UntrainedMethod
-
-if TYPE_CHECKING:
-    from tokenprune.host import Host
 
 VERSION = 1
 NAME = "learned"
@@ -25,6 +22,26 @@ SUFFIX = ".safetensors"
 LIKE = 1e-3
 """How much the norms of a model's blocks may differ, relatively, from those of the one that shipped parts are of: a
 cast to bfloat16 changes them by less, a training by more."""
+
+
+class LearningBlock(Protocol):
+    """A block of `Learner`. width: channels of its tokens."""
+
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def width(self) -> int: ...
+
+
+class Learner(Protocol):
+    """What learned parts are of."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def blocks(self) -> Sequence[LearningBlock]: ...
+    @property
+    def num_prefix_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -149,7 +166,7 @@ def write_whole(path: Path, content: bytes) -> None:
     replace(partial, path)
 
 
-def architecture(host: Host, adapter: str) -> dict[str, Any]:
+def architecture(host: Learner, adapter: str) -> dict[str, Any]:
     """What learned parts are bound to: family, blocks, channels and prefix tokens."""
     return {
         "family": adapter,
@@ -159,7 +176,7 @@ def architecture(host: Host, adapter: str) -> dict[str, Any]:
     }
 
 
-def block_norms(host: Host) -> tuple[float, ...]:
+def block_norms(host: Learner) -> tuple[float, ...]:
     """Of each block the norm of all its weights."""
     norms = []
     for block in host.blocks:
@@ -168,7 +185,7 @@ def block_norms(host: Host) -> tuple[float, ...]:
     return tuple(norms)
 
 
-def chosen_parts(host: Host, adapter: str, method: str, flops: float | None, weights: object) -> LearnedParts:
+def chosen_parts(host: Learner, adapter: str, method: str, flops: float | None, weights: object) -> LearnedParts:
     """Those that `weights` names, or the shipped ones of this very model at the budget `flops`.
 
     Raises:
@@ -176,7 +193,7 @@ def chosen_parts(host: Host, adapter: str, method: str, flops: float | None, wei
         TokenPruneError: they are of another method or architecture.
     """
     if weights is None:
-        return _shipped_for(host, adapter, method, flops)
+        return shipped_for(host, adapter, method, flops)
     parts = load_learned(weights)  # type: ignore[arg-type]
     own = architecture(host, adapter)
     if parts.method != method:
@@ -197,7 +214,12 @@ def chosen_parts(host: Host, adapter: str, method: str, flops: float | None, wei
     return parts
 
 
-def _shipped_for(host: Host, adapter: str, method: str, flops: float | None) -> LearnedParts:
+def shipped_for(host: Learner, adapter: str, method: str, flops: float | None) -> LearnedParts:
+    """The shipped ones of this very model and its classifier, at the budget `flops` or any.
+
+    Raises:
+        UntrainedMethod: there are none.
+    """
     own, norms = architecture(host, adapter), torch.tensor(block_norms(host))
     budgets = []
     for name in shipped_parts():

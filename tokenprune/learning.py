@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -107,7 +108,8 @@ class Learned:
     """What a method learns while the model's own weights are frozen.
 
     part: (Shape) -> the learned part of one place, as it starts; scores and selections find it in
-    `AttentionRecord.learned`. penalty: (lesson, share of the multiply-adds) -> what is added to the loss of the task.
+    `AttentionRecord.learned`. penalty: (lesson, share of the multiply-adds) -> what is added to the loss of the task;
+    of a method for windows the lesson is a `tokenprune.windows.lesson.WindowLesson`.
     rate: (name of a parameter in a part, steps of the training) -> its peak learning rate. settle: done to each part
     after each step. weaken: (part, factor) changes a part so that it removes less below a factor of one, and more above
     it, by which the budget is met in the end; None where its counts are what it is. sized: whether a part is made for
@@ -124,7 +126,7 @@ class Learned:
     """
 
     part: Callable[[Shape], nn.Module]
-    penalty: Callable[[Lesson, float], Tensor | float]
+    penalty: Callable[[Any, float], Tensor | float]
     rate: Callable[[str, int], float]
     recipe: Recipe
     settle: Callable[[nn.Module], None] | None = None

@@ -32,6 +32,9 @@ Levels = Callable[[int | None, Sequence[int]], Mapping[int, float]]
 # Numbers of blocks in the stages -> share of the windows left out in each block.
 WindowRatios = Callable[[Sequence[int]], tuple[float, ...]]
 
+# Of windows: confidences [B, W] -> masks [B, W] of one and zero, with the gradient of what decided them.
+WindowMask = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Reuse:
@@ -85,8 +88,10 @@ class Method:
     computes all anew.
 
     For models whose attention stays in windows, of which whole ones are left out (score is then of tokens [B, n], a
-    window's is the L2 norm of its tokens', and select is given windows): window_ratios: (number of blocks in each
-    stage) -> share of the windows left out in each block where there is no budget, None for stack_share in all.
+    window's is the L2 norm of its tokens' or, by window_score, their mean, and select is given windows):
+    window_ratios: (number of blocks in each stage) -> share of the windows left out in each block where there is no
+    budget, None for stack_share in all. window_draw: the same, drawn anew for each training forward. window_mask: of a
+    method that learns, which windows go on in training, in the place of the selection.
 
     For vision-language models: after_tower: what is left out between the image tower and the language model.
     inside_model: what leaves between layers of the language model.
@@ -121,6 +126,9 @@ class Method:
     reuse: Reuse | None = None
     over_steps: OverSteps | None = None
     window_ratios: WindowRatios | None = None
+    window_draw: WindowRatios | None = None
+    window_score: Literal["norm", "mean"] = "norm"
+    window_mask: WindowMask | None = None
     after_tower: AfterTower | None = None
     inside_model: InsideModel | None = None
     learned: Learned | None = None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from tokenprune.errors import TokenPruneError
+from tokenprune.budget import Budget
+from tokenprune.errors import TokenPruneError, UntrainedMethod
 from tokenprune.host import Host
-from tokenprune.learned_parts import LearnedParts, chosen_parts
+from tokenprune.learned_parts import LearnedParts, chosen_parts, shipped_for
 from tokenprune.learning import Shape
+from tokenprune.method import Method
 from tokenprune.patch import Patch
 
 
@@ -26,10 +29,21 @@ def chosen(host: Host, adapter: str, patch: Patch, weights: object) -> LearnedPa
     """What `weights` names, as `tokenprune.learned_parts.chosen_parts`."""
     if isinstance(weights, Untrained):
         return weights
-    assert patch.method.learned is not None
-    bound = patch.method.learned.bound
-    flops = patch.budget.value if patch.budget.kind == "flops" and bound else None
-    return chosen_parts(host, adapter, patch.method.name, flops, weights)
+    return chosen_parts(host, adapter, patch.method.name, bound_to(patch.method, patch.budget), weights)
+
+
+def bound_to(method: Method, budget: Budget) -> float | None:
+    """The share of the multiply-adds that learned parts must be for, None where any will do."""
+    bound = method.learned is not None and method.learned.bound
+    return budget.value if budget.kind == "flops" and bound else None
+
+
+def shipped_options(host: Host, adapter: str, method: Method, budget: Budget) -> Mapping[str, Any]:
+    """Those of the shipped parts that the patch will have, none where none are shipped."""
+    try:
+        return shipped_for(host, adapter, method.name, bound_to(method, budget)).options
+    except UntrainedMethod:
+        return {}
 
 
 def of_any_size(host: Host, patch: Patch) -> nn.ModuleDict:

@@ -22,7 +22,7 @@ _METHODS: dict[str, Callable[..., Method]] = {}
 _FAMILIES: dict[str, Family] = {}
 _BUILTIN_METHODS = (
     "baselines", "top_k", "evit", "tome", "adaptive_tome", "zero_tprune", "ats", "k_medoids",
-    "dpc_knn", "pitome", "tofu", "diffrate", "saint", "algm", "pomt", "sparsevit",
+    "dpc_knn", "pitome", "tofu", "diffrate", "saint", "algm", "pomt", "sparsevit", "adawpt",
     "at_edm", "tomesd", "todo", "toma", "region", "ras", "toca", "fopru", "visionzip", "prumerge", "divprune",
     "cdpruner", "pool", "feather", "fastv", "pyramid_drop", "ltmp",
     "ltmp_fixed", "dynamicvit", "sit", "sinkhorn", "patch_merger", "tnt", "cropr", "flip", "deferred_masking",

@@ -16,7 +16,7 @@ from tokenprune.host import Adapter, BlockHost, Host
 from tokenprune.learned_parts import LearnedParts, architecture, block_norms
 from tokenprune.method import Method, Restore
 from tokenprune.patch import Patch, attach
-from tokenprune.placed_parts import Untrained, chosen, loaded, of_any_size
+from tokenprune.placed_parts import Untrained, chosen, loaded, of_any_size, shipped_options
 from tokenprune.schedule import BeforeLast
 from tokenprune.self_check import check_bias, check_blocks, check_packing, follow, verdicts
 
@@ -44,9 +44,12 @@ class Towers:
             raise UnsupportedMethod(
                 f"positions= is of the tokens of a prompt, and {type(model).__name__} has none; leave it out"
             )
+        host = self.adapter.host(model)
+        if method.learned is not None and request.weights is None and request.remade is not None:
+            method = request.remade(shipped_options(host, self.adapter.name, method, request.budget))
         method = restoring(method, request.restore)
         return prepare(
-            self.adapter.host(model),
+            host,
             self.adapter,
             method,
             request.budget,

@@ -218,6 +218,19 @@ def test_reported_flops_are_the_counted_ones(vit, labelled):
     assert patched.flops / patched.flops_ratio == pytest.approx(base.flops, rel=1e-6)
 
 
+def test_five_of_many_classes(labelled):
+    images, _ = labelled
+    model = strong_vit(num_classes=30, depth=2)
+    with torch.no_grad():
+        order = model(images).argsort(1, descending=True)
+    labels = torch.stack([order[i, (0, 3, 4, 5)[i % 4]] for i in range(len(images))])
+    rows = rows_by_method(evaluate(model, (images, labels), ["top_k"], [{"keep": 0.4}], baselines=False))
+    assert rows["unpatched"]["top1"] == pytest.approx(0.25)
+    assert rows["unpatched"]["top5"] == pytest.approx(0.75)
+    assert rows["top_k"]["top1"] <= rows["top_k"]["top5"] < 0.75
+    assert "top5" not in rows_by_method(evaluate(strong_vit(), labelled, [], [{"keep": 0.4}]))["unpatched"]
+
+
 def test_observe_catches_what_enters_the_classifier(vit, labelled):
     images, _ = labelled
     with torch.no_grad():

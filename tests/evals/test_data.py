@@ -1,3 +1,6 @@
+import io
+import tarfile
+
 import datasets
 import pytest
 import torch
@@ -5,6 +8,7 @@ from PIL import Image
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.data import open_data
+from tokenprune.evals.ranks import Ranks
 
 
 def to_tensor(picture):
@@ -133,3 +137,105 @@ def test_reading_leaves_the_global_rng_alone():
     before = torch.get_rng_state()
     read(open_data(torch.rand(4, 1, 1, 1, generator=torch.Generator().manual_seed(0))), samples=3)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def coloured(count):
+    return [Image.new("RGB", (3, 3), (20 * i, 0, 0)) for i in range(count)]
+
+
+def rows_of(count):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    return datasets.Dataset.from_dict({"image": coloured(count), "label": [i % 2 for i in range(count)]}, features)
+
+
+def seen(data, **options):
+    images, labels = read(data, **options)
+    return (images[:, 0, 0, 0] * 255 / 20).round().int().tolist(), labels
+
+
+def test_a_saved_data_set_is_no_folder_of_pictures(tmp_path):
+    rows_of(5).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows_of(2), "test": rows_of(3)}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "parquet").mkdir()
+    rows_of(4).to_parquet(tmp_path / "parquet" / "test-00000.parquet")
+    assert seen(open_data(tmp_path / "one", to_tensor)) == ([0, 1, 2, 3, 4], [0, 1, 0, 1, 0])
+    assert open_data(str(tmp_path / "splits"), to_tensor).size == 3
+    assert open_data(tmp_path / "splits", to_tensor, split="train").size == 2
+    assert seen(open_data(tmp_path / "parquet", to_tensor))[0] == [0, 1, 2, 3]
+    with pytest.raises(TokenPruneError, match="validate"):
+        open_data(tmp_path / "splits", to_tensor, split="validate")
+
+
+def test_a_stream_is_read_in_order_and_as_far_as_asked(tmp_path):
+    (tmp_path / "parquet").mkdir()
+    rows_of(7).to_parquet(tmp_path / "parquet" / "test-00000.parquet")
+    streams = [open_data(rows_of(7).to_iterable_dataset(), to_tensor)]
+    streams.append(open_data(f"stream:{tmp_path / 'parquet'}", to_tensor))
+    for data in streams:
+        assert data.classes == 2
+        for workers in (0, 2):
+            assert seen(data, samples=5, seed=3, workers=workers) == ([0, 1, 2, 3, 4], [0, 1, 0, 1, 0])
+        assert seen(data, samples=2)[0] == [0, 1]
+    with pytest.raises(TokenPruneError, match=r"ended after 7 of 9 images"):
+        read(streams[0], samples=9)
+    with pytest.raises(TokenPruneError, match="--samples"):
+        read(streams[0])
+
+
+def test_of_a_stream_each_process_decodes_whole_batches_of_its_own():
+    decoded = []
+
+    def noting(picture):
+        decoded.append(picture.getpixel((0, 0))[0] // 20)
+        return to_tensor(picture)
+
+    data = open_data(rows_of(9).to_iterable_dataset(), noting)
+    parts = []
+    for rank in range(2):
+        decoded.clear()
+        batches = list(data.batches(2, samples=9, processes=Ranks(rank, 2)))
+        parts.append(list(decoded))
+        assert [len(images) for images, _ in batches] == [[2, 2, 1], [2, 2]][rank]
+    assert parts == [[0, 1, 4, 5, 8], [2, 3, 6, 7]]
+
+
+def tar(path, numbers, labelled=True):
+    with tarfile.open(path, "w") as opened:
+        for number in numbers:
+            picture = io.BytesIO()
+            Image.new("RGB", (3, 3), (20 * number, 0, 0)).save(picture, "PNG")
+            for suffix, content in (("png", picture.getvalue()), ("cls", str(number % 3).encode())):
+                if suffix == "png" or labelled:
+                    member = tarfile.TarInfo(f"{number:04}.{suffix}")
+                    member.size = len(content)
+                    opened.addfile(member, io.BytesIO(content))
+
+
+def test_the_tars_of_webdataset_are_read_by_timm(tmp_path):
+    tar(tmp_path / "pictures-0001.tar", [3, 4])
+    tar(tmp_path / "pictures-0000.tar", [0, 1, 2])
+    data = open_data(tmp_path, to_tensor)
+    assert (data.size, data.classes) == (5, 3)
+    assert seen(data) == ([0, 1, 2, 3, 4], [0, 1, 2, 0, 1])
+    assert seen(data, samples=4, workers=2)[0] == [0, 1, 2, 3]
+    assert seen(open_data(tmp_path, to_tensor, split="pictures-000{1..1}.tar", num_classes=3)) == ([3, 4], [0, 1])
+    assert open_data(tmp_path, to_tensor, num_classes=10).classes == 10
+    with pytest.raises(TokenPruneError, match="3 classes and the model 2"):
+        open_data(tmp_path, to_tensor, num_classes=2)
+
+
+def test_tars_that_cannot_be_evaluated_on_are_told(tmp_path):
+    tar(tmp_path / "a.tar", [0, 1], labelled=False)
+    with pytest.raises(TokenPruneError, match="2 pictures and 0 labels"):
+        open_data(tmp_path, to_tensor)
+    tar(tmp_path / "b.tar", [2])
+    with pytest.raises(TokenPruneError, match="3 pictures and 1 labels"):
+        open_data(tmp_path, to_tensor)
+    tar(tmp_path / "c.tar", [])
+    with pytest.raises(TokenPruneError, match="no pictures"):
+        open_data(tmp_path, to_tensor, split="c.tar")
+    with pytest.raises(TokenPruneError, match="val"):
+        open_data(tmp_path, to_tensor, split="val")
+    (tmp_path / "d.tar").write_bytes(b"no tar")
+    with pytest.raises(TokenPruneError, match="cannot be read"):
+        open_data(tmp_path, to_tensor)

@@ -6,8 +6,9 @@ import torch
 
 import tokenprune
 from tokenprune.evals import dense_quality
-from tokenprune.evals.digit_masks import mask_head, masked_digits, mean_iou, overlaps, patch_features
+from tokenprune.evals.digit_masks import mask_head, masked_digits, overlaps, patch_features
 from tokenprune.evals.digits_vit import digits_vit
+from tokenprune.evals.segmentation import mean_iou
 
 
 def test_rows_are_of_the_patched_model_and_are_kept(tmp_path, monkeypatch):

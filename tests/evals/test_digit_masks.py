@@ -2,7 +2,6 @@ import json
 from importlib import resources
 
 import numpy as np
-import pytest
 import torch
 
 from tokenprune.evals import train_masks
@@ -12,12 +11,12 @@ from tokenprune.evals.digit_masks import (
     MaskHead,
     mask_head,
     masked_digits,
-    mean_iou,
     overlaps,
     patch_features,
 )
 from tokenprune.evals.digits import PIXEL_MEAN, PIXEL_STD, cluttered_digits
 from tokenprune.evals.digits_vit import digits_vit
+from tokenprune.evals.segmentation import mean_iou
 
 CHECKPOINTS = resources.files("tokenprune.evals") / "checkpoints"
 
@@ -34,20 +33,6 @@ def test_masks_lie_on_the_digit_to_be_read():
         rows, columns = np.nonzero(mask.numpy())
         assert max(np.ptp(rows), np.ptp(columns)) < 7
         assert light[mask > 0].mean() > 1.4 * light[mask == 0].mean()
-
-
-def test_overlaps_and_mean_iou_of_loops():
-    generator = torch.Generator().manual_seed(0)
-    predicted, truth = (torch.randint(3, (4, 5, 6), generator=generator) for _ in range(2))
-    counts = overlaps(predicted, truth, classes=4)
-    ious = []
-    for kind in range(3):
-        cells = [(int(p), int(t)) for p, t in zip(predicted.flatten(), truth.flatten(), strict=True)]
-        both = sum(p == t == kind for p, t in cells)
-        ious.append(both / sum(kind in cell for cell in cells))
-    assert mean_iou(counts).item() == pytest.approx(sum(ious) / 3)  # the fourth class is nowhere
-    drawn = counts[torch.tensor([[0, 0, 2, 3], [1, 1, 1, 1]])]
-    assert mean_iou(drawn).tolist() == pytest.approx([mean_iou(each).item() for each in drawn])
 
 
 def test_the_shipped_head_segments_fresh_test_canvases():

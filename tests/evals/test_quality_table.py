@@ -66,6 +66,11 @@ def row_of(bench: Bench, method: str, flops: float) -> Row:
     return case.labels | row
 
 
+def test_a_score_whose_interval_is_not_known_is_shown_alone() -> None:
+    row: Row = {"method": "uniform", "flops": 0.6, "flops_ratio": 0.6, "note": None, "kept": 2 / 3, "kept_low": None}
+    assert "| `uniform` | 0.667 |" in pivot(Table([row], {}), "kept")
+
+
 def test_a_row_is_what_a_loop_over_the_images_gives(bench, loaded, pictures) -> None:
     images, labels = pictures
     row = row_of(bench, "top_k", 0.6)

@@ -1,9 +1,11 @@
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 
 import tokenprune
+from tokenprune.errors import TokenPruneError
 from tokenprune.evals.viz import contact_sheet, fit_to_grid, kept_overlay, place_panels
 
 
@@ -80,6 +82,13 @@ def test_panels_of_chosen_places(monkeypatch):
     assert (panels[0][1] == 128).all()
     chosen = place_panels(torch.nn.Identity(), torch.zeros(1, 3, 8, 8), picture, "title", places=2)
     assert [caption.split(":")[0] for caption, _ in chosen] == ["title", "blocks.0", "blocks.2"]
+
+
+def test_a_patch_that_acts_in_training_alone_has_nothing_to_draw():
+    model = timm.create_model("test_vit", img_size=32).eval()
+    tokenprune.patch(model, "flip", keep=0.5)
+    with pytest.raises(TokenPruneError, match="nothing to draw"):
+        place_panels(model, torch.zeros(1, 3, 32, 32), torch.zeros(3, 32, 32), "flip")
 
 
 def test_sheet_holds_every_panel_at_its_place():

@@ -155,3 +155,24 @@ def test_what_cannot_be_is_refused() -> None:
         cosine_match(a, a, window=-3)
     with pytest.raises(TokenPruneError, match="TRITON_INTERPRET"):
         cosine_match(a, a, backend="triton")
+
+
+@pytest.mark.parametrize("cached", [2**14, 2**21])
+def test_of_many_columns_the_first_of_equals_wins_too(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "CACHED", cached)
+    a, b = rows(2, 37, 16), rows(2, 4 * eager.GROUP, 16, seed=1)
+    b[:, 300:] = b[:, 88:300]  # each of these is there twice, in other groups and in one
+    b[:, 1] = b[:, 0]
+    a[0, 5] = 0.0
+    value, row = cosine_match(a, b)
+    expected = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(1, 2)
+    torch.testing.assert_close(value, expected.amax(-1))
+    assert (row < 300).all()
+    assert (row != 1).all()
+    assert row[0, 5] == 0
+    assert torch.equal(row, cosine_match(a.double(), b.double())[1])
+    b[1, 200, 3] = float("nan")
+    value, spoilt = cosine_match(a, b)
+    assert torch.equal(spoilt[0], row[0])
+    assert value[1].isnan().all()
+    assert ((spoilt >= 0) & (spoilt < b.shape[1])).all()

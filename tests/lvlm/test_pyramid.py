@@ -7,14 +7,13 @@ import math
 import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from lvlm_zoo import IMAGE, KINDS, build, language_model
+from lvlm_zoo import IMAGE, KINDS, Processor, build, language_model
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,26 +24,6 @@ from tokenprune.pyramid.levels import pyramid, tiles_under, tokens_of
 
 SIDE = 56
 IDS = torch.tensor([[1, 5, IMAGE, IMAGE, 20, 31, 42, 7]])
-
-
-class Processor:
-    """As much of transformers' as is asked for."""
-
-    image_processor = SimpleNamespace(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.25, 0.3])
-
-    def apply_chat_template(self, messages: Any, add_generation_prompt: bool) -> str:
-        assert add_generation_prompt
-        image, text = messages[0]["content"]
-        assert image == {"type": "image"}
-        return f"<image>{text['text']}"
-
-    def __call__(self, images: Any, text: list[str], return_tensors: str) -> dict[str, Tensor]:
-        assert len(images) == 1
-        words = [20 + len(word) for word in text[0].removeprefix("<image>").split()]
-        return {"input_ids": torch.tensor([[1, 5, *[IMAGE] * 16, *words]])}
-
-    def batch_decode(self, sequences: Tensor, skip_special_tokens: bool) -> list[str]:
-        return [" ".join(map(str, row)) for row in sequences.tolist()]
 
 
 class Drawn:

@@ -70,7 +70,8 @@ class TimmHiera(Windowed):
                 scale = parts.mu_size // attention.window_size, 1
                 order = _order(parts.reroll, i, grid)
                 tiling = Tiling((attention.window_size, 1))
-                blocks.append(Block(Layout(name, i, stage, scale, tiling, order, grid), block, swapped))
+                layout = Layout(name, i, stage, scale, tiling, order, grid)
+                blocks.append(Block(layout, block, swapped, block.attn.qkv.in_features))
         size = tuple(side * stride for side, stride in zip((rows, columns), parts.patch_stride, strict=True))
         return WindowsHost(
             model=model,

@@ -55,7 +55,8 @@ class TimmSam(Windowed):
         for i, block in enumerate(parts.blocks):
             swapped = swapped_for(block, {vision_transformer_sam.Block: WindowedSamBlock})
             if block.window_size > 0:
-                blocks.append(Block(Layout(f"blocks.{i}", i, stage, (1, 1), _tiling(block)), block, swapped))
+                layout = Layout(f"blocks.{i}", i, stage, (1, 1), _tiling(block))
+                blocks.append(Block(layout, block, swapped, block.attn.qkv.in_features))
                 continue
             skipped[f"blocks.{i}"] = "left alone: its attention is of the whole grid"
             stage = blocks[-1].layout.stage + 1 if blocks else 0

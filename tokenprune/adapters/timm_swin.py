@@ -1,4 +1,4 @@
-"""timm's Swin and Swin v2: windows are computed or passed through."""
+"""timm's Swin and Swin v2, and networks of their stages: windows are computed or passed through."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from timm.models import swin_transformer, swin_transformer_v2
-from timm.models._features import FeatureDictNet
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -65,6 +64,12 @@ def _stages(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, _STAGES)]
 
 
+def _embeds(module: nn.Module) -> bool:
+    """Whether it has a patch embedding that says its grid and the size of its images."""
+    embedding = getattr(module, "patch_embed", None)
+    return all(hasattr(embedding, name) for name in ("grid_size", "img_size", "proj"))
+
+
 def _tiling(block: Any) -> Tiling:
     return Tiling(tuple(block.window_size), tuple(block.shift_size))
 
@@ -88,11 +93,12 @@ class TimmSwin(Windowed):
     models = (swin_transformer.SwinTransformer, swin_transformer_v2.SwinTransformerV2)
 
     def find(self, target: object) -> nn.Module | None:
-        """A Swin, or what timm takes apart for its feature maps (features_only=True)."""
+        """A Swin, or what else holds its stages and has a patch embedding like its own: what timm takes apart for its
+        feature maps (features_only=True), or a network of somebody's for another task."""
         found = super().find(target)
         assert isinstance(target, nn.Module)
-        lists = (module for module in target.modules() if isinstance(module, FeatureDictNet) and _stages(module))
-        return found if found is not None else next(lists, None)
+        others = (module for module in target.modules() if _embeds(module) and _stages(module))
+        return found if found is not None else next(others, None)
 
     @staticmethod
     def describe(model: nn.Module) -> WindowsHost:
@@ -104,7 +110,7 @@ class TimmSwin(Windowed):
             scale *= 1 if isinstance(stage.downsample, nn.Identity) else 2
             for b, block in enumerate(stage.blocks):
                 layout = Layout(f"{name}.blocks.{b}", len(blocks), s, (scale, scale), _tiling(block))
-                blocks.append(Block(layout, block, swapped_for(block, _SWAPPED)))
+                blocks.append(Block(layout, block, swapped_for(block, _SWAPPED), block.dim))
         rows, columns = parts.patch_embed.grid_size
         return WindowsHost(
             model=model,
@@ -114,6 +120,7 @@ class TimmSwin(Windowed):
             grid=(rows, columns),
             example=example_of(model, parts.patch_embed.img_size),
             check=_small,
+            dense=not isinstance(model, TimmSwin.models),
         )
 
     @staticmethod

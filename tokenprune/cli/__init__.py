@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from tokenprune.cli.commands import RECIPES, parser
 from tokenprune.cli.examples import EXAMPLES
 
+SHARED_OUT = ("eval", "search", "score")
+
 __all__ = ["EXAMPLES", "RECIPES", "main", "parser"]
 
 
@@ -26,12 +28,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = known.parse_args(arguments)
     if options.command == "train" and options.method is None and options.model not in RECIPES:
         parser().error(f"recipes are for {', '.join(RECIPES)}; for what a method learns for a model add --method ltmp")
+    if options.command == "train" and options.method is None and (foreign := _of_methods(known, options)):
+        known.error(f"{options.model} is trained by its recipe, which takes no {', '.join(foreign)}")
     from tokenprune.errors import TokenPruneError
+    from tokenprune.evals.ranks import launched, ranks
 
+    rank, count = launched()
     try:
-        return _run(options)
+        if options.command == "train" and options.method is not None:
+            return _run(options)  # where accelerate knows the processes
+        with ranks():
+            if count > 1 and options.command not in SHARED_OUT:
+                raise TokenPruneError(
+                    f"{options.command} is of one process and was started in {count}; tokenprune"
+                    f" {', '.join(SHARED_OUT)} and train --method run in several"
+                )
+            return _run(options)
     except (TokenPruneError, ImportError, OSError) as error:
-        print(f"tokenprune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        where = f" on rank {rank}" if count > 1 else ""
+        print(f"tokenprune: error{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
@@ -40,6 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _of_methods(known: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+    """Options of `tokenprune train` that only the training of a method takes, as far as they were given."""
+    plain = vars(known.parse_args(["train", options.model, "--output", options.output]))
+    taken = ("steps", "threads", "quiet", "format", "flops", "data")  # the last two are refused with what would work
+    given = [name for name, value in vars(options).items() if value != plain[name] and name not in taken]
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -65,6 +88,16 @@ def _run(options: argparse.Namespace) -> int:
         from tokenprune.evals import lvlm_commands
 
         return (lvlm_commands.run_eval if options.command == "eval" else lvlm_commands.refuse)(options)
+    kind, named, _ = (options.model or "").partition(":") if options.command == "eval" else ("", "", "")
+    if named and kind in ("clip", "vlm", "pipe"):
+        from tokenprune.evals import clip_commands, hub_commands
+
+        run_kind = {
+            "clip": clip_commands.run_eval,
+            "vlm": hub_commands.eval_questions,
+            "pipe": hub_commands.eval_prompts,
+        }
+        return run_kind[kind](options)
     if options.command == "train" and options.method is not None:
         from tokenprune.training import command
 

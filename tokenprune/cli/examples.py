@@ -23,6 +23,10 @@ EXAMPLES = {
         "tokenprune eval --model deit_small_patch16_224 --data imagenet/val --samples 5000 --flops 0.6 --csv",
         "tokenprune eval --model dit-digits --checkpoint dit-run --flops 0.7 --rounds 20",
         "tokenprune eval --model lvlm-digits --keep 0.25 --keep 0.5 --rounds 20",
+        "tokenprune eval --model clip:openai/clip-vit-base-patch32 --data pets/val --method top_k --flops 0.7",
+        "tokenprune eval --model clip:openai/clip-vit-base-patch32 --data captions.jsonl --method top_k --flops 0.7",
+        "tokenprune eval --model vlm:llava-hf/llava-1.5-7b-hf --data questions.jsonl --method feather --keep 0.25",
+        "tokenprune eval --model pipe:stabilityai/stable-diffusion-2-1 --data prompts.txt --method at_edm --flops 0.8",
     ],
     "compare": [
         "tokenprune compare --model digits-vit --output compared",
@@ -49,7 +53,10 @@ EXAMPLES = {
         "tokenprune calibrate --model deit_small_patch16_224 --data pictures --method saint --flops 0.7"
         " --restore feature --output saint.json",
     ],
-    "score": ["tokenprune score --pictures patched --real coco-val --prompts captions.txt"],
+    "score": [
+        "tokenprune score --pictures patched --real coco-val --prompts captions.txt",
+        "tokenprune score --pictures patched --reference unpatched --real photos --features resnet18",
+    ],
     "train": [
         "tokenprune train digits-vit --output digits-run",
         "tokenprune train digits-swin --output swin-run",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 
-def add_model(command: argparse.ArgumentParser, required: bool = True) -> None:
+def add_model(command: argparse.ArgumentParser, required: bool = True, also: str = "") -> None:
     command.add_argument(
         "--model",
         required=required,
         help="digits-vit, digits-swin, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name,"
-        " owner/name on the Hugging Face hub or module:function",
+        f" owner/name on the Hugging Face hub or module:function{also and ', '}{also}",
     )
     command.add_argument(
         "--checkpoint",
@@ -33,9 +33,21 @@ def add_budgets(command: argparse.ArgumentParser) -> None:
 
 
 def add_generation(command: argparse.ArgumentParser) -> None:
-    options = command.add_argument_group("only for dit-digits and unet-digits")
+    options = command.add_argument_group("only for dit-digits, unet-digits and pipe:NAME")
     options.add_argument("--steps", type=positive, help="denoising steps (default: 20)")
     options.add_argument("--guidance", type=float, help="classifier-free guidance, 1 for none (default: 3)")
+
+
+def add_texts(command: argparse.ArgumentParser) -> None:
+    options = command.add_argument_group("only for vlm:NAME or pipe:NAME")
+    options.add_argument("--max-new-tokens", type=positive, help="vlm: of an answer (default: 32)")
+    options.add_argument("--clip", metavar="NAME", help="pipe: a CLIP, for the score of pictures and prompts")
+    options.add_argument("--lpips", choices=["alex", "squeeze", "vgg"], help="pipe: LPIPS to the unpatched picture")
+    options = command.add_argument_group("only for clip:NAME")
+    options.add_argument("--classes", metavar="FILE", help="their names, one a line (default: the data's own)")
+    options.add_argument(
+        "--template", action="append", help="of a text with {} for the name; repeatable (default: a photo of a {}.)"
+    )
 
 
 def add_training(command: argparse.ArgumentParser) -> None:
@@ -77,12 +89,15 @@ def add_restore(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_data(command: argparse._ActionsContainer, what: str) -> None:
+def add_data(command: argparse._ActionsContainer, what: str, also: str = "") -> None:
     command.add_argument(
         "--data",
-        help=f"{what}: a folder of images or of class folders, a Hugging Face data set, or openclipart[:FOLDER]",
+        help=f"{what}: a folder of images, of class folders, of webdataset's tars or of a saved data set, the name"
+        f" of one on the Hugging Face hub, stream:NAME to read it as it comes, or openclipart[:FOLDER]{also}",
     )
-    command.add_argument("--split", help="of a Hugging Face data set (default: validation, else test)")
+    command.add_argument(
+        "--split", help="of a data set (default: validation, else test), or a brace pattern of tars (default: all)"
+    )
 
 
 def add_machine(command: argparse.ArgumentParser) -> None:
@@ -98,6 +113,10 @@ def add_format(command: argparse.ArgumentParser) -> None:
     for name in ("json", "csv", "markdown"):
         formats.add_argument(f"--{name}", action="store_const", const=name, dest="format", help=f"print {name}")
     command.add_argument("--output", metavar="FILE", help="also write the table there: .json, .csv, .md or .txt")
+
+
+def add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_const", const="json", dest="format", help="print json")
 
 
 def positive(text: str) -> int:

@@ -27,6 +27,9 @@ def run_calibrate(options: argparse.Namespace) -> int:
         restore=options.restore,
     )
     found.save(path)
+    if options.format == "json":
+        print(path.read_text(encoding="utf-8").rstrip("\n"))
+        return 0
     print(f"{found.method}, {', '.join(f'{name}={value!r}' for name, value in found.options.items())}")
     print(f"flops_ratio {found.found['flops_ratio']:.4f} in the mean over {len(images)} images")
     print(f'tokenprune.patch(model, schedule="{path}")')

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 from tokenprune.evals.digits_lvlm import LVLM
 from tokenprune.evals.latency_profile import profile_latency
-from tokenprune.evals.models import DIGITS, SWIN, LoadedModel, load_model, noise
+from tokenprune.evals.models import DEBLUR, DIGITS, SWIN, LoadedModel, load_model, noise
+from tokenprune.evals.ranks import is_main, own_device
 from tokenprune.evals.reading import read_picture
 from tokenprune.evals.sources import openclipart_data
 from tokenprune.evals.table import SUFFIXES, Row, Table, checked_path
@@ -190,29 +193,44 @@ def kept_rows(loaded: LoadedModel, inputs: Tensor, arms: Sequence[Arm], *, place
 
 def train(options: argparse.Namespace) -> int:
     """`tokenprune train`"""
-    from tokenprune.evals import train_diffusion, train_digits, train_lvlm, train_masks, train_reader, train_swin
+    from tokenprune.evals import (
+        train_deblur,
+        train_diffusion,
+        train_digits,
+        train_lvlm,
+        train_masks,
+        train_reader,
+        train_swin,
+    )
 
     if options.flops is not None or options.data is not None:
         raise TokenPruneError(
             "a recipe has images of its own and no budget; what a method learns for a model is trained by tokenprune"
             f" train {options.model} --method ltmp --flops 0.6 --output FOLDER"
         )
-    if options.model in (*DIFFUSION, LVLM, SWIN) and options.steps is not None:
+    if options.model in (*DIFFUSION, LVLM, SWIN, DEBLUR) and options.steps is not None:
         raise TokenPruneError(
             f"--steps is for digits-vit, digit-reader and digit-masks; {options.model} is trained by its recipe"
         )
-    if options.model in DIFFUSION:
-        train_diffusion.main([options.model, "--output", options.output, "--threads", str(options.threads)])
-        return 0
     torch.set_num_threads(options.threads)
-    if options.model in (LVLM, SWIN):
-        record = (train_lvlm if options.model == LVLM else train_swin).train(Path(options.output))
-        print(f"{record['training_cpu_seconds']} s of CPU time, written to {options.output}")
-        return 0
-    recipe = {DIGITS: train_digits, "digit-masks": train_masks}.get(options.model, train_reader)
-    record = recipe.train(Path(options.output), options.steps or recipe.STEPS)
-    score = next(value for name, value in record.items() if name in ("test_accuracy", "test_mean_iou"))
-    print(f"test {score:.3f}, written to {options.output}")
+    whole: dict[str, Callable[[Path], dict[str, Any]]] = {
+        **{name: partial(train_diffusion.train, name) for name in DIFFUSION},
+        LVLM: train_lvlm.train,
+        SWIN: train_swin.train,
+        DEBLUR: train_deblur.train,
+    }
+    short = {DIGITS: train_digits, "digit-masks": train_masks, "digit-reader": train_reader}
+    as_json = options.format == "json"
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # trainings print how far they are
+        if options.model in whole:
+            record = whole[options.model](Path(options.output))
+            told = f"{record['training_cpu_seconds']} s of CPU time"
+        else:
+            recipe = short[options.model]
+            record = recipe.train(Path(options.output), options.steps or recipe.STEPS)
+            score = next(value for name, value in record.items() if name in ("test_accuracy", "test_mean_iou"))
+            told = f"test {score:.3f}"
+    print(json.dumps(record, indent=2) if as_json else f"{told}, written to {options.output}")
     return 0
 
 
@@ -226,6 +244,7 @@ def set_machine(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
+    options.device = own_device(options.device)
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
@@ -234,16 +253,34 @@ def set_machine(options: argparse.Namespace) -> None:
 
 def load(options: argparse.Namespace) -> LoadedModel:
     """The model that the options name, where and as they want it."""
-    foreign = [name for name in ("steps", "guidance") if getattr(options, name, None) is not None]
-    theirs = DIFFUSION if foreign else (*DIFFUSION, LVLM)
-    if options.command == "eval" and options.rounds is not None:
-        foreign.append("rounds")
-    if foreign:
-        raise TokenPruneError(f"--{', --'.join(foreign)}: only for {', '.join(theirs)}, not for {options.model}")
+    refuse_foreign(options)
     set_machine(options)
     loaded = load_model(options.model, checkpoint=options.checkpoint, random_weights=options.random_weights)
     loaded.model.to(options.device, getattr(torch, options.dtype))
     return loaded
+
+
+OF_SOME = {
+    "steps": (*DIFFUSION, "pipe:NAME"),
+    "guidance": (*DIFFUSION, "pipe:NAME"),
+    "rounds": (*DIFFUSION, LVLM),
+    "max_new_tokens": ("vlm:NAME",),
+    "clip": ("pipe:NAME",),
+    "lpips": ("pipe:NAME",),
+    "classes": ("clip:NAME",),
+    "template": ("clip:NAME",),
+}
+"""Options of eval that not all models take: whose they are."""
+
+
+def refuse_foreign(options: argparse.Namespace, own: Sequence[str] = ()) -> None:
+    """Raises TokenPruneError for an option that is not for such a model; own: those that are."""
+    names = OF_SOME if options.command == "eval" else ("steps", "guidance")
+    foreign = [name for name in names if name not in own and getattr(options, name, None) is not None]
+    if foreign:
+        theirs = ", ".join(name for name in OF_SOME[foreign[0]] if options.command == "eval" or ":" not in name)
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+        raise TokenPruneError(f"{told}: only for {theirs}, not for {options.model}")
 
 
 def budgets(options: argparse.Namespace, default: Sequence[Budget] = (DEFAULT_BUDGET,)) -> list[Budget]:
@@ -288,7 +325,9 @@ def check_output(options: argparse.Namespace) -> None:
 
 
 def emit(table: Table, options: argparse.Namespace) -> None:
-    """Prints the table in the format that the options name, and saves it where they say."""
+    """Prints the table in the format that the options name, and saves it where they say, once for all processes."""
+    if not is_main():
+        return
     printed: dict[str | None, Any] = {"json": table.to_json, "csv": table.to_csv, "markdown": table.to_markdown}
     print(printed.get(options.format, table.to_text)().rstrip("\n"))
     if options.output is not None:

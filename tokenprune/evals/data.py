@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.evals.hf_data import Rows, columns_of, is_saved, open_rows, streamed
+from tokenprune.evals.ranks import ALONE, Ranks
 from tokenprune.evals.reading import from_workers, read_picture, rgb
+from tokenprune.evals.streams import UNKNOWN, UNLABELLED, Stream, is_tars, webdataset
 
 Transform = Callable[[Any], Tensor]
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
-UNLABELLED = -1
 
 
 @dataclass(frozen=True)
@@ -25,33 +27,67 @@ class ImageData:
 
     classes: how many, None where there are no labels. groups: [size], equal for images that are not independent (crops
     of one photograph). is_test: [size], bool, which images are classified by the others as their nearest neighbours.
+    names: of the classes, where they are known.
     """
 
     name: str
-    items: Dataset[tuple[Tensor, Any]]
+    items: Dataset[tuple[Tensor, Any]] | Stream
     size: int
     classes: int | None
     groups: Tensor | None = None
     is_test: Tensor | None = None
     dense: bool = False
+    names: tuple[str, ...] | None = None
 
     def batches(
-        self, batch_size: int, *, samples: int | None = None, seed: int = 0, workers: int = 0
+        self,
+        batch_size: int,
+        *,
+        samples: int | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        processes: Ranks = ALONE,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(images [B, C, H, W], labels [B] or None) of the `chosen` images, once each, in their order."""
-        chosen = self.chosen(samples, seed).tolist()
+        """(images [B, C, H, W], labels [B] or None) of the `chosen` images, once each, in their order; of several
+        `processes` each has whole batches of its own."""
+        chosen = self.chosen(samples, seed)
         # The loader draws a seed for its workers; from a generator of its own, not from the caller's.
         generator = torch.Generator().manual_seed(seed)
-        loader = DataLoader(Subset(self.items, chosen), batch_size, num_workers=workers, generator=generator)
+        if isinstance(self.items, Stream):
+            part = self.items.batches(batch_size, len(chosen), processes.rank, processes.count)
+            loader = DataLoader(part, batch_size, num_workers=min(1, workers), generator=generator)
+        else:
+            own = processes.own([batch.tolist() for batch in torch.split(chosen, batch_size)])
+            loader = DataLoader(self.items, batch_sampler=own, num_workers=workers, generator=generator)
         for images, labels in from_workers(loader):
             yield images, None if self.classes is None else labels
 
+    def by_number(self) -> Dataset[tuple[Tensor, Any]]:
+        """The images with random access, which a training needs.
+
+        Raises TokenPruneError where they come as a stream.
+        """
+        if isinstance(self.items, Stream):
+            raise TokenPruneError(f"{self.name} comes as a stream, without random access; here use a folder of images")
+        return self.items
+
     def chosen(self, samples: int | None, seed: int) -> Tensor:
-        """Indices, ascending: all, or `samples` of them drawn by `seed`."""
-        if samples is None:
-            return torch.arange(self.size)
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
-        return order[: max(1, samples)].sort().values
+        """Indices, ascending: all, or `samples` of them drawn by `seed`, of a stream the first ones."""
+        if isinstance(self.items, Stream):
+            if samples is None and self.size == UNKNOWN:
+                raise TokenPruneError(
+                    f"{self.name} is a stream that does not tell its length; name samples= (--samples)"
+                )
+            return torch.arange(min(samples or self.size, self.size))
+        return chosen(self.size, samples, seed)
+
+
+def chosen(size: int, samples: int | None, seed: int) -> Tensor:
+    """Indices, ascending: all of `size`, or `samples` of them drawn by `seed`."""
+    if samples is None:
+        return torch.arange(size)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return order[: max(1, samples)].sort().values
 
 
 def open_data(
@@ -61,10 +97,14 @@ def open_data(
 
     - images [N, C, H, W], or a pair of them and labels [N] or maps of labels [N, h, w], ready for the model;
     - a folder: one subfolder a class (ImageFolder), in the order of their names, or pictures without labels;
-    - the name of a Hugging Face data set, or one that is loaded (`split`: validation or test by default).
+    - a folder with the tars of webdataset, `KEY.jpg` and `KEY.cls` (`split`: of their _info.json, or a brace pattern);
+    - the name of a Hugging Face data set, a folder with one (save_to_disk, Parquet), or one that is loaded (`split`:
+      validation or test by default); `stream:NAME` reads it as it comes.
 
-    transform: from an RGB PIL image to [C, H, W], needed for the last two. num_classes: of the model; folders that are
-    named by WordNet ids are numbered as in ImageNet-1k where it is 1000.
+    The tars and a stream have no random access: of these `samples` takes the first ones.
+
+    transform: from an RGB PIL image to [C, H, W], needed for all but tensors. num_classes: of the model; folders that
+    are named by WordNet ids are numbered as in ImageNet-1k where it is 1000.
 
     Raises TokenPruneError where nothing is found, or where the classes cannot be those of the model.
     """
@@ -74,8 +114,11 @@ def open_data(
         return _from_tensors(source)
     if transform is None:
         raise TokenPruneError("pictures need a transform to the model's input; pass transform=")
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
-        data = _from_folder(Path(source), transform, num_classes)
+    folder = Path(source) if isinstance(source, (str, Path)) and Path(source).is_dir() else None
+    if folder is not None and is_tars(folder):
+        data = _from_tars(folder, transform, split, num_classes)
+    elif folder is not None and not is_saved(folder):
+        data = _from_folder(folder, transform, num_classes)
     else:
         data = _from_hugging_face(source, transform, split)
     if num_classes and data.classes is not None and data.classes != num_classes:
@@ -94,6 +137,16 @@ class _Tensors(Dataset[tuple[Tensor, Any]]):
         return self.images[index], label if label.ndim else int(label)
 
 
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Picture files without labels."""
+
+    def __init__(self, files: Sequence[Path], transform: Transform) -> None:
+        self.files, self.transform = files, transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(read_picture(self.files[index])), UNLABELLED
+
+
 class _Files(Dataset[tuple[Tensor, int]]):
     def __init__(self, files: Sequence[tuple[Path, int]], transform: Transform) -> None:
         self.files, self.transform = files, transform
@@ -101,19 +154,6 @@ class _Files(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
         return self.transform(read_picture(path)), label
-
-
-class _HuggingFace(Dataset[tuple[Tensor, int]]):
-    def __init__(self, rows: Any, transform: Transform, image: str, label: str | None) -> None:
-        self.rows, self.transform, self.image, self.label = rows, transform, image, label
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            row = self.rows[index]
-            picture = rgb(row[self.image])
-        except Exception as error:  # of a broken row, anything that a decoder trips over
-            raise TokenPruneError(f"row {index} holds no picture that can be read: {error}") from error
-        return self.transform(picture), UNLABELLED if self.label is None else int(row[self.label])
 
 
 def _from_tensors(source: Any) -> ImageData:
@@ -139,7 +179,8 @@ def _from_folder(folder: Path, transform: Transform, num_classes: int | None) ->
     if num_classes == 1000 and count < 1000:
         numbers, count = _imagenet_numbers(numbers), 1000
     files = [(path, numbers[entry.name]) for entry in classes for path in _pictures(entry)]
-    return ImageData(folder.resolve().name, _Files(files, transform), len(files), count)
+    told = tuple(numbers) if len(numbers) == count else None
+    return ImageData(folder.resolve().name, _Files(files, transform), len(files), count, names=told)
 
 
 def _imagenet_numbers(names: dict[str, int]) -> dict[str, int]:
@@ -159,26 +200,25 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
 
 
+def _from_tars(folder: Path, transform: Transform, split: str | None, num_classes: int | None) -> ImageData:
+    reader, size, classes = webdataset(folder, split)
+
+    def read(row: tuple[Any, int]) -> tuple[Tensor, int]:
+        return transform(rgb(row[0])), row[1]
+
+    # The last classes of the model may be rare ones.
+    return ImageData(folder.name, Stream(folder.name, lambda: reader, read), size, max(classes, num_classes or 0))
+
+
 def _from_hugging_face(source: Any, transform: Transform, split: str | None) -> ImageData:
     import datasets
 
-    if isinstance(source, (str, Path)):
-        try:
-            names = datasets.get_dataset_split_names(str(source))
-            chosen = split or next((name for name in ("validation", "test") if name in names), names[0])
-            rows = datasets.load_dataset(str(source), split=chosen)
-        except Exception as error:
-            # The hub client raises a dozen unrelated classes; what the user needs to know is the same for all.
-            raise TokenPruneError(f"{source} is no folder, and no data set that can be loaded: {error}") from error
-    else:
-        rows = source
-    features = getattr(rows, "features", None)
-    if features is None:
-        raise TokenPruneError(f"cannot read images from a {type(source).__name__}")
-    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    if not images:
-        raise TokenPruneError(f"the data set has no image column, only {', '.join(features)}")
-    classes = features[labels[0]].num_classes if labels else None
-    items = _HuggingFace(rows, transform, images[0], labels[0] if labels else None)
-    return ImageData(rows.info.dataset_name or "data set", items, len(rows), classes)
+    rows = open_rows(str(source), split) if isinstance(source, (str, Path)) else source
+    columns, name = columns_of(rows), rows.info.dataset_name or "data set"
+
+    def read(picture: Any) -> Tensor:
+        return transform(rgb(picture))
+
+    if isinstance(rows, datasets.IterableDataset):
+        return ImageData(name, *streamed(rows, columns, read), columns.classes, names=columns.names)
+    return ImageData(name, Rows(rows, columns, read), len(rows), columns.classes, names=columns.names)

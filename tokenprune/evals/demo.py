@@ -46,6 +46,9 @@ def run(options: argparse.Namespace) -> int:
     plot_accuracy_against_speed(table, folder / "accuracy-against-speed.png")
     shown = [arm for arm in arms if arm.is_patched and arm.budget == budget_label(PICTURE_BUDGET)]
     contact_sheet(kept_rows(loaded, images[:1], shown, places=PLACES)).save(folder / "kept-tokens.png")
+    if options.format == "json":
+        print(table.to_json())
+        return 0
     print(table.to_text())
     print(f"written to {folder}: table.md, table.csv, table.json, accuracy-against-speed.png, kept-tokens.png")
     return 0

@@ -54,6 +54,9 @@ def run(options: argparse.Namespace) -> int:
     table = Table(rows, {"images": options.samples, "rounds": rounds, "guidance": GUIDANCE} | environment())
     for suffix in (".md", ".csv", ".json"):
         table.save(folder / f"table{suffix}")
+    if options.format == "json":
+        print(table.to_json())
+        return 0
     print(table.to_text())
     names = ", ".join(f"pictures-{name}.png" for name in CHECKPOINTS)
     print(f"written to {folder}: table.md, table.csv, table.json, {names}")

@@ -51,8 +51,9 @@ class Task:
 
 def masks_task(samples: int) -> Task:
     """Segmentation of cluttered digits, scored by the mean IoU over all images."""
-    from tokenprune.evals.digit_masks import mask_head, masked_digits, mean_iou, overlaps, patch_features
+    from tokenprune.evals.digit_masks import mask_head, masked_digits, overlaps, patch_features
     from tokenprune.evals.digits_vit import digits_vit
+    from tokenprune.evals.segmentation import mean_iou
 
     head = mask_head()
     images, truth = masked_digits("test", samples, SEED)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.evals import segmentation
 from tokenprune.evals.digits import IMAGE_SIZE, NUM_CLASSES, Split, inked_digit_pictures, normalise
 from tokenprune.evals.digits_vit import digits_vit
 
@@ -79,14 +80,6 @@ class DigitMasks(nn.Module):
         return logits
 
 
-def overlaps(predicted: Tensor, truth: Tensor, classes: int = CLASSES) -> Tensor:
-    """Cells in the intersection and in the union of each class, of two maps of classes [N, h, w]: [N, 2, classes]."""
-    one, other = (nn.functional.one_hot(each.flatten(1), classes) > 0 for each in (predicted, truth))
-    return torch.stack([(one & other).sum(1), (one | other).sum(1)], 1)
-
-
-def mean_iou(counts: Tensor) -> Tensor:
-    """Mean over classes of intersection over union, each summed over images first: counts [..., N, 2, classes] of
-    `overlaps` to [...]. A class that is nowhere does not count."""
-    intersections, unions = counts.double().sum(-3).unbind(-2)
-    return (intersections / unions).nanmean(-1)
+def overlaps(predicted: Tensor, truth: Tensor) -> Tensor:
+    """`tokenprune.evals.segmentation.overlaps` of two maps of these classes [N, h, w]: [N, 2, 11]."""
+    return segmentation.overlaps(predicted, truth, CLASSES)

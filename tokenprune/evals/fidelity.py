@@ -37,13 +37,17 @@ def observe(model: nn.Module, images: Tensor) -> Observation:
 
 
 def agreement(logits: Tensor, reference: Tensor) -> Tensor:
-    """Whether the top-1 class of `logits` [B, classes] is that of `reference`: [B], bool."""
-    return logits.argmax(dim=1) == reference.argmax(dim=1)
+    """Whether the top-1 class of `logits` [B, classes] is that of `reference`: [B], bool; of maps of them
+    [B, classes, h, w] the share of places where it is."""
+    same = logits.argmax(dim=1) == reference.argmax(dim=1)
+    return same if same.ndim == 1 else same.double().flatten(1).mean(1)
 
 
-def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether the top-1 class of `logits` [B, classes] is `labels` [B]: [B], bool."""
-    return logits.argmax(dim=1) == labels
+def correct(logits: Tensor, labels: Tensor, among: int = 1) -> Tensor:
+    """Whether `labels` [B] are among the first classes of `logits` [B, classes]: [B], bool."""
+    if among == 1:
+        return logits.argmax(dim=1) == labels
+    return (logits.topk(among, dim=1).indices == labels[:, None]).any(1)
 
 
 def _classifier(model: nn.Module) -> nn.Module | None:

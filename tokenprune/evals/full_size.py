@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.evals.ranks import ranks
 from tokenprune.evals.reading import read_picture
 
 CLIP_MODEL = "openai/clip-vit-large-patch14"
@@ -26,10 +27,12 @@ def picture_files(folder: str | Path) -> list[Path]:
     return files
 
 
-def inception_fid(generated: str | Path, real: str | Path, *, weights: str | Path | None = None) -> float:
+def inception_fid(
+    generated: str | Path, real: str | Path, *, weights: str | Path | None = None, device: str | None = None
+) -> float:
     """Fréchet distance of two folders of pictures in Inception v3's features (Heusel et al., 2017), by torch-fidelity.
 
-    weights: of its Inception, where they must not be downloaded.
+    weights: of its Inception, where they must not be downloaded. device: None for CUDA where there is one.
 
     Raises ImportError without torch-fidelity, TokenPruneError for a folder without pictures and where the weights
     cannot be had.
@@ -48,7 +51,7 @@ def inception_fid(generated: str | Path, real: str | Path, *, weights: str | Pat
             input2=str(real),
             fid=True,
             samples_find_deep=True,
-            cuda=torch.cuda.is_available(),
+            cuda=torch.cuda.is_available() if device is None else torch.device(device).type == "cuda",
             verbose=False,
             **options,
         )
@@ -60,11 +63,16 @@ def inception_fid(generated: str | Path, real: str | Path, *, weights: str | Pat
 
 
 def clip_score(
-    pictures: Sequence[str | Path], prompts: Sequence[str], *, model: str = CLIP_MODEL, batch_size: int = 16
+    pictures: Sequence[str | Path],
+    prompts: Sequence[str],
+    *,
+    model: str = CLIP_MODEL,
+    batch_size: int = 16,
+    device: str | None = None,
 ) -> list[float]:
     """Cosine of each picture with its prompt in CLIP's space, at least 0 (Hessel et al., 2021, without its factor 2.5).
 
-    model: a name on the Hugging Face hub, or a folder.
+    model: a name on the Hugging Face hub, or a folder. device: None for CUDA where there is one.
 
     Raises ImportError without transformers, TokenPruneError for lists of different lengths and where the model cannot
     be had.
@@ -80,15 +88,19 @@ def clip_score(
         processor: Any = CLIPProcessor.from_pretrained(model)
     except Exception as error:  # what is missing in a folder differs from class to class
         raise TokenPruneError(f"CLIP {model} could not be loaded: {str(error).strip().splitlines()[0]}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     clip.eval().to(device)
-    scores: list[float] = []
-    for start in range(0, len(pictures), batch_size):
+
+    def scored(start: int) -> list[float]:
         texts = list(prompts[start : start + batch_size])
         images = [read_picture(path) for path in pictures[start : start + batch_size]]
         inputs = processor(text=texts, images=images, return_tensors="pt", padding=True, truncation=True).to(device)
         with torch.inference_mode():
             output = clip(**inputs)
         cosine = torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
-        scores += cosine.clamp(min=0).tolist()
-    return scores
+        scores: list[float] = cosine.clamp(min=0).tolist()
+        return scores
+
+    with ranks() as processes:
+        own = [scored(start) for start in processes.own(range(0, len(pictures), batch_size))]
+        return processes.joined(own, lambda whole: [score for batch in whole for score in batch])

@@ -19,6 +19,7 @@ from tokenprune.evals.frechet import Gaussian, bootstrap_frechet, gaussian, inte
 from tokenprune.evals.generation_arms import GenerationArm, equal_time, generation_arms
 from tokenprune.evals.generation_bench import time_generation, timing_cells_of
 from tokenprune.evals.progress import progress
+from tokenprune.evals.ranks import ranks
 from tokenprune.evals.saliency import feature_cosine
 from tokenprune.evals.stats import Interval, bootstrap_mean
 from tokenprune.evals.table import Row, Table, environment, interval_cells
@@ -54,31 +55,50 @@ def evaluate_generation(
     unpatched picture of the same seed, where a picture that equals it within the rounding of eight bits counts as
     58.9 dB. All with 95% bootstrap intervals over seeds, those of rise and drop paired.
 
-    Raises TokenPruneError for fewer than two samples and for a named method that is unknown or does not fit.
+    In several processes each of which calls this alike, batches are shared out, and all get the table that one gives.
+
+    Raises TokenPruneError for fewer than two samples, for a named method that is unknown or does not fit, for `rounds`
+    in several processes, and where another of these has died.
     """
-    orders = drawing_orders(samples, seed)
-    arms = generation_arms(pipe, orders.first(2), methods, budgets, steps=steps, guidance=guidance, baselines=baselines)
-    timings: list[Timing | None] = [None] * len(arms)
-    if rounds is not None:
-        timed = partial(time_generation, rounds=rounds, seed=seed, show_progress=show_progress)
-        timings = timed(arms, arms[0], orders)
-        extra = equal_time(arms, [one.speedup if one else None for one in timings]) if baselines else []
-        timings, arms = timings + timed(extra, arms[0], orders), arms + extra
-    drawings = [draw(arm, orders, batch_size=batch_size, show_progress=show_progress) for arm in arms]
-    rows = score_drawings(arms, drawings, orders.labels, real_features(), seed=seed)
-    for row, timing in zip(rows, timings, strict=True):
-        row.update(timing_cells_of(timing))
-        row["note"] = row.pop("note")  # the last column
-    conditions: Row = {"images": samples, "steps": steps, "guidance": guidance, "real images": REAL_IMAGES}
-    return Table(rows, conditions | environment())
+    with ranks() as processes:
+        processes.refuse_timing(rounds)
+        orders = drawing_orders(samples, seed)
+        arms = generation_arms(
+            pipe, orders.first(2), methods, budgets, steps=steps, guidance=guidance, baselines=baselines
+        )
+        timings: list[Timing | None] = [None] * len(arms)
+        if rounds is not None:
+            timed = partial(time_generation, rounds=rounds, seed=seed, show_progress=show_progress)
+            timings = timed(arms, arms[0], orders)
+            extra = equal_time(arms, [one.speedup if one else None for one in timings]) if baselines else []
+            timings, arms = timings + timed(extra, arms[0], orders), arms + extra
+        own, show = processes.own(list(orders.batches(batch_size))), show_progress and processes.is_main
+        drawn = [draw(arm, own, show_progress=show) for arm in arms]
+
+        def table(parts: list[list[Tensor | None]]) -> Table:
+            drawings = [together([part[arm] for part in parts]) for arm in range(len(arms))]
+            rows = score_drawings(arms, drawings, orders.labels, real_features(), seed=seed)
+            for row, timing in zip(rows, timings, strict=True):
+                row.update(timing_cells_of(timing))
+                row["note"] = row.pop("note")  # the last column
+            conditions: Row = {"images": samples, "steps": steps, "guidance": guidance, "real images": REAL_IMAGES}
+            return Table(rows, conditions | processes.conditions() | environment())
+
+        return processes.joined([list(batch) for batch in zip(*drawn, strict=True)], table)
 
 
-def draw(arm: GenerationArm, orders: Orders, *, batch_size: int = 50, show_progress: bool = False) -> Tensor | None:
-    """The arm's pictures [N, 3, 36, 36] in [0, 1], None where it could not be built."""
+def draw(arm: GenerationArm, batches: Sequence[Orders], *, show_progress: bool = False) -> list[Tensor | None]:
+    """The arm's pictures [B, 3, 36, 36] in [0, 1] of each batch, None where it could not be built."""
     if arm.pipe is None:
-        return None
-    batches, what = list(orders.batches(batch_size)), f"{arm.method} {arm.budget}".strip()
-    return torch.cat([arm.draw(batch).float().cpu() for batch in progress(batches, what, show=show_progress)])
+        return [None] * len(batches)
+    bar = progress(batches, f"{arm.method} {arm.budget}".strip(), show=show_progress)
+    return [arm.draw(batch).float().cpu() for batch in bar]
+
+
+def together(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The pictures of all batches, None where they were not drawn."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
 
 
 def real_features(count: int | None = None, reader: DigitReader | None = None) -> Gaussian:

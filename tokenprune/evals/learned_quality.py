@@ -4,8 +4,10 @@ segmentation.
     python -m tokenprune.evals.learned_quality digits-vit --weights tnt --weights cropr --output learned.md
     python -m tokenprune.evals.learned_quality digit-masks --weights masks-cropr --flops 0.5 --output masks.md
 
-weights: folders of tokenprune train. Canvases are of test scans, of three seeds; differences are of the same canvases.
-In the segmentation `top_k` and `random` bring all tokens back in front of the last block, as `cropr` does.
+weights: folders of tokenprune train; where the model was trained too, its weights are there and used. Canvases are of
+test scans, of three seeds; differences are of the same canvases. In the segmentation `top_k` and `random` bring all
+tokens back in front of the last block, as `cropr` does. tuned: a folder of tokenprune.evals.tuned_masks, whose model is
+the unpatched one and that of `top_k` and `random`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +25,13 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.evals.arms import UNPATCHED
-from tokenprune.evals.digit_masks import masked_digits, mean_iou, overlaps
+from tokenprune.evals.digit_masks import masked_digits, overlaps
 from tokenprune.evals.digits import cluttered_digits
-from tokenprune.evals.models import DIGITS, MASKS, load_model
+from tokenprune.evals.models import DIGITS, MASKS, load_model, load_weights
+from tokenprune.evals.segmentation import mean_iou
 from tokenprune.evals.stats import Interval, bootstrap
 from tokenprune.evals.table import Row, Table, environment, interval_cells
+from tokenprune.training.work import MODEL
 
 SEEDS = (101, 102, 103)
 BATCH = 100
@@ -56,19 +62,27 @@ TASKS = {
 
 
 def compare(
-    task: Task, model: nn.Module, weights: Sequence[str], *, flops: float, samples: int, rule: dict[str, Any]
+    task: Task,
+    model: nn.Module,
+    weights: Sequence[str],
+    *,
+    flops: float,
+    samples: int,
+    rule: dict[str, Any],
+    seeds: Sequence[int] = SEEDS,
 ) -> list[Row]:
     """A row for the unpatched model, the other methods and each of `weights`: the score with a 95% interval over
     images, and how much more it is than that of the others (`over_...`), paired. rule: what `patch` is told of the
     weights besides."""
-    images, labels = (torch.cat(parts) for parts in zip(*(task.draw(samples, seed) for seed in SEEDS), strict=True))
+    images, labels = (torch.cat(parts) for parts in zip(*(task.draw(samples, seed) for seed in seeds), strict=True))
     found: dict[str, Tensor] = {UNPATCHED: _seen(task, model, images, labels)}
     ratios = {UNPATCHED: 1.0}
     for name in (*OTHERS, *weights):
         told = task.own if name in OTHERS else {"weights": name, **rule}
-        with tokenprune.patched(model, name if name in OTHERS else None, flops=flops, **told):
-            found[name] = _seen(task, model, images, labels)
-            ratios[name] = tokenprune.report(model).to_dict()["flops_ratio"]
+        own = model if name in OTHERS else with_weights(model, Path(name) / MODEL)
+        with tokenprune.patched(own, name if name in OTHERS else None, flops=flops, **told):
+            found[name] = _seen(task, own, images, labels)
+            ratios[name] = tokenprune.report(own).to_dict()["flops_ratio"]
     rows: list[Row] = []
     for name, values in found.items():
         row: Row = {"method": name, "flops_ratio": ratios[name]}
@@ -77,6 +91,15 @@ def compare(
             row |= interval_cells(f"over_{other}", _more(task, values, found[other]))
         rows.append(row)
     return rows
+
+
+def with_weights(model: nn.Module, file: Path) -> nn.Module:
+    """A copy of the model with the weights in `file`, or the model where there is none."""
+    if not file.is_file():
+        return model
+    own = deepcopy(model)
+    load_weights(own, file)
+    return own
 
 
 def _more(task: Task, values: Tensor, others: Tensor | None) -> Interval:
@@ -102,14 +125,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", action="append", required=True, help="repeatable")
     parser.add_argument("--flops", type=float, default=0.6)
     parser.add_argument("--samples", type=int, default=1000, help="of each seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the canvases (default: %(default)s)")
     parser.add_argument("--restore", help="of the learned ones (default: their own)")
+    parser.add_argument("--tuned", type=Path, metavar="FOLDER")
     parser.add_argument("--output", help=".md, .json or .csv")
     options = parser.parse_args(arguments)
     model, rule = load_model(options.model).model, {"restore": options.restore}
+    if options.tuned is not None:
+        load_weights(model, options.tuned / MODEL)
     rows = compare(
-        TASKS[options.model], model, options.weights, flops=options.flops, samples=options.samples, rule=rule
+        TASKS[options.model],
+        model,
+        options.weights,
+        flops=options.flops,
+        samples=options.samples,
+        rule=rule,
+        seeds=options.seeds,
     )
-    table = Table(rows, {"flops": options.flops, "canvases": len(SEEDS) * options.samples, **environment("cpu")})
+    about = {"flops": options.flops, "canvases": len(options.seeds) * options.samples, "seeds": list(options.seeds)}
+    table = Table(rows, {**about, **environment("cpu")})
     print(table.to_markdown())
     if options.output:
         table.save(options.output)

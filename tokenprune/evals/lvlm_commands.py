@@ -8,7 +8,7 @@ from torch import nn
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.arms import Budget
-from tokenprune.evals.commands import budgets, check_output, finish, set_machine
+from tokenprune.evals.commands import budgets, check_output, finish, refuse_foreign, set_machine
 from tokenprune.evals.digits_lvlm import lvlm_digits
 from tokenprune.evals.lvlm_eval import evaluate_lvlm
 
@@ -50,4 +50,5 @@ def _load(options: argparse.Namespace) -> nn.Module:
             f"{options.model} draws its pictures and is evaluated in float32 on the CPU; it takes no"
             f" {', '.join(given or ['--device, --dtype'])}"
         )
+    refuse_foreign(options, ("rounds",))
     return lvlm_digits(options.checkpoint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from tokenprune.evals.lvlm_speed import cache_bytes
 from tokenprune.evals.placed_digits import GRID, placed_digits
 from tokenprune.evals.progress import progress
 from tokenprune.evals.random_llava import generate
+from tokenprune.evals.ranks import ranks
 from tokenprune.evals.stats import bootstrap_mean
 from tokenprune.evals.table import Row, Table, environment, interval_cells
 
@@ -48,7 +49,13 @@ class Questions:
 
     def first(self, count: int) -> Questions:
         """The first `count` images with theirs."""
-        return Questions(*(getattr(self, name)[:count] for name in ("images", "what", "digits", "where", "places")))
+        return next(self.batches(count))
+
+    def batches(self, size: int) -> Iterator[Questions]:
+        """`size` images at a time with theirs."""
+        parts = (self.images, self.what, self.digits, self.where, self.places)
+        for start in range(0, len(self.images), size):
+            yield Questions(*(part[start : start + size] for part in parts))
 
 
 @dataclass(frozen=True)
@@ -106,23 +113,37 @@ def evaluate_lvlm(
     bootstrap intervals over pictures; `cache_bytes`, of keys and values of a prompt, measured; with `rounds` the
     columns of `time_answers`.
 
-    Raises TokenPruneError for a named method that is unknown or does not fit.
+    In several processes each of which calls this alike, batches are shared out, and all get the table that one gives.
+
+    Raises TokenPruneError for a named method that is unknown or does not fit, for `rounds` in several processes, and
+    where another of these has died.
     """
     if samples < 1:
         raise TokenPruneError(f"samples={samples}: ask about at least one picture")
-    questions = draw_questions(samples, seed)
-    example = _inputs(questions.first(2), questions.where)
-    arms = lvlm_arms(model, example, methods, budgets, baselines=baselines)
-    found = [answer(arm, questions, batch_size=batch_size) for arm in progress(arms, "answers", show=show_progress)]
-    times: list[Row] = [{} for _ in arms]
-    if rounds is not None:
-        times = time_answers(arms, example_batch(questions), rounds=rounds, seed=seed, show_progress=show_progress)
-    assert found[0] is not None
-    rows = [
-        {**_row(arm, one, found[0], seed), **timed, "note": arm.note}
-        for arm, one, timed in zip(arms, found, times, strict=True)
-    ]
-    return Table(rows, {"pictures": samples, "questions": 2 * samples, **environment()})
+    with ranks() as processes:
+        processes.refuse_timing(rounds)
+        questions = draw_questions(samples, seed)
+        example = _inputs(questions.first(2), questions.where)
+        arms = lvlm_arms(model, example, methods, budgets, baselines=baselines)
+        batches = processes.own(list(questions.batches(batch_size)))
+        bar = progress(arms, "answers", show=show_progress and processes.is_main)
+        given = [[_answers(arm, batch) for batch in batches] for arm in bar]
+        caches = [cache_bytes_of(arm, questions.first(batch_size)) for arm in arms]
+        times: list[Row] = [{} for _ in arms]
+        if rounds is not None:
+            times = time_answers(arms, example_batch(questions), rounds=rounds, seed=seed, show_progress=show_progress)
+
+        def table(parts: list[list[_Batch | None]]) -> Table:
+            found = [_joined([part[arm] for part in parts], cache) for arm, cache in enumerate(caches)]
+            assert found[0] is not None
+            rows = [
+                {**_row(arm, one, found[0], seed), **timed, "note": arm.note}
+                for arm, one, timed in zip(arms, found, times, strict=True)
+            ]
+            conditions: Row = {"pictures": samples, "questions": 2 * samples}
+            return Table(rows, conditions | processes.conditions() | environment())
+
+        return processes.joined([list(batch) for batch in zip(*given, strict=True)], table)
 
 
 def example_batch(questions: Questions, count: int = TIMED_BATCH) -> dict[str, Tensor]:
@@ -133,32 +154,52 @@ def example_batch(questions: Questions, count: int = TIMED_BATCH) -> dict[str, T
 
 def answer(arm: LvlmArm, questions: Questions, *, batch_size: int = 50) -> Answers | None:
     """What the arm's model answers, greedily; None where it could not be built."""
+    given = [_answers(arm, batch) for batch in questions.batches(batch_size)]
+    return _joined(given, cache_bytes_of(arm, questions.first(batch_size)))
+
+
+def cache_bytes_of(arm: LvlmArm, questions: Questions) -> float | None:
+    """Of keys and values of a prompt in the arm's model, None where it could not be built."""
     if arm.model is None:
         return None
-    recognised, localised, vertical = [], [], list[Tensor]()
-    for start in range(0, len(questions.images), batch_size):
-        part = Questions(
-            *(
-                getattr(questions, name)[start : start + batch_size]
-                for name in ("images", "what", "digits", "where", "places")
-            )
-        )
-        ids = generated(arm.model, _inputs(part, part.what), part.digits.shape[1])
-        recognised.append((part.digits.unsqueeze(2) == ids.unsqueeze(1)).any(2).double().mean(1))
-        if arm.is_patched:
-            with tokenprune.record(arm.model) as recording:
-                ids = generated(arm.model, _inputs(part, part.where), 2)
-            kept = [row for forward in recording.forwards for row in forward.places[-1].kept]
-            vertical.append(torch.stack([(row // GRID + 0.5).mean() / GRID for row in kept]))
-        else:
+    return cache_bytes(arm.model, _inputs(questions, questions.where)) / len(questions.images)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """`Answers` but for the cache's bytes."""
+
+    recognised: Tensor
+    localised: Tensor
+    vertical: Tensor | None
+
+
+def _answers(arm: LvlmArm, part: Questions) -> _Batch | None:
+    if arm.model is None:
+        return None
+    ids = generated(arm.model, _inputs(part, part.what), part.digits.shape[1])
+    recognised = (part.digits.unsqueeze(2) == ids.unsqueeze(1)).any(2).double().mean(1)
+    vertical = None
+    if arm.is_patched:
+        with tokenprune.record(arm.model) as recording:
             ids = generated(arm.model, _inputs(part, part.where), 2)
-        localised.append((ids == part.places).all(1))
-    first = questions.first(batch_size)
+        kept = [row for forward in recording.forwards for row in forward.places[-1].kept]
+        vertical = torch.stack([(row // GRID + 0.5).mean() / GRID for row in kept]).double()
+    else:
+        ids = generated(arm.model, _inputs(part, part.where), 2)
+    return _Batch(recognised, (ids == part.places).all(1).double(), vertical)
+
+
+def _joined(parts: Sequence[_Batch | None], cache: float | None) -> Answers | None:
+    given = [part for part in parts if part is not None]
+    if not given or cache is None:
+        return None
+    vertical = [part.vertical for part in given if part.vertical is not None]
     return Answers(
-        torch.cat(recognised),
-        torch.cat(localised).double(),
-        torch.cat(vertical).double() if vertical else None,
-        cache_bytes(arm.model, _inputs(first, first.where)) / len(first.images),
+        torch.cat([part.recognised for part in given]),
+        torch.cat([part.localised for part in given]),
+        torch.cat(vertical) if vertical else None,
+        cache,
     )
 
 

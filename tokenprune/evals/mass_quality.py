@@ -8,6 +8,7 @@ the PageRank from the weighted start, heads filtered and fused as in `zero_tprun
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -135,11 +136,18 @@ def _means(cells: Sequence[Mapping[str, float]]) -> Row:
     return {name: sum(cell[name] for cell in cells) / len(cells) for name in cells[0]}
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints what fewer iterations do to the importance, and what fewer queries do."""
+    parser = argparse.ArgumentParser(prog="python -m tokenprune.evals.mass_quality", description=main.__doc__)
+    parser.parse_args(arguments)
     from tokenprune.evals.dinov2 import dinov2_small, normalize
     from tokenprune.evals.images import photographs
 
     maps = records(dinov2_small(), normalize(photographs().images))
     print(iterations_table(maps).to_markdown())
     print(probes_table(maps).to_markdown())
-    sys.exit()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from tokenprune.errors import TokenPruneError, UnsupportedModel
 from tokenprune.evals.accuracy import Dense
 from tokenprune.evals.data import ImageData, Transform
-from tokenprune.evals.sources import digits_data, digits_training, masks_training, photographs_data
+from tokenprune.evals.sources import digits_data, digits_training, masks_data, masks_training, photographs_data
 from tokenprune.evals.transforms import input_size, model_transform, normalization, square_transform
 from tokenprune.learned_parts import require_safetensors
 
 DIGITS = "digits-vit"
 SWIN = "digits-swin"
+DEBLUR = "deblur-swin"
 MASKS = "digit-masks"
 DINOV2 = "dinov2-small-wheel"
 SHIPPED = (DIGITS, SWIN, DINOV2)
@@ -107,7 +108,9 @@ def _masks() -> LoadedModel:
     from tokenprune.evals.digit_masks import DigitMasks
 
     digits = _digits(DIGITS)
-    return replace(digits, name=MASKS, model=DigitMasks().eval(), data=None, unlabelled=None, training=masks_training)
+    return replace(
+        digits, name=MASKS, model=DigitMasks().eval(), data=masks_data, unlabelled=None, training=masks_training
+    )
 
 
 def _dinov2() -> LoadedModel:

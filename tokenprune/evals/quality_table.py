@@ -68,7 +68,8 @@ def _cell(row: Row | None, measure: str) -> str:
     value = row.get(measure)
     if not isinstance(value, float):
         return "none"
-    shown = f"{value:.3f} [{row[f'{measure}_low']:.3f}, {row[f'{measure}_high']:.3f}]"
+    low, high = row.get(f"{measure}_low"), row.get(f"{measure}_high")
+    shown = f"{value:.3f} [{low:.3f}, {high:.3f}]" if low is not None and high is not None else f"{value:.3f}"
     apart = abs(float(str(row["flops_ratio"])) - float(str(row["flops"]))) > NEAR
     return f"{shown} at {row['flops_ratio']:.2f}" if apart else shown
 

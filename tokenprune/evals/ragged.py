@@ -8,8 +8,10 @@ images, and how that is run, differs.
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -147,8 +149,19 @@ def compare(model: nn.Module, images: Tensor, *, rounds: int = 20) -> Table:
     return Table(rows, environment(images.device, images.dtype))
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(2)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table of a DINOv2 ViT-S/14 at 224 pixels with random weights."""
+    parser = argparse.ArgumentParser(prog="python -m tokenprune.evals.ragged", description=main.__doc__)
+    parser.add_argument("--batch-size", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="at least 20 (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     vit = timm.create_model("vit_small_patch14_dinov2", img_size=224).eval()
-    print(compare(vit, torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))).to_markdown())
-    sys.exit()
+    images = torch.randn(options.batch_size, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    print(compare(vit, images, rounds=options.rounds).to_markdown())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

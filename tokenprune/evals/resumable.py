@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.evals.ranks import ALONE, Ranks
 
 
 class Steps(Protocol):
@@ -160,16 +161,27 @@ class Rates:
         return peak * warm * min(1.0, self.last_share + (1 - self.last_share) * left)
 
 
-def run(training: Steps, output: Path, steps: int, *, show_every: int | None, save_every: int) -> None:
-    """All steps of `training`, or those that are left of one that stopped in the folder `output`. show_every: steps,
-    None to print nothing."""
+def run(
+    training: Steps,
+    output: Path,
+    steps: int,
+    *,
+    show_every: int | None,
+    save_every: int,
+    processes: Ranks = ALONE,
+) -> None:
+    """All steps of `training`, or those that are left of one that stopped in the folder `output`, where of several
+    `processes` rank 0 alone reads and writes. show_every: steps, None to print nothing."""
     state = output / "state.pt"
-    output.mkdir(parents=True, exist_ok=True)
-    if state.exists():
+    if processes.is_main:
+        output.mkdir(parents=True, exist_ok=True)
+    if processes.from_main(state.exists):
         training.resume(state)
     while training.step < steps:
         training.advance()
         done = training.step == steps
+        if not processes.is_main:
+            continue
         if show_every is not None and (done or training.step % show_every == 0):
             shown = (f"{name} {value:.4g}" for name, value in training.log[-1].items() if name != "step")
             print(f"step {training.step}/{steps}", *shown, f"{training.seconds:.0f} s", sep="  ", flush=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tokenprune.budget import checked_count, is_number
 from tokenprune.calibration import checked_images
 from tokenprune.errors import BudgetError
+from tokenprune.evals.ranks import ranks
 from tokenprune.evals.resumable import run
 from tokenprune.evals.searching import Goal, Search
 from tokenprune.stored_schedule import StoredSchedule
@@ -60,10 +61,14 @@ def search(
     candidate: a search that was killed goes on from there. show_every: candidates after which a line is printed.
     options: of the method.
 
+    In several processes (torchrun, `accelerate launch`) each of which calls this alike, the images are shared out, and
+    all of them find what one process finds; rank 0 takes the times, and keeps the state.
+
     Raises:
         UnsupportedMethod, UnsupportedModel: what is known of them does not allow a search; it is of image towers.
         BudgetError: not exactly one goal, none of the candidates meets it, or an option says what is to be found.
-        TokenPruneError: images are none, or `output` holds another search or a state that cannot be read.
+        TokenPruneError: images are none, `output` holds another search or a state that cannot be read, or another
+            process has died.
     """
     goal = _goal(flops=flops, speedup=speedup, min_agreement=min_agreement)
     if strategy not in ("evolution", "monte_carlo"):
@@ -71,24 +76,26 @@ def search(
     for name, count, example in (("candidates", candidates, CANDIDATES), ("batch_size", batch_size, 8)):
         checked_count(name, count, smallest=1, example=example)
     checked_count("seed", seed, smallest=0, example=0)
-    found = Search(
-        model,
-        checked_images(images),
-        method,
-        options,
-        goal,
-        evolves=strategy == "evolution",
-        batch_size=batch_size,
-        seed=seed,
-        restore=restore,
-        clock=clock,
-    )
-    if output is None:
-        while found.step < candidates:
-            found.advance()
-    else:
-        run(found, Path(output), candidates, show_every=show_every, save_every=1)
-    return found.result()
+    with ranks() as processes:
+        found = Search(
+            model,
+            checked_images(images),
+            method,
+            options,
+            goal,
+            evolves=strategy == "evolution",
+            batch_size=batch_size,
+            seed=seed,
+            restore=restore,
+            clock=clock,
+            processes=processes,
+        )
+        if output is None:
+            while found.step < candidates:
+                found.advance()
+        else:
+            run(found, Path(output), candidates, show_every=show_every, save_every=1, processes=processes)
+        return found.result()
 
 
 def _goal(**goals: float | None) -> Goal:

@@ -14,6 +14,7 @@ from tokenprune.errors import TokenPruneError
 from tokenprune.evals.commands import first_images, image_data, load
 from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 from tokenprune.evals.digits_lvlm import LVLM
+from tokenprune.evals.ranks import is_main
 
 FILE = "schedule.json"
 SHOW_EVERY = 10
@@ -40,7 +41,12 @@ def run_search(options: argparse.Namespace) -> int:
         output=folder,
         show_every=None if options.quiet else SHOW_EVERY,
     )
+    if not is_main():
+        return 0
     found.save(folder / FILE)
+    if options.format == "json":
+        print((folder / FILE).read_text(encoding="utf-8").rstrip("\n"))
+        return 0
     print(f"{found.method}, schedule={dict(found.schedule)}")
     print(", ".join(f"{name} {value}" for name, value in found.found.items()))
     print(f'tokenprune.patch(model, schedule="{folder / FILE}")')

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedModel
 from tokenprune.evals.arms import refuse_training_only
 from tokenprune.evals.candidates import Genes, crossed, drawn, mutated, picked
 from tokenprune.evals.fidelity import Observation, agreement, observe
+from tokenprune.evals.ranks import ALONE, Ranks
 from tokenprune.evals.resumable import damaged, read_state, write_state
 from tokenprune.evals.saliency import feature_cosine
 from tokenprune.evals.shared_copy import shared_copy
@@ -28,12 +29,16 @@ from tokenprune.latency import device_name
 from tokenprune.solver import Counts
 from tokenprune.stored_schedule import StoredSchedule
 
+T = TypeVar("T")
+
 WARM_UP = 40
 PARENTS = 10
 TRIES = 50
 ROUNDS = 5
 VERIFIED = 5
 NEARLY = 0.005
+PART = 16
+"""Images of a forward, which are shared out where there are several processes."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,12 @@ class Search:
         seed: int = 0,
         restore: str | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        processes: Ranks = ALONE,
     ) -> None:
         refuse_training_only(method)
         self.base = tokenprune.unpatch(shared_copy(model)).eval()
         self.images, self.method, self.options, self.goal = images, method, dict(options), goal
-        self.restore = restore
+        self.restore, self.processes = restore, processes
         self.evolves, self.batch_size, self.seed, self.clock = evolves, batch_size, seed, clock
         self.generator = torch.Generator().manual_seed(seed)
         self.candidates: list[Candidate] = []
@@ -108,10 +114,8 @@ class Search:
                 f"flops={goal.value:g} is more than the {self.space.most:.3f} that remain without removing a token, as"
                 " the last block runs on prefix tokens alone; use less"
             )
-        with torch.inference_mode():
-            self.reference = self._observed(self.base)
-        if not self.reference.features.isfinite().all():
-            raise TokenPruneError("the unpatched model gives NaN or infinity on these images; nothing agrees with that")
+        self.reference: Observation | None = None  # of all images, on rank 0
+        self._observed(self.base, self._refer)
 
     def advance(self) -> None:
         """Try one candidate more, or none where no further one is found."""
@@ -140,7 +144,7 @@ class Search:
         ranked = sorted(self.candidates, key=lambda one: one.rank(self.goal), reverse=True)
         met = [one for one in ranked if one.meets(self.goal)]
         if self.goal.timed:
-            met = self._verified(met[:VERIFIED])
+            met = self.processes.from_main(partial(self._verified, met[:VERIFIED]))
         if not met:
             best = ranked[0]
             other = "less" if self.goal.timed else f"flops={best.flops_ratio:.3f}"
@@ -181,7 +185,7 @@ class Search:
         Raises:
             TokenPruneError: the state of another search.
         """
-        state = read_state(path)
+        state = self.processes.from_main(partial(read_state, path))
         if state.get("of") != self._fingerprint():
             raise TokenPruneError(
                 f"{path} is of another search (model, images, method, goal, seed or, where it is timed, device or"
@@ -194,11 +198,32 @@ class Search:
         if self.candidates:
             self.log = [{"step": self.step, "agreement": self.best().agreement}]
 
-    def _observed(self, model: nn.Module) -> Observation:
-        seen = [observe(model, part) for part in torch.split(self.images, 64)]
-        if not isinstance(seen[0].logits, Tensor):
-            raise UnsupportedModel(f"search compares tensors; {type(self.base).__name__} gives {type(seen[0].logits)}")
-        return Observation(torch.cat([one.features for one in seen]), torch.cat([one.logits for one in seen]))
+    def _observed(self, model: nn.Module, make: Callable[[Observation], T]) -> T:
+        """`make` of what the model gives on all images."""
+        own = self.processes.own(torch.split(self.images, PART))
+        with torch.inference_mode():
+            seen = [observe(model, part) for part in own]
+        for one in seen:
+            if not isinstance(one.logits, Tensor):
+                raise UnsupportedModel(f"search compares tensors; {type(self.base).__name__} gives {type(one.logits)}")
+
+        def whole(parts: list[Observation]) -> T:
+            return make(Observation(torch.cat([p.features for p in parts]), torch.cat([p.logits for p in parts])))
+
+        return self.processes.joined([Observation(one.features.cpu(), one.logits.cpu()) for one in seen], whole)
+
+    def _refer(self, seen: Observation) -> None:
+        if not seen.features.isfinite().all():
+            raise TokenPruneError("the unpatched model gives NaN or infinity on these images; nothing agrees with that")
+        self.reference = seen
+
+    def _agreed(self, seen: Observation) -> tuple[float, float]:
+        """Share of the unpatched model's answers, or without classes that cosine, and cosine of the features."""
+        assert self.reference is not None
+        closeness = float(feature_cosine(seen.features, self.reference.features).mean())
+        if getattr(self.base, "num_classes", None) == 0:
+            return closeness, closeness
+        return float(agreement(seen.logits, self.reference.logits).double().mean()), closeness
 
     def _next(self) -> tuple[Counts, float] | None:
         """Counts that were not tried yet, and the share of the multiply-adds at which they aim.
@@ -261,13 +286,8 @@ class Search:
             other, counted = self._counted(again)
             if abs(counted - aim) < abs(ratio - aim):
                 counts, model, ratio = again, other, counted
-        with torch.inference_mode():
-            seen = self._observed(model)
-            closeness = float(feature_cosine(seen.features, self.reference.features).mean())
-            same = closeness
-            if getattr(self.base, "num_classes", None) != 0:
-                same = float(agreement(seen.logits, self.reference.logits).double().mean())
-            speedup = self._speedup(model) if self.goal.timed else float("nan")
+        same, closeness = self._observed(model, self._agreed)
+        speedup = self.processes.from_main(partial(self._speedup, model)) if self.goal.timed else float("nan")
         return Candidate(genes, counts, same, closeness, ratio, speedup)
 
     def _patched(self, **budget: Any) -> nn.Module:
@@ -283,7 +303,8 @@ class Search:
 
     def _speedup(self, model: nn.Module) -> float:
         arms = [partial(one, self.images[: self.batch_size]) for one in (self.base, model, self.base)]
-        found = measure_together(arms, ROUNDS, device=self.images.device, clock=self.clock)
+        with torch.inference_mode():
+            found = measure_together(arms, ROUNDS, device=self.images.device, clock=self.clock)
         return found[1].speedup.estimate
 
     def _verified(self, candidates: list[Candidate]) -> list[Candidate]:

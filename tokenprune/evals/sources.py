@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.data import UNLABELLED, ImageData, open_data
+from tokenprune.evals.data import ImageData, open_data
+from tokenprune.evals.streams import UNLABELLED
 
 if TYPE_CHECKING:
     from tokenprune.evals.digits import Split
@@ -24,6 +25,14 @@ def digits_data(count: int, seed: int, split: Split = "test", size: int | None =
 
     data = open_data(cluttered_digits(split, count, seed, size=size or IMAGE_SIZE))
     return ImageData(f"cluttered digits ({split})", data.items, data.size, NUM_CLASSES)
+
+
+def masks_data(count: int, seed: int) -> ImageData:
+    """`count` pictures of the test scans with the class of each cell, see `tokenprune.evals.digit_masks`."""
+    from tokenprune.evals.digit_masks import CLASSES, masked_digits
+
+    data = open_data(masked_digits("test", count, seed))
+    return ImageData("masks of cluttered digits (test)", data.items, data.size, CLASSES, dense=True)
 
 
 def digits_training(count: int, seed: int) -> ImageData:

@@ -19,12 +19,12 @@ from tokenprune.evals.digit_masks import (
     INKED,
     MaskHead,
     masked_digits,
-    mean_iou,
     overlaps,
     patch_features,
 )
 from tokenprune.evals.digits import PIXEL_MEAN, PIXEL_STD, Split
 from tokenprune.evals.digits_vit import digits_vit
+from tokenprune.evals.segmentation import mean_iou
 from tokenprune.evals.short_training import fit, store
 from tokenprune.evals.train_digits import DATA
 

@@ -66,12 +66,12 @@ def place_panels(
     inputs: [1, C, H, W] as the model takes them. picture: the same image for the eye, [3, H, W] in [0, 1]. places: at
     most so many, evenly chosen with the last one among them. pixels: least height of a panel.
 
-    Raises TokenPruneError where the patch lets every token stay.
+    Raises TokenPruneError where the patch lets every token stay, as one that acts in training mode alone does.
     """
     with tokenprune.record(model) as recording, torch.inference_mode():
         model(inputs)
     if not recording.forwards:
-        raise TokenPruneError(f"{title}: every token stays, and there is nothing to draw; use a smaller budget")
+        raise TokenPruneError(f"{title}: every token stays in eval mode, and there is nothing to draw")
     forward = recording.forwards[-1]
     assert forward.grid is not None, "inputs are images"
     canvas = fit_to_grid(picture, forward.grid, pixels)

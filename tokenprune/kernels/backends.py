@@ -54,13 +54,15 @@ def forced(backend: str, *tensors: Tensor, names: tuple[str, ...] = ("eager", "t
     Raises:
         TokenPruneError: it is none of `names`, or Triton cannot take the tensors.
     """
-    asked = backend or _asked.get() or ""
-    if asked not in ("", *names):
+    asked = backend or _asked.get()
+    if not asked:
+        return None
+    if asked not in names:
         raise TokenPruneError(f"backend {asked!r}: use one of {', '.join(map(repr, names))}")
     refused = refuse_triton(*tensors) if asked == "triton" else None
     if refused is not None:
         raise TokenPruneError(f"backend 'triton': {refused}; leave it out, or use 'eager'")
-    return Choice(asked, "asked for") if asked else None
+    return Choice(asked, "asked for")
 
 
 def triton_on_gpu(*tensors: Tensor) -> bool:
@@ -89,7 +91,12 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.lru_cache(maxsize=256)
 def log_once(operation: str, choice: Choice) -> None:
     """Each choice goes to the log once, at level DEBUG."""
+    if logger.isEnabledFor(logging.DEBUG):
+        _log_once(operation, choice)
+
+
+@functools.lru_cache(maxsize=256)
+def _log_once(operation: str, choice: Choice) -> None:
     logger.debug("%s: %s, %s", operation, choice.backend, choice.reason)

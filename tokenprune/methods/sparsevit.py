@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import ClassVar
 
@@ -64,11 +65,26 @@ class WindowRatios(Stages):
                 f"ratios={self.ratios!r} has {len(self.ratios)} entries; this model has {len(depths)} stages and"
                 f" {sum(pairs)} pairs of blocks: give that many"
             )
-        every, first = [], 0
-        for depth, n in zip(depths, pairs, strict=True):
-            every += [in_pairs[first + b // 2] for b in range(depth)]
-            first += n
-        return tuple(every)
+        return _in_blocks(in_pairs, depths)
+
+
+def _in_blocks(in_pairs: Sequence[float], depths: Sequence[int]) -> tuple[float, ...]:
+    """Of each block what is that of its pair."""
+    every, first = [], 0
+    for depth in depths:
+        every += [in_pairs[first + b // 2] for b in range(depth)]
+        first += -(-depth // 2)
+    return tuple(every)
+
+
+def drawn_ratios(depths: Sequence[int], most: float) -> tuple[float, ...]:
+    """Random shares left out in each block of a training step, from torch's generator: of each pair one of 0, 0.1, ...,
+    `most`, evenly drawn, in a stage from the smallest to the largest (section 3.3)."""
+    in_pairs: list[float] = []
+    for depth in depths:
+        drawn = torch.randint(round(most * 10) + 1, (-(-depth // 2),), device="cpu")
+        in_pairs += (drawn.sort().values / 10).tolist()
+    return _in_blocks(in_pairs, depths)
 
 
 def _is_share(value: object) -> bool:
@@ -76,7 +92,7 @@ def _is_share(value: object) -> bool:
 
 
 @register_method("sparsevit")
-def sparsevit(*, ratios: Sequence[float] | None = None) -> Method:
+def sparsevit(*, ratios: Sequence[float] | None = None, adapt: float | None = None) -> Method:
     """In each block compute the windows of most activation alone, attention and MLP, and pass the others through
     unchanged.
 
@@ -87,7 +103,16 @@ def sparsevit(*, ratios: Sequence[float] | None = None) -> Method:
     ratios: share of the windows left out, one for each stage or for each pair of blocks (W-MSA and SW-MSA), (0.6, 0.0,
     0.2, 0.4, 0.5, 0.0) for the published Swin-T, which is the default; windows left are rounded down. keep= and flops=
     compute the same share in every block.
+
+    adapt: act in training forwards alone, each with random shares of up to this, 0.8 as published (sparsity-aware
+    adaptation): weights that were trained on so are right for windows left out, at any shares. They are drawn from
+    torch's own generator, as dropout is.
     """
+    if adapt is not None and (not _is_share(adapt) or round(adapt * 10) < 1 or ratios is not None):
+        raise BudgetError(
+            f"adapt={adapt!r} is the largest share of the windows that a training step leaves out, in tenths, in place"
+            " of ratios=; use adapt=0.8"
+        )
     schedule = WindowRatios(ratios=None if ratios is None else _as_tuple(ratios))
     return Method(
         name="sparsevit",
@@ -97,6 +122,8 @@ def sparsevit(*, ratios: Sequence[float] | None = None) -> Method:
         select=keep_top_k,
         needs=frozenset({"windows"}),
         window_ratios=schedule.of_blocks,
+        window_draw=None if adapt is None else partial(drawn_ratios, most=adapt),
+        training_only=adapt is not None,
     )
 
 

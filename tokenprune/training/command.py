@@ -60,6 +60,9 @@ def run(options: argparse.Namespace) -> int:
         show_progress=not options.quiet,
         **_of_method(options),
     )
+    if options.format == "json":
+        print(json.dumps(parts.found, indent=2))
+        return 0
     told = ", ".join(f"{name} {parts.found[name]:.4g}" for name in ("loss", "kept", "flops_ratio"))
     print(f"{parts.found['steps']} steps: {told}; written to {options.output}")
     return 0

@@ -172,12 +172,12 @@ def train(
         if state is not None and state.exists():
             work.resume(state)
         order.start = work.step * accumulate
-        taken = loader(data.items, order, workers=workers)
+        taken = loader(data.by_number(), order, workers=workers)
         work.run(taken, state, accumulate=accumulate, save_every=save_every, show=show_progress)
         parts = work.parts()
     if own:
         parts = replace(parts, norms=norms_of(model))
-    items = ByTurn(data.items, seed)
+    items = ByTurn(data.by_number(), seed)
     sample = torch.stack([items[epochs - 1, image][0] for image in range(min(data.size, MEASURED))])
     parts = on_budget(model, parts, sample.to(device_of(model)), batch)
     if output is not None and accelerator.is_main_process:

@@ -80,6 +80,8 @@ def on_windows_here(
     chosen = None if site is None else site.choose(x, tiling)
     if site is None or chosen is None:
         return None
+    if chosen.windows.shape[1] == 0:  # of no image
+        return x
     tokens = attend(chosen, chosen.take(x))
     site.attended()
     return chosen.give_back(feed(tokens), x)

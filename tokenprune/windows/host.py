@@ -40,11 +40,13 @@ class Layout:
 
 @dataclass
 class Block:
-    """A block of windows. swapped: its class, with the windows that it computes taken out and put back."""
+    """A block of windows. swapped: its class, with the windows that it computes taken out and put back. width: channels
+    of the tokens that enter."""
 
     layout: Layout
     module: nn.Module
     swapped: type[nn.Module]
+    width: int
 
 
 @dataclass
@@ -53,7 +55,7 @@ class WindowsHost:
     where that is always the same, [B, N, C]. grid: of the usual input; image: that of its tokens in the image, None
     where it is the same. example: batch -> input of that size. check: a copy of a block -> the shape of an input of a
     few windows, which it is made to take. outside: whether what runs between the blocks costs in proportion
-    to the tokens there. skipped: {block: why it is left alone}."""
+    to the tokens there. dense: whether what runs behind the last does. skipped: {block: why it is left alone}."""
 
     model: nn.Module
     blocks: list[Block]
@@ -64,4 +66,6 @@ class WindowsHost:
     check: Callable[[nn.Module], tuple[int, ...]]
     image: Grid | None = None
     outside: bool = True
+    dense: bool = False
+    num_prefix_tokens: int = 0
     skipped: dict[str, str] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from tokenprune.method import Method
 from tokenprune.windows.costs import Probe, WindowCosts, window_costs
 from tokenprune.windows.here import here
 from tokenprune.windows.host import Block, WindowsHost
+from tokenprune.windows.learned import learned_by_stage
 from tokenprune.windows.patch import WindowsPatch, attach
 from tokenprune.windows.tiling import Chosen, Tiling, choose
 
@@ -22,9 +24,11 @@ Describe = Callable[[nn.Module], WindowsHost]
 
 
 def chooses_windows(method: Method) -> bool:
-    """Whether a method works on whole windows as it does on tokens: one that learns nothing, merges none and does not
-    look at attention, all of which stays in a window."""
-    return not (method.learned or method.adaptive or method.merges or method.proportional or method.needs - {"windows"})
+    """Whether a method works on whole windows: one for them, or that works as it does on tokens, as it learns nothing,
+    merges none and does not look at attention, all of which stays in a window."""
+    return "windows" in method.needs or not (
+        method.learned or method.adaptive or method.merges or method.proportional or method.needs - {"windows"}
+    )
 
 
 def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, request: Request) -> WindowsPatch:
@@ -48,8 +52,10 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
                 " windows; patch first"
             )
         _check(host, block)
+    if patch.active and method.learned is not None:
+        patch.learned = learned_by_stage(host, patch, request.weights)
     patch.costs = _count(describe, patch, model)
-    if patch.active:
+    if patch.active and method.window_draw is None:
         patch.plan(host.grid)
     return patch
 
@@ -72,6 +78,8 @@ def _check_request(method: Method, request: Request, model: nn.Module) -> None:
         raise BudgetError(f"{budget}: behind each block all tokens are there again; use keep= or flops=")
     if getattr(method.schedule, "at", None) is not None:
         raise BudgetError(f"places= names blocks behind which tokens are gone, and {name} has none; use schedule=")
+    if method.window_draw is not None and budget.kind != "default":
+        raise BudgetError(f"{budget}: {method.name} draws the shares of each training step itself here; leave it out")
     if budget.kind == "own" and budget.option == "r":
         raise BudgetError(f"{budget} counts tokens that leave a block, and behind these all are there; use keep=")
 
@@ -114,6 +122,8 @@ def _check(host: WindowsHost, block: Block) -> None:
 def _count(describe: Describe, patch: WindowsPatch, model: nn.Module) -> WindowCosts:
     host = describe(ghost(model, on_meta=True))
     shadow = WindowsPatch(host, patch.adapter, patch.method, Request(patch.budget))
+    if patch.learned is not None:
+        shadow.learned = cast(nn.ModuleDict, ghost(patch.learned, on_meta=True))
     attach(host, shadow)
 
     def run(probe: Probe, batch: int) -> int:
@@ -122,4 +132,4 @@ def _count(describe: Describe, patch: WindowsPatch, model: nn.Module) -> WindowC
             host.model(host.example(batch))
         return probe.count.multiply_adds
 
-    return window_costs(run, patch.layouts, host.grid)
+    return window_costs(run, patch.layouts, host.grid, dense=host.dense)

@@ -11,13 +11,15 @@ from torch.nn import functional
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import UnsupportedMethod, UnsupportedModel
+from tokenprune.ragged import RaggedReduction
 from tokenprune.recording import PlaceRecord
 from tokenprune.reduction import Reduction
 from tokenprune.state import in_backward, recall, remember
 from tokenprune.tables import positions, table
 from tokenprune.windows.here import Pass, finish, here
 from tokenprune.windows.host import Block, Layout
-from tokenprune.windows.tiling import Chosen, Grid, Tiling, choose
+from tokenprune.windows.lesson import WindowLesson
+from tokenprune.windows.tiling import Chosen, Grid, Tiling, choose, choose_packed
 
 if TYPE_CHECKING:
     from tokenprune.windows.patch import WindowsPatch
@@ -67,6 +69,7 @@ class BlockSite:
                 " checkpoint each block by itself (set_grad_checkpointing) or the whole model, not a stage"
             )
         chosen = self._chosen_in(now, x, tiling) if now is not None and own else None
+        self.patch.mark(self.index, "chosen")
         if torch.is_grad_enabled() or x.requires_grad:
             remember(x, (chosen,))
         return chosen
@@ -91,20 +94,50 @@ class BlockSite:
     def _chosen(self, now: Pass, x: Tensor, keep: int) -> Chosen:
         tiling, grid = self.layout.tiling, (x.shape[1], x.shape[2])
         index = table(Tiling.index, tiling, grid, like=x)
-        reduction = self._select(now, x, index, keep)
-        if reduction.kept.shape[1] != keep or not reduction.is_index:
+        record, scores = self._scored(now, x, index)
+        if self.patch.lesson is not None:
+            assert scores is not None
+            alive = self._masked(self.patch.lesson, scores, grid)
+            return replace(choose(tiling, grid, index, record.origin), alive=alive)
+        if self.patch.probe is not None and self.patch.method.adaptive:  # which costs as much as any other
+            return choose(tiling, grid, index, record.origin[:, :keep])
+        selected = self.patch.method.select(scores, record, keep)
+        if isinstance(selected, RaggedReduction):
+            kept = selected.target == record.origin
+            self._count(kept)
+            chosen = choose_packed(tiling, grid, index, kept)
+        else:
+            self._check(selected, keep)
+            chosen = choose(tiling, grid, index, selected.kept)
+        if now.forward is not None:
+            now.forward.places.append(_record(self.layout, chosen.computed(len(x), grid[0] * grid[1]), grid))
+        return chosen
+
+    def _check(self, selected: Reduction, keep: int) -> None:
+        if selected.kept.shape[1] != keep or not selected.is_index:
             raise UnsupportedMethod(
                 f"{self.patch.method.name} is asked for {keep} windows of {self.layout.name}; here it must drop the"
                 " others, and no fewer or more"
             )
-        chosen = choose(tiling, grid, index, reduction.kept)
-        if now.forward is not None:
-            now.forward.places.append(_record(self.layout, chosen.tokens.kept, grid))
-        return chosen
 
-    def _select(self, now: Pass, x: Tensor, index: Tensor, keep: int) -> Reduction:
-        """The choice among the windows with the tokens index [W, T] (their number where it is padding). Tokens are
-        scored in front of the first reduced block of a stage, a window's score is the L2 norm of its tokens'."""
+    def _count(self, kept: Tensor) -> None:
+        """Note how many windows of each image are computed, `kept` [B, W]."""
+        if not torch.compiler.is_compiling():
+            self.patch.seen[self.index] = tuple(kept.sum(1).tolist())
+
+    def _masked(self, lesson: WindowLesson, scores: Tensor, grid: Grid) -> Tensor:
+        """[B, W] masks of a training forward, the same in the blocks of a stage with the same windows."""
+        assert self.patch.method.window_mask is not None
+        key = self.layout.stage, self.layout.tiling
+        lesson.blocks[self.index], lesson.grids[self.layout.stage] = key, grid
+        if key not in lesson.alive:
+            draw = torch.ones_like if lesson.whole else self.patch.method.window_mask
+            lesson.confidences[key], lesson.alive[key] = scores, draw(scores)
+        return lesson.alive[key]
+
+    def _scored(self, now: Pass, x: Tensor, index: Tensor) -> tuple[AttentionRecord, Tensor | None]:
+        """The windows with the tokens index [W, T] (their number where it is padding), and their scores [B, W]. Tokens
+        are scored in front of the first reduced block of a stage."""
         method, stage, grid = self.patch.method, self.layout.stage, (x.shape[1], x.shape[2])
         hidden = x.flatten(1, 2)
         record = AttentionRecord(
@@ -115,6 +148,7 @@ class BlockSite:
             depth=self.patch.stages,
             grid=grid,
             has_class_token=False,
+            learned=self.patch.learned_part(stage, x.device),
         )
         if stage not in now.scores:
             now.scores[stage] = None if method.score is None else method.score(record)
@@ -122,23 +156,21 @@ class BlockSite:
         scores = None
         if tokens is not None:
             each = functional.pad(tokens, (0, 1))[:, index.flatten()].view(-1, *index.shape)
-            scores = torch.linalg.vector_norm(each, dim=2)
+            if method.window_score == "mean":
+                scores = each.sum(2) / (index < hidden.shape[1]).sum(1)
+            else:
+                scores = torch.linalg.vector_norm(each, dim=2)
         windows = positions(index.shape[0], x).expand(x.shape[0], -1)
         tiles = self.layout.tiling.tiles(grid)
-        selected = method.select(scores, replace(record, hidden=hidden[:, :0], origin=windows, grid=tiles), keep)
-        assert isinstance(selected, Reduction)
-        return selected
+        return replace(record, hidden=hidden[:, :0], origin=windows, grid=tiles), scores
 
 
-def _record(layout: Layout, tokens: Tensor, grid: Grid) -> PlaceRecord:
-    """Which tokens are computed: tokens [B, K T] of a grid, their number for padding. Those of an image with more
-    padding than another end in -1."""
+def _record(layout: Layout, computed: Tensor, grid: Grid) -> PlaceRecord:
+    """Which tokens of a grid are `computed`, [B, n]. Those of an image with fewer of them than another end in -1."""
     count = grid[0] * grid[1]
-    computed = torch.zeros(tokens.shape[0], count + 1, dtype=torch.bool, device=tokens.device)
-    computed = computed.scatter(1, tokens, True)[:, :count]
     if layout.order is not None:
         computed, grid = computed[:, list(layout.order)], layout.image or grid
-    places = torch.arange(count, device=tokens.device).expand_as(computed)
+    places = torch.arange(count, device=computed.device).expand_as(computed)
     kept = places.masked_fill(~computed, count).sort(dim=1).values[:, : int(computed.sum(1).max())]
     source = (computed.cumsum(1) - 1).masked_fill(~computed, -1)
     return PlaceRecord(layout.name, kept.masked_fill(kept == count, -1), source, None, grid)

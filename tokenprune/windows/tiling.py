@@ -54,12 +54,16 @@ class Tiling:
 @dataclass(frozen=True, eq=False)
 class Chosen:
     """The windows that a block computes. windows: [B, K] which. area: T. tokens: the reduction to their tokens, window
-    by window. padding: [B, K T] which of those are padding, None where there is none in any window."""
+    by window. padding: [B, K T] which of those are padding, None where there is none in any window. packed: whether
+    each image computes a number of its own, and all lie one behind another as one image, B = 1. alive: [B, K] masks, in
+    a training forward that computes all windows: of one with a zero the tokens are those that entered."""
 
     windows: Tensor
     area: int
     tokens: Reduction
     padding: Tensor | None
+    packed: bool = False
+    alive: Tensor | None = None
 
     def take(self, x: Tensor) -> Tensor:
         """[B, H, W, C] to the tokens of each window, [B K, T, C], padding as zeros."""
@@ -86,12 +90,24 @@ class Chosen:
     def give_back(self, images: Tensor, x: Tensor) -> Tensor:
         """x [B, H, W, C] with the computed tokens [B, K T, C] in their places; the others keep every bit."""
         full = self._tokens(x.to(images.dtype))
+        if self.alive is not None:
+            alive = self.alive.to(images.dtype).repeat_interleave(self.area, 1).unsqueeze(-1)
+            images = alive * images + (1 - alive) * self.tokens(full)
         full = self.tokens.bring_back(images, images, full)
-        return full[:, : x.shape[1] * x.shape[2]].reshape(x.shape)
+        return full.view(x.shape[0], -1, x.shape[3])[:, : x.shape[1] * x.shape[2]].reshape(x.shape)
+
+    def computed(self, images: int, count: int) -> Tensor:
+        """Which of the `count` tokens of each of the `images` it computes, [images, count]."""
+        each = count + (self.padding is not None)
+        found = torch.zeros(len(self.tokens.kept), images * each // len(self.tokens.kept), dtype=torch.bool)
+        found = found.to(self.windows.device).scatter(1, self.tokens.kept, True)
+        return found.view(images, each)[:, :count]
 
     def _tokens(self, x: Tensor) -> Tensor:
         tokens = x.flatten(1, 2)
-        return tokens if self.padding is None else functional.pad(tokens, (0, 0, 0, 1))  # one that padding is read from
+        if self.padding is not None:
+            tokens = functional.pad(tokens, (0, 0, 0, 1))  # one that padding is read from
+        return tokens.reshape(1, -1, tokens.shape[2]) if self.packed else tokens
 
 
 def choose(tiling: Tiling, grid: Grid, index: Tensor, windows: Tensor) -> Chosen:
@@ -99,3 +115,13 @@ def choose(tiling: Tiling, grid: Grid, index: Tensor, windows: Tensor) -> Chosen
     tokens = gather(index.unsqueeze(0), windows).flatten(1)
     padding = tokens == grid[0] * grid[1] if tiling.padded(grid) else None
     return Chosen(windows, tiling.area, Reduction(tokens), padding)
+
+
+def choose_packed(tiling: Tiling, grid: Grid, index: Tensor, kept: Tensor) -> Chosen:
+    """The windows of each image where `kept` [B, W] is true, as `choose`."""
+    image, window = kept.nonzero(as_tuple=True)
+    count, padded = grid[0] * grid[1], tiling.padded(grid)
+    tokens = index[window]
+    places = tokens + image.unsqueeze(1) * (count + padded)
+    padding = (tokens == count).view(1, -1) if padded else None
+    return Chosen(window[None], tiling.area, Reduction(places.view(1, -1)), padding, packed=True)

@@ -40,9 +40,8 @@ def run_compare(options: argparse.Namespace) -> int:
     folder = Path(options.output)
     measured = folder / MEASURED
     measured.mkdir(parents=True, exist_ok=True)
-    asked = {
-        name: value for name, value in vars(options).items() if name not in ("command", "output", "quiet", "image")
-    }
+    shown_alone = ("command", "output", "quiet", "image", "format")
+    asked = {name: value for name, value in vars(options).items() if name not in shown_alone}
     same_settings(measured, asked)
     compared = [_model(name, options, measured) for name in options.model]
     rows = [{"model": one.name, **row} for one in compared for row in one.table.rows]
@@ -50,7 +49,10 @@ def run_compare(options: argparse.Namespace) -> int:
     for suffix in (".md", ".csv", ".json"):
         table.save(folder / f"compare{suffix}")
     write_page(folder / "compare.html", compared, _as_typed(options))
-    print(f"written to {folder}: compare.html, compare.md, compare.csv, compare.json")
+    if options.format == "json":
+        print(table.to_json())
+    else:
+        print(f"written to {folder}: compare.html, compare.md, compare.csv, compare.json")
     return 0 if any(_ran(row) for one in compared for row in one.table.rows) else 1
 
 
@@ -159,7 +161,7 @@ def _as_typed(options: argparse.Namespace) -> str:
     """The command that measures the same again."""
     words = ["tokenprune", "compare"]
     for name, value in vars(options).items():
-        if name in ("command", "output", "quiet") or value is None or value is False:
+        if name in ("command", "output", "quiet", "format") or value is None or value is False:
             continue
         flag = f"--{name.replace('_', '-')}"
         words += [flag] if value is True else [w for one in _listed(value) for w in (flag, str(one))]

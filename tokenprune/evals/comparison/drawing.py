@@ -17,7 +17,7 @@ from tokenprune.evals.comparison.overlays import addresses
 from tokenprune.evals.digits_pipelines import GUIDANCE, DigitsPipeline
 from tokenprune.evals.drawing_orders import drawing_orders
 from tokenprune.evals.frechet import Gaussian
-from tokenprune.evals.generation import draw, real_features, score_drawings
+from tokenprune.evals.generation import draw, real_features, score_drawings, together
 from tokenprune.evals.generation_arms import GenerationArm, equal_time, first_steps, generation_arms, unipc_steps
 from tokenprune.evals.generation_bench import time_together
 from tokenprune.evals.table import Row, Table, environment
@@ -50,12 +50,9 @@ def draw_budgets(
     timed = orders.first(TIMED_BATCH)
 
     def pictures_of(arm: GenerationArm) -> Tensor | None:
-        own = partial(draw, arm, orders, batch_size=batch_size, show_progress=show_progress)
-        if arm.is_patched:
-            return own()
-        key = f"{arm.method} {arm.steps}"  # the same at every budget
-        if key not in done:
-            done[key] = own()
+        key = f"{arm.method} {arm.steps}"  # without a patch the same at every budget
+        if arm.is_patched or key not in done:
+            done[key] = together(draw(arm, list(orders.batches(batch_size)), show_progress=show_progress))
         return done[key]  # type: ignore[no-any-return]
 
     def real() -> Gaussian:

@@ -79,7 +79,7 @@ def measure_budgets(
         return table
 
     for budget in budgets:
-        arms = build_arms(loaded.model, images, methods, [budget], dense=saliency is not None)
+        arms = build_arms(loaded.model, images, methods, [budget], dense=saliency is not None or data.dense)
         smaller = [arm for arm in arms if arm.method == SMALLER_INPUT and arm.model is not None]
         arms += [filtered(arm, by) for arm in smaller for by in FILTERS[1:]]
         yield arms, measured_once(measured_path(folder, loaded.name, budget), partial(measure, arms))

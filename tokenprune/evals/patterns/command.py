@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 from pathlib import Path
 
 from tokenprune.errors import TokenPruneError
@@ -49,6 +50,9 @@ def run_patterns(options: argparse.Namespace) -> int:
         table.environment = {"model": ", ".join(subject.name for subject in subjects), **table.environment}
     found.save(folder)
     plots = plot_all(found.patterns, found.pairs, folder)
+    if options.format == "json":
+        print(json.dumps({name: json.loads(table.to_json()) for name, table in found.tables.items()}, indent=2))
+        return 0
     for name in ("methods", "correlation"):
         if name in found.tables:
             print(f"{name}\n{found.tables[name]}")

@@ -16,6 +16,9 @@ CACHED = 2 * 2**20
 # Columns up to which the calls cost more than what they do: one product, and torch.max with indices.
 FEW = 48
 
+# Columns of which the largest is found before the column is looked for.
+GROUP = 128
+
 
 def all_at_once(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """As `cosine_match` without a window, in few calls, for devices where torch.max takes no longer with indices than
@@ -36,12 +39,16 @@ def cosine_match(a: Tensor, b: Tensor, window: int | None, memory_limit: int) ->
     b = (b / torch.linalg.vector_norm(b, dim=-1, keepdim=True).clamp_min_(EPSILON)).transpose(1, 2)
     norms = torch.linalg.vector_norm(a, dim=-1).clamp_min_(EPSILON)
     work = min(memory_limit, CACHED * torch.get_num_threads()) if device.type == "cpu" else memory_limit
-    columns = table(_columns, others, dtype, like=a)
     if window is None and batch * rows * others * dtype.itemsize <= work:
         similarity = torch.bmm(a, b)
-        # Of equals the first, as torch documents it of max too.
-        value, index = similarity.max(-1) if others <= FEW else _best(similarity, columns, others)
+        if others <= FEW:
+            value, index = similarity.max(-1)  # of equals the first, as torch documents it
+            return value.div_(norms), index
+        value, index = _best(similarity, table(_columns, others, dtype, like=a), others)
         return value.div_(norms), index.long()
+    if window is None and device.type == "cpu":  # of larger blocks fewer pack b
+        work = min(memory_limit, 2 * work)
+    columns = table(_columns, others, dtype, like=a)
     value = a.new_empty(batch, rows)
     index = torch.empty(batch, rows, dtype=torch.long, device=device)
     block = max(1, min(rows, work // (others * dtype.itemsize)))
@@ -80,8 +87,17 @@ def outside(start: int, stop: int, columns: Tensor, rows: int, others: int, wind
 def _best(similarity: Tensor, columns: Tensor, others: int) -> tuple[Tensor, Tensor]:
     """The largest of each row and the lowest of the `columns` (< others) that reaches it; overwrites `similarity`.
 
-    Four vectorised passes take half the time of torch.max with indices on a CPU. NaN gives NaN and the first column.
+    Four vectorised passes take half the time of torch.max with indices on a CPU; of many columns one pass finds the
+    group with the largest, and the others see that group alone. NaN gives NaN and a valid column.
     """
+    shape = similarity.shape
+    groups, rest = divmod(shape[2], GROUP)
+    if groups > 1 and rest == 0:
+        within = similarity.view(-1, GROUP)
+        best = within.amax(-1).view(-1, groups).max(-1).indices  # of equals the first
+        own = table(_columns, len(best), torch.long, like=best) * groups + best
+        value, column = _best(within.index_select(0, own).view(*shape[:2], GROUP), columns[:GROUP], others)
+        return value, column + best.view(shape[:2]) * GROUP
     best = similarity.amax(-1, keepdim=True)
     below = torch.lt(similarity, best, out=similarity)
     return best.squeeze(-1), torch.add(columns, below, alpha=others, out=similarity).amin(-1)
