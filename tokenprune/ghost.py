@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _HOOKS = (
     "_forward_hooks",
@@ -50,4 +52,8 @@ def ghost(module: nn.Module, *, on_meta: bool = False, memo: dict[int, nn.Module
 
 def _shared(tensor: Tensor, on_meta: bool) -> Tensor:
     tensor = tensor.detach()
-    return tensor.to("meta") if on_meta else tensor
+    if not on_meta:
+        return tensor
+    if is_traceable_wrapper_subclass(tensor):  # as torchao's: what it computes with costs what a plain one costs
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return tensor.to("meta")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import inspect
 import json
 import sys
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from example import load
 from lvlm_zoo import build, prompt
 from PIL import Image
 from torch import Tensor
@@ -37,16 +38,6 @@ class Processor:
 
     def batch_decode(self, sequences: Tensor, skip_special_tokens: bool) -> list[str]:
         return [" ".join(map(str, row)) for row in sequences.tolist()]
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_checkpoint_is_compared(
