@@ -67,6 +67,7 @@ def test_psnr_is_of_the_mask_alone():
     assert psnr(images - 5, sharp, mask).item() == math.inf  # clamped to what an image can show
 
 
+@pytest.mark.full
 def test_trainings_that_were_killed_go_on_exactly(tmp_path, monkeypatch):
     small = {"BATCH": 2, "CROP": 16, "LOG_EVERY": 2, "SAVE_EVERY": 1, "IMAGE_SIZE": 32}
     for module in (train_deblur, train_adawpt):
@@ -122,6 +123,7 @@ def test_a_window_that_all_blocks_pass_through_keeps_its_pixels():
     assert torch.equal(restored.movedim(1, -1)[~pixels], crops.images.movedim(1, -1)[~pixels])
 
 
+@pytest.mark.full
 def test_half_of_the_multiply_adds_restore_as_well():
     rows = {row["network"]: row for row in compare(deblur_swin(), locally_blurred("test", 10, 7, size=192), flops=0.5)}
     assert rows["unpatched"]["gain"] > 3.0

@@ -40,7 +40,7 @@ def test_all_shares_are_drawn_and_rise_within_a_stage() -> None:
     first, later = set(), set()
     torch.manual_seed(0)
     with torch.no_grad():
-        for _ in range(60):
+        for _ in range(36):
             model(x)
             found = computed(model)
             first.add(found.get("layers.0.blocks.0", 36))
@@ -48,7 +48,7 @@ def test_all_shares_are_drawn_and_rise_within_a_stage() -> None:
             later.add((pairs[0], pairs[2]))
             assert pairs[0] == pairs[1] >= pairs[2] == pairs[3]
     assert first == {36, 32, 28, 25, 21, 18}
-    assert len(later) > 8
+    assert len(later) > 6
 
 
 def test_in_eval_mode_nothing_is_left_out() -> None:

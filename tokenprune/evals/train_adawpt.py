@@ -4,9 +4,9 @@
 
 The network stays as it is shipped. On crops of its training photographs the predictors first learn what is blurred,
 all windows computed; then the windows of each stage are drawn by Gumbel-softmax, and they learn by the error of what is
-restored, the mask of what is blurred, and the budget. After a fixed number of steps the threshold is found at which
-other crops of the same photographs cost the budget in the mean. Nothing is chosen on test photographs. A training that
-was interrupted goes on exactly as it would have without.
+restored, the mask of what is blurred, and the budget. After a fixed number of steps thresholds are found at which other
+crops of the same photographs cost the budget in the mean, with the same share of the windows in each stage. Nothing is
+chosen on test photographs. A training that was interrupted goes on exactly as it would have without.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from tokenprune.windows.patch import WindowsPatch
 
 METHOD, FLOPS = "adawpt", 0.5
 SEED = 1
-GUIDED_STEPS = 1000
-STEPS = 1250
+GUIDED_STEPS = 700
+STEPS = 1150
 BATCH = 4
 CROP = 96
 SHARES = (0.2, 0.7)
@@ -111,27 +111,35 @@ def windows_patch(model: nn.Module) -> WindowsPatch:
 
 
 def calibrated(training: Training) -> LearnedParts:
-    """The averaged predictors with the threshold at which crops of training photographs cost FLOPS in the mean."""
+    """The averaged predictors with thresholds at which the same share of the windows is computed in every stage and
+    crops of training photographs cost FLOPS in the mean."""
     model, patch = training.network, training.patch
     assert patch.learned is not None
     patch.learned.load_state_dict(training.average)
     crops = locally_blurred("train", CALIBRATION_CROPS, SEED + 1, size=IMAGE_SIZE, shares=TEST_SHARES).images
 
-    def tried(threshold: float) -> tuple[float, float]:
-        assert patch.learned is not None
-        for part in patch.learned.values():
-            assert isinstance(part, Predictor)
-            part.threshold.fill_(threshold)
-        ratio = mean_cost(model, crops)
-        return ratio, threshold
+    assert patch.costs is not None
+    layouts, grid = patch.layouts, patch.usual
+    none, every = (
+        patch.costs.total(grid, {index: share * layout.windows(grid) for index, layout in enumerate(layouts)})
+        / patch.costs.total(grid, {})
+        for share in (0, 1)
+    )
+    wanted = (FLOPS - none) / (every - none)
+    for stage, part in patch.learned.items():
+        assert isinstance(part, Predictor)
 
-    ratio, threshold = nearest_to(FLOPS, tried, -LARGEST, LARGEST, first=0.0, rising=False, near=NEAR, rounds=ROUNDS)
-    tried(threshold)
+        def tried(threshold: float, stage: str = stage, part: Predictor = part) -> tuple[float, float]:
+            part.threshold.fill_(threshold)
+            return mean_share(model, crops, int(stage)), threshold
+
+        _, threshold = nearest_to(wanted, tried, -LARGEST, LARGEST, first=0.0, rising=False, near=NEAR, rounds=ROUNDS)
+        part.threshold.fill_(threshold)
+    ratio = mean_cost(model, crops)
     tensors = {name: tensor.detach().clone() for name, tensor in patch.learned.state_dict().items()}
     found: dict[str, Any] = {
         "flops": FLOPS,
         "flops_ratio": ratio,
-        "threshold": threshold,
         "calibration_crops": CALIBRATION_CROPS,
         "data": "training photographs of tokenprune.evals.local_blur: " + ", ".join(PHOTOGRAPHS["train"]),
         "steps": training.steps,
@@ -156,6 +164,18 @@ def mean_cost(model: nn.Module, images: Tensor, batch: int = 8) -> float:
         for part in torch.split(images, batch):
             model(part)
             total += len(part) * tokenprune.report(model).to_dict()["flops_ratio"]
+    return total / len(images)
+
+
+def mean_share(model: nn.Module, images: Tensor, stage: int, batch: int = 8) -> float:
+    """The share of the windows of a stage that a patched model computes, the mean over images."""
+    patch, total = windows_patch(model), 0.0
+    blocks = [index for index, layout in enumerate(patch.layouts) if layout.stage == stage]
+    with torch.inference_mode():
+        for part in torch.split(images, batch):
+            model(part)
+            kept = sum(sum(patch.seen[index]) for index in blocks)
+            total += kept / sum(patch.layouts[index].windows(patch.entered) for index in blocks)
     return total / len(images)
 
 
