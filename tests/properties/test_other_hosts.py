@@ -30,6 +30,7 @@ def holds(
 ) -> None:
     """A budget of 1.0 changes no bit, any other the shape of no output, is met within 1% or refused, and behind
     `unpatch` or a refusal the model is as it was."""
+    tokenprune.unpatch(model)  # of an example that has failed
     plain = call()
     tokenprune.patch(model, method, keep=1.0)
     same(call(), plain)
@@ -85,10 +86,9 @@ def test_towers_of_transformers(name: str, method: str, batch: int, kind: str, s
     method=st.sampled_from(["tomesd", "random", "at_edm", "todo", "toma"]),
     size=st.tuples(st.sampled_from([8, 12, 16]), st.sampled_from([8, 12, 16])),
     batch=BATCHES,
-    kind=st.sampled_from(["keep", "flops"]),
     share=SHARES,
 )
-def test_denoisers(name: str, method: str, size: tuple[int, int], batch: int, kind: str, share: float) -> None:
+def test_denoisers(name: str, method: str, size: tuple[int, int], batch: int, share: float) -> None:
     model, inputs = denoiser(name)
     x = inputs(batch, *size)
-    holds(model, lambda: {"sample": denoisers_zoo.run(model, x)}, method, {kind: share}, {"steps": {}})
+    holds(model, lambda: {"sample": denoisers_zoo.run(model, x)}, method, {"keep": share}, {"steps": {}})
