@@ -279,7 +279,7 @@ def test_doctor_names_versions_kernels_and_why(capsys):
     assert rows["torch"]["found"] == torch.__version__.split("+")[0]
     assert rows["torch"]["state"] == "fine"
     assert rows["attention_mass, 257 tokens, 30 iterations"]["found"] == "tiled"
-    assert rows["attention_mass, 257 tokens, 1 iteration"]["found"] == "matrix_free"
+    assert rows["attention_mass, 257 tokens, 1 iteration"]["found"] == "tiled"
     assert rows["packed_attention"] == {
         "what": "packed_attention",
         "found": "per_length",
