@@ -86,9 +86,10 @@ def test_towers_of_transformers(name: str, method: str, batch: int, kind: str, s
     method=st.sampled_from(["tomesd", "random", "at_edm", "todo", "toma"]),
     size=st.tuples(st.sampled_from([8, 12, 16]), st.sampled_from([8, 12, 16])),
     batch=BATCHES,
+    kind=st.sampled_from(["keep", "flops"]),
     share=SHARES,
 )
-def test_denoisers(name: str, method: str, size: tuple[int, int], batch: int, share: float) -> None:
+def test_denoisers(name: str, method: str, size: tuple[int, int], batch: int, kind: str, share: float) -> None:
     model, inputs = denoiser(name)
     x = inputs(batch, *size)
-    holds(model, lambda: {"sample": denoisers_zoo.run(model, x)}, method, {"keep": share}, {"steps": {}})
+    holds(model, lambda: {"sample": denoisers_zoo.run(model, x)}, method, {kind: share}, {"steps": {}})

@@ -13,6 +13,7 @@ from tokenprune.denoisers.costs import DenoiserCosts
 from tokenprune.denoisers.steps import Steps
 from tokenprune.errors import BudgetError
 from tokenprune.schedule import kept_count
+from tokenprune.solver import MET
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,9 @@ def _by_cost(budget: Budget, plan: Callable[[float], Plan], positions: Sequence[
     found = min((plan(low), plan(high)), key=lambda one: abs(one.mean(positions) - aim))
     if not any(found.keep(position) for position in positions):
         raise BudgetError(f"{budget} leaves every stack whole: {_reasons(found, positions)}; use a smaller budget")
+    reached = found.mean(positions) / total
+    if abs(reached - budget.value) > MET:
+        raise BudgetError(f"{budget} falls between whole tokens of its stacks; flops={reached:.3f} can be met")
     return found
 
 
