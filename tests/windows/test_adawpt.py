@@ -240,7 +240,7 @@ def test_the_loss_is_that_of_the_loops() -> None:
     scoring = 2 * (width * width // 2 + width // 2)
     shares = [lesson.alive[lesson.blocks[number]].mean().item() for number in range(6)]
     ratio = (outside + scoring + sum(shares) * block) / (outside + 6 * block)
-    expected = 0.1 * sum(told) / len(told) + 10 * (ratio - 0.4) ** 2
+    expected = sum(told) / len(told) + 10 * (ratio - 0.4) ** 2
     assert adawpt.guided(lesson, 0.4).item() == pytest.approx(expected, rel=1e-6)
 
 
