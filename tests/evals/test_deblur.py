@@ -128,7 +128,7 @@ def test_half_of_the_multiply_adds_restore_as_well():
     rows = {row["network"]: row for row in compare(deblur_swin(), locally_blurred("test", 10, 7, size=192), flops=0.5)}
     assert rows["unpatched"]["gain"] > 3.0
     assert rows["adawpt"]["flops"] == pytest.approx(0.5, abs=0.06)
-    assert rows["adawpt"]["loss"] < 0.25
+    assert rows["adawpt"]["loss"] < rows["random"]["loss"] / 2
     assert rows["random"]["loss"] > 1.0
 
 

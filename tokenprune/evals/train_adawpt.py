@@ -39,8 +39,8 @@ from tokenprune.windows.patch import WindowsPatch
 
 METHOD, FLOPS = "adawpt", 0.5
 SEED = 1
-GUIDED_STEPS = 1000
-STEPS = 1250
+GUIDED_STEPS = 700
+STEPS = 1150
 BATCH = 4
 CROP = 96
 SHARES = (0.2, 0.7)

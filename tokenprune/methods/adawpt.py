@@ -16,7 +16,7 @@ from tokenprune.schedule import InEveryBlock
 from tokenprune.selection.top_k import first_of
 from tokenprune.windows.lesson import WindowLesson
 
-GUIDANCE, PENALTY = 0.1, 10.0
+GUIDANCE, PENALTY = 1.0, 10.0
 RATE = 2e-3
 
 
