@@ -48,7 +48,11 @@ ALLOWED = (
     (DIFFUSION, (*PLAIN, *WINDOWS, TOWER, BEHIND, INSIDE), "needs .*(stacks|steps)"),
     (("sparsevit", "adawpt"), (*PLAIN, TOWER, BEHIND, INSIDE, *DENOISERS), "needs windows"),
     (BIASED, ("CaiT",), "takes no bias \\(proportional=False works\\)"),
-    (("adawpt", "algm", "ats", "saint"), ("CaiT",), "a different number of tokens in each image, which Cait cannot run"),
+    (
+        ("adawpt", "algm", "ats", "saint"),
+        ("CaiT",),
+        "a different number of tokens in each image, which Cait cannot run",
+    ),
     (("pomt",), ("CaiT",), "needs values, which this model does not expose"),
     (tuple(m for m in TOKENS if m not in ("random", "uniform")), ("SAM",), "windows .* hold padding"),
     (tuple(m for m in TOKENS if m not in BOTH), (BEHIND, INSIDE), "works inside an image tower"),
