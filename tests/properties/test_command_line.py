@@ -203,7 +203,7 @@ def test_what_was_a_traceback(arguments: str, code: int, message: str, folder: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--pictures pictures/a --prompts broken/a/0.png", "is no text in UTF-8"),
+        ("--pictures pictures/a --prompts broken/a/0.png", "one of the prompts a line"),
         pytest.param("--pictures broken/a --real pictures/a", "broken/a/0.png is no picture", marks=pytest.mark.full),
         pytest.param(
             "--pictures pictures/a --real pictures/a --inception zeros.safetensors",
