@@ -119,6 +119,9 @@ ELSEWHERE: dict[str, str] = {
     "make lint docs test": ".ci/run",
     "python examples/lmms_eval_plugin.py": "tests/lvlm/test_examples.py::test_lmms_eval_plugin",
     "python examples/vlm_checkpoint.py": "tests/lvlm/test_examples.py::test_a_checkpoint_is_compared",
+    "python examples/hf_pipeline.py": "tests/test_examples.py::test_hugging_face_pipeline",
+    "python examples/onnx_export.py": "tests/test_examples.py::test_onnx",
+    "python examples/torchao_int8.py": "tests/test_examples.py::test_quantised_in_either_order",
 }
 # What no machine of the tests can run: only its words are checked. A command: why.
 PARSED: dict[str, str] = {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.arms import Budget, is_baseline
+from tokenprune.evals.arms import Budget, is_unpatched
 from tokenprune.evals.commands import budgets, first_images, image_data, image_files, set_machine
 from tokenprune.evals.comparison.answering import answer_budgets
 from tokenprune.evals.comparison.measuring import measure_budgets, same_settings
@@ -57,7 +57,7 @@ def run_compare(options: argparse.Namespace) -> int:
 
 
 def _ran(row: Row) -> bool:
-    return row.get("speedup") is not None and not is_baseline(str(row["method"]))
+    return row.get("flops_ratio") is not None and not is_unpatched(str(row["method"]))
 
 
 def _model(name: str, options: argparse.Namespace, measured: Path) -> Compared:
