@@ -121,7 +121,6 @@ ELSEWHERE: dict[str, str] = {
     "python examples/vlm_checkpoint.py": "tests/lvlm/test_examples.py::test_a_checkpoint_is_compared",
     "python examples/hf_pipeline.py": "tests/test_examples.py::test_hugging_face_pipeline",
     "python examples/onnx_export.py": "tests/test_examples.py::test_onnx",
-    "python examples/torchao_int8.py": "tests/test_examples.py::test_quantised_in_either_order",
 }
 # What no machine of the tests can run: only its words are checked. A command: why.
 PARSED: dict[str, str] = {
@@ -135,6 +134,8 @@ PARSED: dict[str, str] = {
     "tokenprune eval --model vlm:llava-hf/llava-1.5-7b-hf": "downloads the weights",
     "tokenprune eval --model pipe:stabilityai/stable-diffusion-2-1": "downloads the weights",
     "pip install lmms-eval": "downloads it",
+    "pip install onnx onnxscript onnxruntime": "downloads them",
+    "pip install torchao": "downloads it",
 }
 
 # What a page's Python takes as given, once for all of its blocks.
@@ -169,6 +170,7 @@ hiera = timm.create_model("hiera_tiny_224")
 """,
     "docs/training.md": DIGITS
     + """
+import timm
 import torch
 from tokenprune.evals.digit_masks import DigitMasks, masked_digits
 from tokenprune.evals.digits_denoisers import dit
@@ -179,6 +181,7 @@ vit.train()
 transformer = dit(num_layers=4).train()
 target = torch.randn(2, 3, 36, 36)
 noisy = {"hidden_states": target, "timestep": torch.tensor([1, 2]), "class_labels": torch.tensor([3, 4])}
+swin = timm.create_model("swin_tiny_patch4_window7_224")
 """,
 }
 # Its words: what stands there instead.
