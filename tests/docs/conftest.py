@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from importlib import resources
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import tokenprune
 from tokenprune.evals import (
     denoiser_speed,
     dinov2,
@@ -34,6 +35,9 @@ from tokenprune.evals import (
     train_reader,
     train_swin,
 )
+
+PACKAGE = Path(tokenprune.__file__).parent
+CHECKPOINTS, WEIGHTS = PACKAGE / "evals" / "checkpoints", PACKAGE / "weights"
 
 SMALL_VIT = {
     "img_size": 64,
@@ -81,6 +85,19 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _package_stays() -> Iterator[None]:
+    """No command or example writes over what the package ships."""
+    before = shipped()
+    yield
+    assert shipped() == before
+
+
+def shipped() -> dict[str, int]:
+    """When each file of weights, and each record, was last written."""
+    return {str(file): file.stat().st_mtime_ns for folder in (CHECKPOINTS, WEIGHTS) for file in folder.iterdir()}
+
+
 @pytest.fixture
 def folder(tmp_path: Path, stored: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current one: pictures, checkpoints and photographs by the names that the pages give them."""
@@ -94,8 +111,10 @@ def folder(tmp_path: Path, stored: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
                 picture.save(tmp_path / name / label / f"{number}.png")
     for name in ("photo.jpg", "cat.jpg"):
         Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / name)
-    for name in ("dit-run", "unet-run"):
-        (tmp_path / name).symlink_to(str(resources.files("tokenprune.evals") / "checkpoints"))
+    for name in ("dit", "unet"):  # copies, as commands train on in these folders
+        (tmp_path / f"{name}-run").mkdir()
+        for file in CHECKPOINTS.glob(f"{name}_digits.*"):
+            shutil.copy(file, tmp_path / f"{name}-run")
     for one in stored.iterdir():
         (tmp_path / one.name).symlink_to(one)
     return tmp_path
