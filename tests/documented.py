@@ -30,6 +30,7 @@ CHEAPER: dict[str, dict[str, str | list[str]]] = {
     "tokenprune search --model deit_small_patch16_224 --data pictures --method tome --speedup": FASTER,
     "tokenprune search --model NAME": FASTER,
     "tokenprune calibrate": {"--samples": "8"},
+    "tokenprune train deblur-swin": {},
     "tokenprune train dit-digits": {},
     "tokenprune train lvlm-digits": {},
     "tokenprune train": {"--batch-size": "4", "--epochs": "1"},
@@ -45,6 +46,7 @@ CHEAPER: dict[str, dict[str, str | list[str]]] = {
         "--device": "cpu",
     },
     "torchrun --nproc-per-node 4 -m tokenprune.cli eval": {"--device": "cpu", "--batch-size": "4"},
+    "python -m tokenprune.evals.deblur_quality": {"--samples": "1"},
     "python -m tokenprune.evals.dense_quality": {"--samples": "4", "--method": "uniform", "--flops": "0.6"},
     "python -m tokenprune.evals.dinov2_speed": {"--batch-size": "1", "--method": "top_k", "--attempts": "1"},
     "python -m tokenprune.evals.equal_latency": {"--images": "8", "--batch-size": "2"},
@@ -84,6 +86,9 @@ PLACEHOLDERS: dict[str, dict[str, str]] = {
 # Run by make test-full alone: more than some seconds even so.
 LONG = [
     "accelerate launch",
+    "python -m tokenprune.evals.adapt_swin",
+    "python -m tokenprune.evals.deblur_quality",
+    "python -m tokenprune.evals.train_adawpt",
     "python -m tokenprune.evals.equal_latency",
     "python -m tokenprune.evals.kernel_bench",
     "python -m tokenprune.evals.lvlm_speed",

@@ -237,7 +237,7 @@ def test_export_of_every_family(family: str, strict: bool) -> None:
 def test_the_meta_device_needs_no_values(method: str) -> None:
     with torch.device("meta"):
         model = timm.create_model("vit_tiny_patch16_224", **SHAPE).eval()
-    tokenprune.patch(model, method, flops=0.75)
+    tokenprune.patch(model, method, flops=0.76)
     assert model(torch.empty(2, 3, 20, 28, device="meta")).shape == (2, 5)
 
 

@@ -17,7 +17,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
+from tokenprune import registry
 from tokenprune.evals import (
+    adapt_swin,
     denoiser_speed,
     dinov2,
     generation,
@@ -28,6 +30,8 @@ from tokenprune.evals import (
     region_quality,
     side_by_side,
     throughput,
+    train_adawpt,
+    train_deblur,
     train_diffusion,
     train_digits,
     train_lvlm,
@@ -67,6 +71,10 @@ SMALLER: list[tuple[Any, str, Any]] = [
     (train_digits, "VALIDATION_IMAGES", 8),
     (train_masks, "CANVASES", 16),
     (train_lvlm, "VALIDATION_SCENES", 2),
+    *((train_deblur, name, 2) for name in ("LOG_EVERY", "SCALING_CROPS", "VALIDATION_CROPS", "TEST_CROPS", "BATCH")),
+    *((train_adawpt, name, 2) for name in ("LOG_EVERY", "CALIBRATION_CROPS", "BATCH")),
+    (train_adawpt, "GUIDED_STEPS", 1),
+    *((adapt_swin, name, 2) for name in ("LOG_EVERY", "CANVASES", "BATCH")),
 ]
 
 
@@ -83,6 +91,15 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
             drawing = Image.fromarray(squares.numpy()).resize((48, 48), Image.Resampling.NEAREST)
             drawing.save(path / "drawings" / kind / f"{word}_{kind.split('/')[-1]}.png")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _methods_stay() -> Iterator[None]:
+    """The method that a page's example registers is not there for the next test."""
+    yield
+    for name, factory in list(registry._METHODS.items()):
+        if not str(factory.__module__).startswith("tokenprune."):
+            del registry._METHODS[name]
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +161,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_swin.train, "__defaults__", (train_swin.Recipe(((48, 1), (96, 1))),))
     tiny = train_lvlm.Recipe(1, 1, tower_batch=2, answer_batch=2, place_layer=1, place_from=1, colours_until=1)
     monkeypatch.setattr(train_lvlm.train, "__defaults__", (tiny,))
+    monkeypatch.setattr(train_deblur.train, "__defaults__", (2,))
+    monkeypatch.setattr(train_adawpt.train, "__defaults__", (2, None))
+    monkeypatch.setattr(adapt_swin.train, "__defaults__", (2,))
 
 
 @pytest.fixture

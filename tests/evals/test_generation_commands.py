@@ -79,9 +79,14 @@ def test_bench_needs_no_weights(small_denoisers, capsys, monkeypatch):
 
 def test_train_goes_to_the_recipe(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(train_diffusion, "main", asked.append)
+
+    def train(*given):
+        asked.append((*given, torch.get_num_threads()))
+        return {"training_cpu_seconds": 1}
+
+    monkeypatch.setattr(train_diffusion, "train", train)
     assert run("train", "unet-digits", "--output", tmp_path) == 0
-    assert asked == [["unet-digits", "--output", str(tmp_path), "--threads", "1"]]
+    assert asked == [("unet-digits", tmp_path, 1)]
 
 
 def test_methods_are_those_of_the_pipeline(capsys):

@@ -28,7 +28,7 @@ from tokenprune.evals.fidelity import correct
 from tokenprune.evals.resumable import Rates, Resumable, run
 from tokenprune.evals.stats import bootstrap_mean
 from tokenprune.evals.table import Row, Table, environment, interval_cells
-from tokenprune.evals.train_swin import BATCH, BETAS, CLIP_NORM, WEIGHT_DECAY
+from tokenprune.evals.train_swin import BATCH, BETAS, CLIP_NORM, WEIGHT_DECAY, unfuse
 
 SEED = 3
 STEPS = 200
@@ -53,9 +53,7 @@ class Training(Resumable):
     def __init__(self, steps: int, adapt: float) -> None:
         self.steps = steps
         model: Any = digits_swin()
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False
+        unfuse(model)
         if adapt:
             tokenprune.patch(model, "sparsevit", adapt=adapt)
         optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from tokenprune.evals.deblur_swin import CHECKPOINT, IMAGE_SIZE, deblur_swin
 from tokenprune.evals.local_blur import OUTLINE_CELLS, PHOTOGRAPHS, SIGMA, TEST_SHARES, Split, locally_blurred, psnr
 from tokenprune.evals.resumable import Rates, Resumable, run, ship
+from tokenprune.evals.train_swin import unfuse
 
 SEED = 0
 STEPS = 2000
@@ -50,16 +51,13 @@ def error(restored: Tensor, sharp: Tensor) -> Tensor:
 
 
 def trainable() -> Any:
-    """The untrained network, each channel of its embedding scaled to a variance of one on training crops; its attention
-    unfused, which is faster for windows of so few tokens."""
+    """The untrained network, each channel of its embedding scaled to a variance of one on training crops."""
     model: Any = deblur_swin(pretrained=False)
     embedding = model.patch_embed
     with torch.no_grad():
         tokens = embedding(locally_blurred("train", SCALING_CROPS, SEED, size=CROP, shares=SHARES).images)
         embedding.proj.weight /= tokens.std((0, 1, 2))[:, None, None, None]
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
+    unfuse(model)
     return model.train()
 
 

@@ -68,12 +68,18 @@ def take(model: Any, size: int) -> None:
     model.set_input_size(img_size=(size, size), window_size=WINDOW_SIZE, always_partition=True)
 
 
-def trainable() -> Any:
-    """The untrained model; its attention unfused, which is faster for windows of so few tokens."""
-    model: Any = digits_swin(pretrained=False)
+def unfuse(model: nn.Module) -> None:
+    """Plain attention in a model of timm, whose training is then faster with windows of so few tokens."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
+
+
+def trainable() -> Any:
+    """The untrained model."""
+    model: Any = digits_swin(pretrained=False)
+    unfuse(model)
     return model.train()
 
 
