@@ -67,6 +67,7 @@ CHEAPER: dict[str, dict[str, str | list[str]]] = {
     "python -m tokenprune.evals.selector_speed": {"--batch-size": "1"},
     "python -m tokenprune.evals.train_masked": {"--small-steps": "1", "--whole-steps": "1", "--masked-steps": "1"},
     "python -m tokenprune.evals.training_speed": {"--training": "digits-vit"},
+    "python -m tokenprune.evals.tuned_masks": {"--samples": "4", "--batch-size": "4", "--epochs": "1"},
     "python -m tokenprune.evals.window_speed": {"--size": "224"},
     "python -m tokenprune.evals.window_speed --size": {"--flops": "0.8"},  # 0.72 is the least of so narrow a model
 }
