@@ -110,7 +110,7 @@ def test_retrieval_is_that_of_a_loop(folder, clip, pictures, capsys):
     files = sorted(pictures.rglob("*.png"))
     captions = []
     for number, path in enumerate(files):
-        mine = [f"a {path.parent.name} {'xyzw'[int(path.stem)]}", "eel " * int(path.stem) + "."]
+        mine = [f"a {path.parent.name} {'xyzw'[int(path.stem)]}", f"{path.parent.name} " * int(path.stem) + "."]
         captions.append(mine[: 1 + number % 2])
     records = [{"image": str(f.relative_to(pictures)), "captions": c} for f, c in zip(files, captions, strict=True)]
     told = pictures / "captions.jsonl"

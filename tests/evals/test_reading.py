@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.data import ImageData, open_data
+from tokenprune.evals.reading import from_workers
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -72,6 +74,18 @@ def test_a_worker_that_dies_ends_it_with_an_error() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert found.returncode == 1
     assert re.search(r"TokenPruneError: a process that reads images has died.*workers=0", found.stderr)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_is_no_other_error(error: Exception) -> None:
+    def batches() -> Iterator[int]:
+        yield 1
+        raise error
+
+    found = from_workers(batches())
+    assert next(found) == 1
+    with pytest.raises(TokenPruneError, match=r"has died, killed or out of memory: (\[Errno|EOFError).*workers=0"):
+        next(found)
 
 
 class Wrong(Dying):

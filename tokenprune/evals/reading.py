@@ -44,11 +44,11 @@ def from_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield from batches
     except TokenPruneError as error:
         raise TokenPruneError(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # as it died beside a batch, or while it handed one over
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise TokenPruneError(
-            f"a process that reads images has died, killed or out of memory: {reason} Fewer workers take less memory,"
+            f"a process that reads images has died, killed or out of memory: {reason}. Fewer workers take less memory,"
             " and with workers=0 this process reads"
         ) from error
