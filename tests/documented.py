@@ -162,8 +162,13 @@ examples = [(image, question)]
 """,
     "docs/evaluation.md": """
 from timm import create_model
+import torch
 from tokenprune.evals.accuracy import evaluate
+from tokenprune.evals.digit_masks import mask_head, masked_digits
+from tokenprune.evals.digits_vit import digits_vit
 model = create_model("vit_tiny_patch16_224").eval()
+tower, head, transform = digits_vit(), mask_head(), None
+images_and_maps = masked_digits("test", 4)
 """,
     "docs/methods.md": DIGITS + "model = vit",
     "docs/patterns.md": DIGITS,
@@ -197,6 +202,7 @@ INSTEAD: dict[str, dict[str, str]] = {
         "drawing_orders(10, ": "drawing_orders(1, ",
         "latents=orders.noise)": "latents=orders.noise, num_inference_steps=2)",
     },
+    "docs/evaluation.md": {'"ade20k", ': "images_and_maps, ", "num_classes = 150": "num_classes = 11"},
     "docs/search.md": {'"top_k", flops=0.6)': '"top_k", flops=0.6, candidates=4)'},
     "docs/vit.md": {"batch_size=4)": "batch_size=4, stride=40)"},
     "docs/training.md": {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from tokenprune.errors import BudgetError
 
@@ -14,6 +14,8 @@ Kind = Literal["default", "own", "keep", "flops", "tokens", "schedule"]
 
 BUDGETS = ("keep", "flops", "tokens", "schedule")
 """The keywords of `patch` that are a budget with every method."""
+
+LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -89,25 +91,29 @@ def checked_share(name: str, value: object) -> float:
     Raises:
         BudgetError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) <= 1.0:
+    if not is_number(value) or not 0.0 < value <= 1.0:
         example = "schedule={3: 0.6}" if name.startswith("schedule") else f"{name}=0.6"
         raise BudgetError(f"{name} must be a share in (0, 1], got {value!r}; for example {example}")
     return float(value)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a finite number, and not True or False."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a number that a float can hold, and not True or False."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    real: Any = value
+    # Compared, not converted: of an integer beyond the floats both float() and math.isfinite raise.
+    return bool(-LARGEST <= real <= LARGEST)
 
 
-def checked_count(name: str, value: object, *, smallest: int, example: int) -> int:
-    """`value` as a whole number of at least `smallest`.
+def checked_count(name: str, value: object, *, smallest: int, example: int, largest: int | None = None) -> int:
+    """`value` as a whole number of at least `smallest`, and of at most `largest` where there is one.
 
     Raises:
         BudgetError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
-        raise BudgetError(
-            f"{name} must be a whole number of at least {smallest}, got {value!r}; for example {name}={example}"
-        )
-    return int(value)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < smallest or (largest is not None and value > largest):  # type: ignore[operator]
+        bounds = f"of at least {smallest}" if largest is None else f"from {smallest} to {largest}"
+        raise BudgetError(f"{name} must be a whole number {bounds}, got {value!r}; for example {name}={example}")
+    return int(value)  # type: ignore[call-overload,no-any-return]

@@ -122,7 +122,11 @@ def mean_flops(
     with patched(model, method, **options), evaluating(model), torch.no_grad():
         found = [one for one in active_patches(model).values() if isinstance(one, Patch)]
         if len(found) != 1:
-            raise UnsupportedModel(f"calibrate is of one image tower, and {type(model).__name__} is none")
+            raise UnsupportedModel(
+                f"calibrate is of one image tower whose tokens leave for good, and {type(model).__name__} is none:"
+                " where windows are passed through, patch(flops=...) meets a budget by itself and tokenprune.search"
+                " finds a schedule"
+            )
         total = 0.0
         for batch in torch.split(images, batch_size):
             model(batch)

@@ -31,3 +31,8 @@ def unknown_module(module: object) -> UnsupportedModel:
         f"{type(module).__module__}.{type(module).__qualname__} is not known, and guessing what it indexes by token"
         " would be silently wrong; register an adapter for it with tokenprune.register_adapter"
     )
+
+
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What JSON raises, parsed and looked into, that is not as this library writes it: no JSON, other keys and types,
+numbers that no float holds, thousands of brackets. TokenPruneError is a ValueError: let it pass first."""

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tokenprune.budget import is_number
-from tokenprune.errors import SlowdownError, TokenPruneError
+from tokenprune.errors import MALFORMED, SlowdownError, TokenPruneError
 
 VERSION = 1
 CACHE = "TOKENPRUNE_CACHE"
@@ -117,7 +117,7 @@ def load_table(model: nn.Module) -> LatencyTable | None:
         return LatencyTable(tuple(rows), {**data["environment"]})
     except TokenPruneError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # or no JSON
+    except MALFORMED as error:
         raise TokenPruneError(f"{path} is no latency table: {error!r}; measure anew or delete it") from error
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import BudgetError, TokenPruneError, UntrainedMethod
+from tokenprune.errors import MALFORMED, BudgetError, TokenPruneError, UntrainedMethod
 
 VERSION = 1
 NAME = "learned"
@@ -113,9 +113,9 @@ def _read(file: Any, described: Any) -> LearnedParts:
             raise TokenPruneError(f"{described} has version {data['version']!r}; this release reads version {VERSION}")
         digest, norms = data["sha256"], tuple(map(float, data["norms"]))
         rest = data["method"], dict(data["options"]), dict(data["architecture"]), dict(data["found"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, TokenPruneError):
-            raise
+    except TokenPruneError:
+        raise
+    except MALFORMED as error:
         raise TokenPruneError(f"{described} is none that tokenprune train has written: {error!r}") from error
     if hashlib.sha256(content).hexdigest() != digest:
         raise TokenPruneError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.budget import parse_budget
-from tokenprune.errors import BudgetError
+from tokenprune.errors import MALFORMED, BudgetError
 
 VERSION = 1
 SUFFIX = ".json"
@@ -65,9 +65,11 @@ def load_schedule(source: str | PathLike[str]) -> StoredSchedule:
         if data["version"] != VERSION:
             raise BudgetError(f"{source} has version {data['version']!r}; this release reads version {VERSION}")
         stored = StoredSchedule(data["method"], data["schedule"], data["options"], data["found"], data.get("restore"))
+    except BudgetError:
+        raise
     except UnicodeDecodeError as error:
         raise BudgetError(f"{source} is no schedule that tokenprune search has written: {error.reason}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise BudgetError(f"{source} is no schedule that tokenprune search has written: {error!r}") from error
     if not isinstance(stored.method, str) or not isinstance(stored.options, Mapping):
         raise BudgetError(f"{source} is no schedule that tokenprune search has written: no method with its options")

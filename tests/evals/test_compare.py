@@ -206,7 +206,7 @@ def test_the_advice_names_the_fastest_that_loses_nothing_and_says_what_is_doubtf
     first, at_06, at_05, doubtful = advised(ROWS, *qualities(ROWS))
     assert "patch(model, 'tome', flops=0.6)" in first
     assert "1.50 times" in first
-    assert at_06.startswith("At flops=0.6 the best is tome")
+    assert at_06.startswith("At flops=0.6 the best that is faster than no method is tome")
     assert "random 0.600 at 1.60 times" in at_06
     assert "smaller input 0.750" in at_05
     assert doubtful.startswith("1 of 3 speeds")
@@ -217,3 +217,24 @@ def test_the_advice_says_that_nothing_is_faster_or_good_enough():
     assert "is faster than no method here" in advised(slow, TOP1)[0]
     assert "No method stays within 0.01" in advised([ROWS[0], ROWS[2]], TOP1)[0]
     assert advised([ROWS[0], ROWS[4]], TOP1) == ["No method could be run here; the notes in the table say why."]
+
+
+def test_the_best_at_a_budget_is_one_that_is_faster():
+    better = row("pitome", "flops=0.6", 0.90, 0.9)
+    [_, at_06] = advised([*ROWS[:2], better], TOP1)
+    assert at_06.startswith("At flops=0.6 the best that is faster than no method is tome")
+    [_, alone] = advised([ROWS[0], better], TOP1)
+    assert alone.startswith("At flops=0.6 no method is faster than none, the best is pitome")
+
+
+def test_what_learned_for_the_model_is_told_beside_what_need_not():
+    learned = row("dynamicvit", "flops=0.6", 0.897, 1.9) | {"top1_drop_low": -0.004, "top1_drop_high": 0.01}
+    first, other, *_ = advised([*ROWS, learned], TOP1)
+    assert "dynamicvit at flops=0.6 with 0.897 (-0.004 to +0.010 lost) at 1.90 times" in first
+    assert other.startswith("It has learned for this model. Of those that learn nothing: Fastest within")
+    assert "patch(model, 'tome', flops=0.6)" in other
+
+
+def test_maps_of_classes_are_judged_by_mean_iou():
+    rows = [{**one, "miou": one["top1"]} | {"top1": None} for one in ROWS]
+    assert [quality.column for quality in qualities(rows)] == ["miou"]

@@ -44,7 +44,8 @@ NASTY = ["", " ", "x", "-1", "0", "nan", "inf", "1e400", "9" * 30, "0.5", "1,2",
 FILES = ["", ".", "absent", "absent/x.json", "text.json", "zeros.safetensors", "broken/a/0.png", "x" * 300, "out.xyz"]
 FILES += ["tiny.py", "/dev/null/x.json", "empty", "pictures", "prompts.txt"]
 FUNCTIONS = ["nothing", "fails", "takes", "value", "absent", "convolutions"]
-NAMES = [f"tiny:{name}" for name in FUNCTIONS] + ["absent:build", ":", "a:b:c", "no_such_model", "owner/name", *NASTY]
+NAMES = [f"tiny:{name}" for name in FUNCTIONS] + ["absent:build", ":", "a:b:c", "no_such_model"]
+NAMES += ["digit-reader", "vlm:absent", "owner/name", *NASTY]
 METHODS = ["ltmp", "saint", "feather", "tomesd", "flip", "tomee", "", "x"]
 # Of an option: what is typed most often, and what now and then.
 TYPED: dict[str, tuple[list[str], list[str]]] = {

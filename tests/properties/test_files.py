@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,28 @@ def changes(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     return change
 
 
+def values(data: Any) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in JSON, at any depth."""
+    for key in data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ():
+        yield (key,)
+        yield from ((key, *rest) for rest in values(data[key]))
+
+
+def spoilt(content: bytes) -> Iterator[bytes]:
+    """JSON of ours with each of its values in turn another, of each kind; and what no parser takes in."""
+    data = json.loads(content)
+    for path in values(data):
+        for value in (None, True, -1, 2**31, 2**64, 1e308, 10**400, float("nan"), "x", [], {"1": [None]}):
+            other = copy.deepcopy(data)
+            inner = other
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = value
+            yield json.dumps(other).encode()
+    yield re.sub(rb"0\.[0-9]+", b"9" * 5000, content)  # more digits than Python reads
+    yield b"[" * 100_000
+
+
 def patches_or_refuses(target: nn.Module, **arguments: Any) -> None:
     """Patched, it runs; refused, it is in one of our errors, and the model is as it was."""
     x = images(target)
@@ -86,24 +110,60 @@ def patches_or_refuses(target: nn.Module, **arguments: Any) -> None:
     assert torch.equal(run(target, x), plain())
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "tome": {"proportional": True},
+    "zero_tprune": {"iterations": 5, "variance": [0.01, 0.7]},
+}
+
+
+def schedule_file(method: str, folder: Path) -> Path:
+    file = folder / "schedule.json"
+    StoredSchedule(method, {1: 0.7, 2: 0.5}, OPTIONS[method], {"flops_ratio": 0.7}, "regression").save(file)
+    return file
+
+
+def described_file(folder: Path) -> Path:
+    parts(model(), [0.8] * 4, [0.01] * 4).save(folder)
+    return folder / "learned.json"
+
+
+def table_file() -> Path:
+    file = table_path(model())
+    row = LatencyRow(2, 35, (1.0, 0.8, 0.5), (1.0, 0.9, 0.6), {"top_k": 0.01})
+    LatencyTable((row,), {"trusted": True}).save(file)
+    return file
+
+
 @of_a_folder
 @given(damage=damages() | changes())
-@pytest.mark.parametrize("method", ["tome", "zero_tprune"])
+@pytest.mark.parametrize("method", OPTIONS)
 def test_schedules(method: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    file = tmp_path / "schedule.json"
-    options = {"tome": {"proportional": True}, "zero_tprune": {"iterations": 5, "variance": [0.01, 0.7]}}[method]
-    StoredSchedule(method, {1: 0.7, 2: 0.5}, options, {"flops_ratio": 0.7}, "regression").save(file)
+    file = schedule_file(method, tmp_path)
     file.write_bytes(damage(file.read_bytes()))
     patches_or_refuses(model(), schedule=file)
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_every_value_of_a_schedule(method: str, tmp_path: Path) -> None:
+    file = schedule_file(method, tmp_path)
+    for content in spoilt(file.read_bytes()):
+        file.write_bytes(content)
+        patches_or_refuses(model(), schedule=file)
 
 
 @of_a_folder
 @given(damage=damages() | changes())
 def test_what_learned_parts_say_of_themselves(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    parts(model(), [0.8] * 4, [0.01] * 4).save(tmp_path)
-    file = tmp_path / "learned.json"
+    file = described_file(tmp_path)
     file.write_bytes(damage(file.read_bytes()))
     patches_or_refuses(model(), weights=tmp_path)
+
+
+def test_every_value_of_what_learned_parts_say(tmp_path: Path) -> None:
+    file = described_file(tmp_path)
+    for content in spoilt(file.read_bytes()):
+        file.write_bytes(content)
+        patches_or_refuses(model(), weights=tmp_path)
 
 
 @of_a_folder
@@ -124,8 +184,15 @@ def test_learned_parts(damage: Callable[[bytes], bytes], tmp_path: Path) -> None
 @pytest.mark.filterwarnings("ignore:by the latency table")
 def test_latency_tables(damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENPRUNE_CACHE", str(tmp_path))
-    row = LatencyRow(2, 35, (1.0, 0.8, 0.5), (1.0, 0.9, 0.6), {"top_k": 0.01})
-    file = table_path(model())
-    LatencyTable((row,), {"trusted": True}).save(file)
+    file = table_file()
     file.write_bytes(damage(file.read_bytes()))
     patches_or_refuses(model(), method="top_k", flops=0.7)
+
+
+@pytest.mark.filterwarnings("ignore:by the latency table")
+def test_every_value_of_a_latency_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENPRUNE_CACHE", str(tmp_path))
+    file = table_file()
+    for content in spoilt(file.read_bytes()):
+        file.write_bytes(content)
+        patches_or_refuses(model(), method="top_k", flops=0.7)

@@ -65,15 +65,27 @@ def _of_methods(known: argparse.ArgumentParser, options: argparse.Namespace) -> 
     return [f"--{name.replace('_', '-')}" for name in given]
 
 
+def _models(options: argparse.Namespace) -> list[str]:
+    """The names of models that the options hold, but for a recipe's."""
+    if options.command == "train" and options.method is None:
+        return []
+    given = vars(options)
+    named = [given.get("model"), *(given.get("other") or ()), given.get("features")]
+    return [one for each in named if each is not None for one in ([each] if isinstance(each, str) else each)]
+
+
 def _run(options: argparse.Namespace) -> int:
-    from tokenprune.evals import calibrate_command, commands, demo, doctor, search_command
+    from tokenprune.evals import calibrate_command, commands, demo, doctor, report_command, search_command
     from tokenprune.evals.comparison.command import run_compare
     from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
     from tokenprune.evals.digits_lvlm import LVLM
+    from tokenprune.evals.model_kinds import refuse_kind
     from tokenprune.evals.patterns.command import run_patterns
 
+    for name in _models(options):
+        refuse_kind(name, "train --method" if options.command == "train" else options.command)
     if options.command in ("demo-diffusion", "score") or (
-        options.command in ("bench", "eval", "viz") and options.model in DIFFUSION
+        options.command in ("bench", "eval") and options.model in DIFFUSION
     ):
         from tokenprune.evals import demo_diffusion, generation_commands
 
@@ -82,12 +94,11 @@ def _run(options: argparse.Namespace) -> int:
             "score": generation_commands.score,
             "bench": generation_commands.run_bench,
             "eval": generation_commands.run_eval,
-            "viz": generation_commands.viz,
         }[options.command](options)
-    if options.command in ("bench", "eval", "viz") and options.model == LVLM:
+    if options.command == "eval" and options.model == LVLM:
         from tokenprune.evals import lvlm_commands
 
-        return (lvlm_commands.run_eval if options.command == "eval" else lvlm_commands.refuse)(options)
+        return lvlm_commands.run_eval(options)
     kind, named, _ = (options.model or "").partition(":") if options.command == "eval" else ("", "", "")
     if named and kind in ("clip", "vlm", "pipe"):
         from tokenprune.evals import clip_commands, hub_commands
@@ -106,7 +117,7 @@ def _run(options: argparse.Namespace) -> int:
         "demo": demo.run,
         "doctor": doctor.run_doctor,
         "methods": commands.methods,
-        "report": commands.report,
+        "report": report_command.run_report,
         "bench": commands.run_bench,
         "eval": commands.run_eval,
         "compare": run_compare,

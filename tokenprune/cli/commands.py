@@ -34,6 +34,9 @@ RECIPES = (
 )
 
 
+OF_HUB = "clip:NAME, vlm:NAME (of transformers), pipe:NAME (of diffusers)"
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = argparse.ArgumentParser(
@@ -65,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add_json(drawn)
 
     methods = _command(commands, "methods", "the methods, or those that fit a model")
-    add_model(methods, required=False)
+    add_model(methods, required=False, also=OF_HUB)
     methods.add_argument(
         "--table",
         action="store_true",
@@ -78,10 +81,11 @@ def parser() -> argparse.ArgumentParser:
     add_format(doctor)
 
     report = _command(commands, "report", "what a patch would do to a model: places, tokens, multiply-adds, and why")
-    add_model(report)
+    add_model(report, also=OF_HUB)
     report.add_argument("--method", metavar="NAME", help="(default: chosen by family and budget)")
     add_budgets(report)
     report.add_argument("--schedule", metavar="FILE", help="of tokenprune search, in the place of a budget")
+    add_generation(report)
     add_machine(report)
     add_json(report)
 
@@ -111,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
         "accuracy and fidelity to the unpatched model; of diffusion models their pictures, of the"
         " vision-language model its answers",
     )
-    add_model(evaluate, also="clip:NAME, vlm:NAME (of transformers), pipe:NAME (of diffusers)")
+    add_model(evaluate, also=OF_HUB)
     add_methods(evaluate)
     files = "; clip: captions.jsonl, vlm: questions.jsonl, pipe: prompts.txt"
     add_data(evaluate, "what to evaluate on (default: the model's own images)", also=files)

@@ -10,6 +10,7 @@ EXAMPLES = {
     "report": [
         "tokenprune report --model digits-vit --flops 0.6",
         "tokenprune report --model vit_small_patch16_224 --random-weights --method tome --keep 0.5 --json",
+        "tokenprune report --model lvlm-digits --method fastv --keep 0.25",
     ],
     "bench": [
         "tokenprune bench --model digits-vit --flops 0.6 --batch-size 1 --batch-size 16",

@@ -9,8 +9,8 @@ def add_model(command: argparse.ArgumentParser, required: bool = True, also: str
     command.add_argument(
         "--model",
         required=required,
-        help="digits-vit, digits-swin, dinov2-small-wheel, dit-digits, unet-digits, lvlm-digits, a timm name,"
-        f" owner/name on the Hugging Face hub or module:function{also and ', '}{also}",
+        help="digits-vit, digits-swin, digit-masks, deblur-swin, dinov2-small-wheel, dit-digits, unet-digits,"
+        f" lvlm-digits, a timm name, owner/name on the Hugging Face hub or module:function{also and ', '}{also}",
     )
     command.add_argument(
         "--checkpoint",

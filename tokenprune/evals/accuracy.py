@@ -54,9 +54,9 @@ def evaluate(
     Columns, each a mean over images with a 95% bootstrap interval: `top1`, `top1_drop` (paired, as a share) and
     `top1_kept` (what is left of the unpatched `top1`, paired, as a share of it) where there are labels, `top5` where
     there are more than ten classes; `miou`, `miou_drop` and `miou_kept` where the labels are maps [h, w] and the model
-    gives maps of logits (255 and negative labels do not count); `knn`, `knn_drop` and `knn_kept` in their place for a
-    model without a classifier (10 neighbours); `agreement` of the top-1 class with the unpatched model; `cosine` of the
-    features that enter the classifier; `saliency` correlation.
+    gives maps of logits, which are brought to that size (255 and negative labels do not count); `knn`, `knn_drop` and
+    `knn_kept` in their place for a model without a classifier (10 neighbours); `agreement` of the top-1 class with the
+    unpatched model; `cosine` of the features that enter the classifier; `saliency` correlation.
     `flops_ratio` is the mean over the batches, `tokens` of the last one. On how many images a row gave NaN is in its
     `note`.
 

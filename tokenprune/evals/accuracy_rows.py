@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tokenprune
+from tokenprune.errors import TokenPruneError
 from tokenprune.evals.arms import Arm, runnable, tokens_left
 from tokenprune.evals.data import ImageData
 from tokenprune.evals.fidelity import Observation, agreement, correct, observe
@@ -97,11 +98,23 @@ def score_batch(arms: Sequence[Arm], batch: UnpatchedBatch, saliency: Dense | No
 
 
 def on_grid(seen: Observation, labels: Tensor | None) -> Observation:
-    """Maps of logits [B, classes, ...] brought to the size of maps of labels, where these are some."""
-    if labels is None or labels.ndim == 1:
+    """Maps of logits [B, classes, ...] brought to the size of maps of labels, where these are some.
+
+    Raises TokenPruneError where one is a map and the other a class.
+    """
+    if labels is None:
+        return seen
+    if (labels.ndim > 1) != (seen.logits.ndim == 4):
+        told = "a class for each place" if labels.ndim > 1 else "one class for each image"
+        raise TokenPruneError(f"the labels are {told}, and the model gives logits [B, {_sides(seen.logits)}]")
+    if labels.ndim == 1:
         return seen
     maps = functional.interpolate(seen.logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
     return Observation(maps.flatten(1), maps)
+
+
+def _sides(logits: Tensor) -> str:
+    return ", ".join(map(str, logits.shape[1:]))
 
 
 def row_of(arm: Arm, score: Scores, base: Scores, groups: Tensor | None, seed: int) -> Row:

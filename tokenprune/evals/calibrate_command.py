@@ -5,17 +5,12 @@ from __future__ import annotations
 import argparse
 
 import tokenprune
-from tokenprune.errors import TokenPruneError
-from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
-from tokenprune.evals.digits_lvlm import LVLM
 from tokenprune.evals.search_command import unlabelled_images
 from tokenprune.evals.table import checked_path
 
 
 def run_calibrate(options: argparse.Namespace) -> int:
     """`tokenprune calibrate`"""
-    if options.model in (*DIFFUSION, LVLM):
-        raise TokenPruneError(f"calibrate is of image towers, and {options.model} is none; use keep= with it")
     path = checked_path(options.output, (".json",))
     model, images = unlabelled_images(options)
     found = tokenprune.calibrate(

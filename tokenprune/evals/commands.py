@@ -23,6 +23,7 @@ from tokenprune.evals.data import ImageData, open_data
 from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 from tokenprune.evals.digits_lvlm import LVLM
 from tokenprune.evals.latency_profile import profile_latency
+from tokenprune.evals.model_kinds import PREFIXES
 from tokenprune.evals.models import DEBLUR, DIGITS, SWIN, LoadedModel, load_model, noise
 from tokenprune.evals.ranks import is_main, own_device
 from tokenprune.evals.reading import read_picture
@@ -53,6 +54,10 @@ def methods(options: argparse.Namespace) -> int:
         from tokenprune.evals.digits_lvlm import lvlm
 
         model = lvlm()
+    elif options.model is not None and options.model.startswith(tuple(PREFIXES)):
+        from tokenprune.evals.report_command import of_hub
+
+        model = of_hub(options).target
     elif options.model is not None:
         model = load_model(options.model, checkpoint=options.checkpoint, random_weights=options.random_weights).model
     rows: list[Row] = [
@@ -80,23 +85,6 @@ def _method_table(options: argparse.Namespace) -> int:
     print(table.to_json() if options.format == "json" else to_markdown(table), end="")
     if path is not None:
         path.write_text(table.to_json() if path.suffix == ".json" else to_markdown(table), encoding="utf-8")
-    return 0
-
-
-def report(options: argparse.Namespace) -> int:
-    """`tokenprune report`"""
-    loaded = load(options)
-    asked = budgets(options, ())
-    if options.schedule is not None:
-        asked.append({"schedule": options.schedule})
-    if len(asked) > 1:
-        raise TokenPruneError("a report is of one budget or schedule; tokenprune bench compares several")
-    tokenprune.patch(loaded.model, options.method, **(asked[0] if asked else DEFAULT_BUDGET))
-    example = noise(loaded, 1, options.seed) if loaded.data is None else first_images(loaded.data(1, 0), 1, 0)
-    with torch.inference_mode():
-        loaded.model(example.to(options.device, getattr(torch, options.dtype)))
-    told = tokenprune.report(loaded.model)
-    print(json.dumps(told.to_dict(), indent=2) if options.format == "json" else told)
     return 0
 
 

@@ -12,22 +12,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.hf_data import Rows, columns_of, is_saved, open_rows, streamed
+from tokenprune.evals.hf_data import Rows, columns_of, is_saved, open_rows, reader_of, streamed
+from tokenprune.evals.mask_data import MaskedPictures, masked_files
 from tokenprune.evals.ranks import ALONE, Ranks
-from tokenprune.evals.reading import from_workers, read_picture, rgb
+from tokenprune.evals.reading import PICTURE_SUFFIXES, from_workers, pictures_in, read_picture, rgb
 from tokenprune.evals.streams import UNKNOWN, UNLABELLED, Stream, is_tars, webdataset
 
 Transform = Callable[[Any], Tensor]
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
 class ImageData:
     """Images [C, H, W] with class numbers (-1 for none), or where `dense` with maps [h, w] of them.
 
-    classes: how many, None where there are no labels. groups: [size], equal for images that are not independent (crops
-    of one photograph). is_test: [size], bool, which images are classified by the others as their nearest neighbours.
-    names: of the classes, where they are known.
+    classes: how many, None where there are no labels, 0 where maps of them do not tell. groups: [size], equal for
+    images that are not independent (crops of one photograph). is_test: [size], bool, which images are classified by the
+    others as their nearest neighbours. names: of the classes, where they are known.
     """
 
     name: str
@@ -97,16 +97,19 @@ def open_data(
 
     - images [N, C, H, W], or a pair of them and labels [N] or maps of labels [N, h, w], ready for the model;
     - a folder: one subfolder a class (ImageFolder), in the order of their names, or pictures without labels;
+    - a folder with `images` and `masks` of equal names (also `annotations` or `labels`, with folders of splits in both,
+      as ADE20K has them), or with the folders of Pascal VOC as torchvision unpacks them: maps of classes;
     - a folder with the tars of webdataset, `KEY.jpg` and `KEY.cls` (`split`: of their _info.json, or a brace pattern);
     - the name of a Hugging Face data set, a folder with one (save_to_disk, Parquet), or one that is loaded (`split`:
-      validation or test by default); `stream:NAME` reads it as it comes.
+      validation or test by default); `stream:NAME` reads it as it comes. Of two image columns one called
+      mask, annotation, label or the like is of masks, where there is no column of class labels.
 
     The tars and a stream have no random access: of these `samples` takes the first ones.
 
     transform: from an RGB PIL image to [C, H, W], needed for all but tensors. num_classes: of the model; folders that
     are named by WordNet ids are numbered as in ImageNet-1k where it is 1000.
 
-    Raises TokenPruneError where nothing is found, or where the classes cannot be those of the model.
+    Raises TokenPruneError where nothing is found, a picture has no mask, or the classes cannot be those of the model.
     """
     if isinstance(source, ImageData):
         return source
@@ -117,11 +120,19 @@ def open_data(
     folder = Path(source) if isinstance(source, (str, Path)) and Path(source).is_dir() else None
     if folder is not None and is_tars(folder):
         data = _from_tars(folder, transform, split, num_classes)
+    elif folder is not None and (files := masked_files(folder, split)) is not None:
+        return ImageData(
+            folder.resolve().name,
+            MaskedPictures(files, transform, num_classes),
+            len(files),
+            num_classes or 0,
+            dense=True,
+        )
     elif folder is not None and not is_saved(folder):
         data = _from_folder(folder, transform, num_classes)
     else:
-        data = _from_hugging_face(source, transform, split)
-    if num_classes and data.classes is not None and data.classes != num_classes:
+        data = _from_hugging_face(source, transform, split, num_classes)
+    if num_classes and not data.dense and data.classes is not None and data.classes != num_classes:
         raise TokenPruneError(f"{data.name} has {data.classes} classes and the model {num_classes}: they cannot match")
     return data
 
@@ -168,17 +179,17 @@ def _from_tensors(source: Any) -> ImageData:
 
 
 def _from_folder(folder: Path, transform: Transform, num_classes: int | None) -> ImageData:
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and _pictures(entry))
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and pictures_in(entry))
     if not classes:
-        files = [(path, UNLABELLED) for path in _pictures(folder)]
+        files = [(path, UNLABELLED) for path in pictures_in(folder)]
         if not files:
-            raise TokenPruneError(f"{folder} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
+            raise TokenPruneError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
         return ImageData(folder.resolve().name, _Files(files, transform), len(files), None)
     numbers = {entry.name: number for number, entry in enumerate(classes)}
     count = len(classes)
     if num_classes == 1000 and count < 1000:
         numbers, count = _imagenet_numbers(numbers), 1000
-    files = [(path, numbers[entry.name]) for entry in classes for path in _pictures(entry)]
+    files = [(path, numbers[entry.name]) for entry in classes for path in pictures_in(entry)]
     told = tuple(numbers) if len(numbers) == count else None
     return ImageData(folder.resolve().name, _Files(files, transform), len(files), count, names=told)
 
@@ -196,10 +207,6 @@ def _imagenet_numbers(names: dict[str, int]) -> dict[str, int]:
     return {name: known[name] for name in names}
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-
-
 def _from_tars(folder: Path, transform: Transform, split: str | None, num_classes: int | None) -> ImageData:
     reader, size, classes = webdataset(folder, split)
 
@@ -210,15 +217,14 @@ def _from_tars(folder: Path, transform: Transform, split: str | None, num_classe
     return ImageData(folder.name, Stream(folder.name, lambda: reader, read), size, max(classes, num_classes or 0))
 
 
-def _from_hugging_face(source: Any, transform: Transform, split: str | None) -> ImageData:
+def _from_hugging_face(source: Any, transform: Transform, split: str | None, num_classes: int | None) -> ImageData:
     import datasets
 
     rows = open_rows(str(source), split) if isinstance(source, (str, Path)) else source
     columns, name = columns_of(rows), rows.info.dataset_name or "data set"
 
-    def read(picture: Any) -> Tensor:
-        return transform(rgb(picture))
-
+    read = reader_of(columns, transform, num_classes)
+    classes, dense = columns.classes if columns.mask is None else num_classes or 0, columns.mask is not None
     if isinstance(rows, datasets.IterableDataset):
-        return ImageData(name, *streamed(rows, columns, read), columns.classes, names=columns.names)
-    return ImageData(name, Rows(rows, columns, read), len(rows), columns.classes, names=columns.names)
+        return ImageData(name, *streamed(rows, columns, read), classes, dense=dense, names=columns.names)
+    return ImageData(name, Rows(rows, read), len(rows), classes, dense=dense, names=columns.names)

@@ -69,6 +69,8 @@ def mask_head() -> MaskHead:
 class DigitMasks(nn.Module):
     """The shipped ViT, read without pooling, and the head: images [B, 3, 80, 80] to logits [B, 11, 20, 20]."""
 
+    num_classes = CLASSES
+
     def __init__(self) -> None:
         super().__init__()
         vit: Any = digits_vit()

@@ -26,7 +26,7 @@ def run_eval(options: argparse.Namespace) -> int:
     if options.random_weights:
         raise TokenPruneError("pictures of random weights say nothing; --random-weights is for bench")
     table = evaluate_generation(
-        _load(options),
+        load_digits(options),
         options.method,
         budgets(options),
         samples=options.samples or 1000,
@@ -48,7 +48,7 @@ def run_bench(options: argparse.Namespace) -> int:
         raise TokenPruneError("--profile and --save-profile are for models that take images")
     check_output(options)
     table = bench_generation(
-        _load(options),
+        load_digits(options),
         options.method,
         budgets(options),
         steps=options.steps or STEPS,
@@ -58,11 +58,6 @@ def run_bench(options: argparse.Namespace) -> int:
         show_progress=not options.quiet,
     )
     return finish(table, options)
-
-
-def viz(options: argparse.Namespace) -> int:
-    """`tokenprune viz --model dit-digits`"""
-    raise TokenPruneError(f"viz shows images of a classifier; for {options.model} run tokenprune demo-diffusion")
 
 
 def score(options: argparse.Namespace) -> int:
@@ -104,9 +99,10 @@ def score(options: argparse.Namespace) -> int:
     return 0
 
 
-def _load(options: argparse.Namespace) -> DigitsPipeline:
+def load_digits(options: argparse.Namespace) -> DigitsPipeline:
+    """The pipeline that the options name, where and as they want it."""
     set_machine(options)
-    given = [f"--{name}" for name in ("data", "split") if getattr(options, name) is not None]
+    given = [f"--{name}" for name in ("data", "split") if getattr(options, name, None) is not None]
     if given:
         raise TokenPruneError(f"{options.model} draws its pictures; it takes no {', '.join(given)}")
     if options.random_weights:

@@ -11,9 +11,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.evals.mask_data import COLUMNS as MASK_COLUMNS
+from tokenprune.evals.mask_data import MaskedTransform, Transform
+from tokenprune.evals.reading import rgb
 from tokenprune.evals.streams import UNKNOWN, UNLABELLED, Stream
 
 STREAM = "stream:"
+
+Reader = Callable[[Any], tuple[Tensor, Any]]
 
 
 def is_saved(folder: Path) -> bool:
@@ -48,11 +53,12 @@ def _preferred(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where the image and its label are, and the names of the classes: None without."""
+    """Where the image and its label, or its mask, are, and the names of the classes: None without."""
 
     image: str
     label: str | None
     names: tuple[str, ...] | None
+    mask: str | None = None
 
     @property
     def classes(self) -> int | None:
@@ -76,36 +82,51 @@ def columns_of(rows: Any) -> Columns:
     labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     if not images:
         raise TokenPruneError(f"the data set has no image column, only {', '.join(features)}")
-    return Columns(images[0], *((labels[0], tuple(features[labels[0]].names)) if labels else (None, None)))
+    image = next((name for name in images if name not in MASK_COLUMNS), images[0])
+    if labels:
+        return Columns(image, labels[0], tuple(features[labels[0]].names))
+    return Columns(image, None, None, next((name for name in images if name in MASK_COLUMNS and name != image), None))
 
 
-class Rows(Dataset[tuple[Tensor, int]]):
-    """rows: with random access. read: from an image of theirs to [C, H, W]."""
+def reader_of(columns: Columns, transform: Transform, num_classes: int | None) -> Reader:
+    """From a row to the image [C, H, W] and its label, or where the columns have a mask its map [H, W] of classes.
 
-    def __init__(self, rows: Any, columns: Columns, read: Callable[[Any], Tensor]) -> None:
-        self.rows, self.columns, self.read = rows, columns, read
+    transform: from an RGB PIL image to [C, H, W]. num_classes: of the model, None where it does not say.
+    """
+    if columns.mask is not None:
+        pair, mask = MaskedTransform(transform, num_classes), columns.mask
+        return lambda row: pair(row[columns.image], row[mask], f"its {mask}")
+    label = columns.label
+    return lambda row: (transform(rgb(row[columns.image])), UNLABELLED if label is None else int(row[label]))
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+
+class Rows(Dataset[tuple[Tensor, Any]]):
+    """rows: with random access. read: see `reader_of`."""
+
+    def __init__(self, rows: Any, read: Reader) -> None:
+        self.rows, self.read = rows, read
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         try:
-            return _row(self.rows[index], self.columns, self.read)
+            return self.read(self.rows[index])
+        except TokenPruneError as error:
+            raise TokenPruneError(f"row {index}: {error}") from error
         except Exception as error:  # of a broken row, anything that a decoder trips over
             raise TokenPruneError(f"row {index} holds no picture that can be read: {error}") from error
 
 
-def streamed(rows: Any, columns: Columns, read: Callable[[Any], Tensor]) -> tuple[Stream, int]:
+def streamed(rows: Any, columns: Columns, read: Reader) -> tuple[Stream, int]:
     """The stream of rows that come one after the other, and how many there are, UNKNOWN where they do not tell."""
     import datasets
 
     splits, split = rows.info.splits or {}, str(rows.split)
     size = splits[split].num_examples if split in splits else UNKNOWN
-    encoded = rows.cast_column(columns.image, datasets.Image(decode=False))
-    decoder = datasets.Image()
+    pictures = [name for name in (columns.image, columns.mask) if name is not None]
+    encoded, decoder = rows, datasets.Image()
+    for name in pictures:
+        encoded = encoded.cast_column(name, datasets.Image(decode=False))
 
-    def decoded(row: dict[str, Any]) -> tuple[Tensor, int]:
-        return _row({**row, columns.image: decoder.decode_example(row[columns.image])}, columns, read)
+    def decoded(row: dict[str, Any]) -> tuple[Tensor, Any]:
+        return read({**row, **{name: decoder.decode_example(row[name]) for name in pictures}})
 
     return Stream(rows.info.dataset_name or "the stream", lambda: encoded, decoded), size or UNKNOWN
-
-
-def _row(row: Any, columns: Columns, read: Callable[[Any], Tensor]) -> tuple[Tensor, int]:
-    return read(row[columns.image]), UNLABELLED if columns.label is None else int(row[columns.label])

@@ -1,4 +1,4 @@
-"""The commands of the command line for the small vision-language model."""
+"""The command of the command line for the small vision-language model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run_eval(options: argparse.Namespace) -> int:
     """`tokenprune eval --model lvlm-digits`"""
     check_output(options)
     table = evaluate_lvlm(
-        _load(options),
+        load_digits(options),
         options.method,
         budgets(options, [KEEP]),
         samples=options.samples or 75,
@@ -31,18 +31,11 @@ def run_eval(options: argparse.Namespace) -> int:
     return finish(table, options)
 
 
-def refuse(options: argparse.Namespace) -> int:
-    """`tokenprune bench` and `tokenprune viz` of the small vision-language model."""
-    raise TokenPruneError(
-        f"{options.command} is for models that take images alone; tokenprune eval --model {options.model} --rounds 20"
-        " times prompts and answers too"
-    )
-
-
-def _load(options: argparse.Namespace) -> nn.Module:
+def load_digits(options: argparse.Namespace) -> nn.Module:
+    """The model that the options name."""
     set_machine(options)
     foreign = ("data", "split", "steps", "guidance")
-    given = [f"--{name}" for name in foreign if getattr(options, name) is not None]
+    given = [f"--{name}" for name in foreign if getattr(options, name, None) is not None]
     if options.random_weights:
         given.append("--random-weights")
     if given or options.device != "cpu" or options.dtype != "float32":

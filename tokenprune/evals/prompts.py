@@ -90,7 +90,7 @@ def evaluate_prompts(
 
         def drawn(count: int, what: str) -> list[Tensor]:
             bar = progress(own, what, show=show)
-            return [_draw(pipe, prompt, seed + number, num_inference_steps=count, **call) for number, prompt in bar]
+            return [draw(pipe, prompt, seed + number, num_inference_steps=count, **call) for number, prompt in bar]
 
         def scored(pictures: Sequence[Tensor]) -> list[dict[str, float]]:
             pairs = zip(pictures, base, own, strict=True)
@@ -108,7 +108,7 @@ def evaluate_prompts(
                     refuse_training_only(name)
                     try:
                         tokenprune.patch(pipe, name, **budget)
-                        _draw(pipe, lines[numbers[0]], seed, num_inference_steps=steps, **call)
+                        draw(pipe, lines[numbers[0]], seed, num_inference_steps=steps, **call)
                         ratio = tokenprune.report(pipe).to_dict()["flops_ratio"]
                     except TokenPruneError as error:
                         if methods is not None and name in methods and not isinstance(error, BudgetError):
@@ -134,7 +134,7 @@ def evaluate_prompts(
         return processes.joined(parts, table)
 
 
-def _draw(pipe: Any, prompt: str, seed: int, **call: Any) -> Tensor:
+def draw(pipe: Any, prompt: str, seed: int, **call: Any) -> Tensor:
     """A picture [1, 3, H, W] in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     found = getattr(pipe(prompt, generator=generator, output_type="pt", **call), "images", None)

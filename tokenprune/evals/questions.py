@@ -76,7 +76,12 @@ def load_lvlm(name: str) -> tuple[nn.Module, Any]:
 
 
 def inputs_of(processor: Any, question: Question, model: nn.Module) -> dict[str, Tensor]:
-    """What the model is given, by the processor's chat template, where the model is.
+    """What the model is given, as `prompt_inputs`."""
+    return prompt_inputs(processor, read_picture(question.image), question.text, model)
+
+
+def prompt_inputs(processor: Any, picture: Any, text: str, model: nn.Module) -> dict[str, Tensor]:
+    """A PIL image and a question about it as the model is given them, by the processor's chat template, where it is.
 
     Raises TokenPruneError for a processor without one.
     """
@@ -85,9 +90,9 @@ def inputs_of(processor: Any, question: Question, model: nn.Module) -> dict[str,
             "the processor has no chat template, which says how a question is put; set processor.chat_template, or use"
             " the checkpoint's instruction-tuned version"
         )
-    content = [{"type": "image"}, {"type": "text", "text": question.text}]
+    content = [{"type": "image"}, {"type": "text", "text": text}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    given = processor(images=read_picture(question.image), text=prompt, return_tensors="pt")
+    given = processor(images=picture, text=prompt, return_tensors="pt")
     parameter = next(model.parameters())
     return {
         name: value.to(parameter.device, parameter.dtype) if value.is_floating_point() else value.to(parameter.device)

@@ -10,6 +10,13 @@ from tokenprune.errors import TokenPruneError
 
 Batch = TypeVar("Batch")
 
+PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The files of pictures in `folder` and below, by name."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+
 
 def read_picture(path: str | Path) -> Any:
     """The RGB PIL image at `path`.

@@ -37,7 +37,7 @@ def read_records(path: str | Path, example: str, required: Sequence[str]) -> lis
         where = f"record {number} of {path}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise TokenPruneError(f"{where} is no JSON ({error}); a record is such as {example}") from error
         missing = [name for name in required if not isinstance(record, dict) or not record.get(name)]
         if missing:

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune
-from tokenprune.errors import TokenPruneError
 from tokenprune.evals.commands import first_images, image_data, load
-from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
-from tokenprune.evals.digits_lvlm import LVLM
 from tokenprune.evals.ranks import is_main
 
 FILE = "schedule.json"
@@ -22,8 +19,6 @@ SHOW_EVERY = 10
 
 def run_search(options: argparse.Namespace) -> int:
     """`tokenprune search`"""
-    if options.model in (*DIFFUSION, LVLM):
-        raise TokenPruneError(f"search is of image towers, and {options.model} is none; name its schedule= yourself")
     model, images = unlabelled_images(options)
     folder = Path(options.output)
     found = tokenprune.search(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,13 @@ def masks_training(count: int, seed: int) -> ImageData:
     from tokenprune.evals.digit_masks import CLASSES
 
     return ImageData("masks of cluttered digits (train)", _DrawnMasks(seed), count, CLASSES, dense=True)
+
+
+def blurred_data(count: int, seed: int, *, size: int) -> ImageData:
+    """`count` crops of `size` pixels of the test photographs, blurred in part, see `tokenprune.evals.local_blur`."""
+    from tokenprune.evals.local_blur import locally_blurred
+
+    return replace(open_data(locally_blurred("test", count, seed, size=size).images), name="blurred photographs (test)")
 
 
 def photographs_data(size: int, mean: Sequence[float], std: Sequence[float]) -> ImageData:

@@ -9,8 +9,10 @@ from typing import Literal
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.budget import checked_count
 from tokenprune.denoisers.steps import PRUNE_LESS
 from tokenprune.errors import UnsupportedMethod
+from tokenprune.kernels.attention_mass import MAX_ITERATIONS
 from tokenprune.method import Method, Recover
 from tokenprune.registry import register_method
 from tokenprune.schedule import Stages
@@ -63,6 +65,7 @@ def at_edm(
         raise UnsupportedMethod(f"recover={recover!r}: use 'similar', 'gain' or 'residual'")
     if similar_by not in ("attention", "hidden"):
         raise UnsupportedMethod(f"similar_by={similar_by!r}: use 'attention' or 'hidden'")
+    counted = checked_count("iterations", iterations, smallest=1, example=1, largest=MAX_ITERATIONS)
     needs = {"stacks", "cross"} if attention == "cross" else {"stacks", "queries", "keys"}
     if similar_by == "attention" and recover != "residual":
         needs |= {"queries", "keys"}
@@ -70,7 +73,7 @@ def at_edm(
         name="at_edm",
         paper="Wang et al., AT-EDM, CVPR 2024",
         schedule=Stages(rate),
-        score=partial(graph_score if attention == "self" else text_graph_score, iterations=iterations),
+        score=partial(graph_score if attention == "self" else text_graph_score, iterations=counted),
         select=keep_top_k,
         needs=frozenset(needs),
         stack_share=rate,

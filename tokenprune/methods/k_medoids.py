@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.budget import checked_count
+from tokenprune.kernels.attention_mass import MAX_ITERATIONS
 from tokenprune.method import Method
 from tokenprune.reduction import Reduction
 from tokenprune.registry import register_method
@@ -33,7 +34,10 @@ def k_medoids(*, rate: float = 0.7, iterations: int = 3, places: tuple[int, ...]
         paper="Marin et al., Token Pooling in Vision Transformers, WACV 2023",
         schedule=InFrontOfStages(rate, places),
         score=attention_received,
-        select=partial(keep_medoids, iterations=checked_count("iterations", iterations, smallest=0, example=3)),
+        select=partial(
+            keep_medoids,
+            iterations=checked_count("iterations", iterations, smallest=0, example=3, largest=MAX_ITERATIONS),
+        ),
         position="post",
         needs=frozenset({"queries", "keys"}),
     )

@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.budget import is_number
 from tokenprune.errors import BudgetError
 from tokenprune.method import Method
 from tokenprune.registry import register_method
@@ -88,7 +88,7 @@ def drawn_ratios(depths: Sequence[int], most: float) -> tuple[float, ...]:
 
 
 def _is_share(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= float(value) < 1.0
+    return is_number(value) and 0.0 <= value < 1.0
 
 
 @register_method("sparsevit")

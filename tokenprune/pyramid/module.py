@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.errors import TokenPruneError, UnsupportedModel
+from tokenprune.errors import MALFORMED, TokenPruneError, UnsupportedModel
 from tokenprune.ghost import ghost
 from tokenprune.lvlm.host import LvlmHost
 from tokenprune.pyramid.focus import Seen, attention_row, facts_of, inputs_of
@@ -74,11 +74,14 @@ class FocusModule(nn.Module):
         try:
             with safe_open(path, "pt") as file:
                 recipe = json.loads((file.metadata() or {}).get("tokenprune", "{}"))
+            version, layers = recipe["version"], recipe["layers"]
         except SafetensorError as error:
             raise TokenPruneError(f"{path} is no safetensors file ({error}); FocusModule.save writes one") from None
-        if recipe.get("version") != _VERSION:
+        except MALFORMED:
+            version, layers = None, []
+        if version != _VERSION:
             raise TokenPruneError(f"{path} holds no focus module of version {_VERSION}; FocusModule.save writes one")
-        module = cls(model, recipe["layers"])
+        module = cls(model, layers)
         try:
             module.load_state_dict(load_file(path))
         except RuntimeError as error:

@@ -48,7 +48,8 @@ def passing_heads(scores: Tensor, variance: tuple[float, float] | None) -> Tenso
     if variance is None:
         return torch.ones_like(scores[..., :1], dtype=torch.bool)
     spread = (scores / scores.mean(-1, keepdim=True)).var(-1, keepdim=True, unbiased=False)
-    passed = spread.clamp(*variance) == spread
+    low, high = map(float, variance)  # clamp refuses bounds that the scores' dtype does not hold
+    passed = (spread >= low) & (spread <= high)
     return passed >= passed.any(-2, keepdim=True)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard, get_args
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.budget import is_number
 from tokenprune.errors import UnsupportedMethod
+from tokenprune.kernels.attention_mass import MAX_ITERATIONS
 from tokenprune.kernels.inputs import mean_over_heads
 from tokenprune.kernels.pairwise import METRICS
 from tokenprune.reduction import Reduction
@@ -49,10 +52,13 @@ class ImportanceAndSimilarity:
                 raise UnsupportedMethod(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)}")
         by_block = isinstance(self.iterations, tuple) and all(isinstance(own, tuple) for own in self.iterations)
         counts = [n for _, n in self.iterations] if by_block else [self.iterations]  # type: ignore[union-attr]
-        if not all(n is None or (_whole(n) and n >= 1) or (isinstance(n, float) and 0 < n < 1) for n in counts):
+        if not all(
+            n is None or (_whole(n) and 1 <= n <= MAX_ITERATIONS) or (isinstance(n, float) and 0 < n < 1)
+            for n in counts
+        ):
             raise UnsupportedMethod(
-                f"iterations are whole numbers of at least 1, or a tolerance in (0, 1), got {self.iterations!r}; for"
-                " example iterations=30 or iterations=1e-3"
+                f"iterations are whole numbers from 1 to {MAX_ITERATIONS}, or a tolerance in (0, 1), got"
+                f" {self.iterations!r}; for example iterations=30 or iterations=1e-3"
             )
         fixed = _whole(self.similarity) and self.similarity >= 0
         if not fixed and not (_pair(self.similarity) and all(0 <= share <= 1 for share in self.similarity)):
@@ -157,4 +163,4 @@ def _whole(value: object) -> TypeGuard[int]:
 
 
 def _pair(value: object) -> TypeGuard[tuple[float, float]]:
-    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
+    return isinstance(value, Sequence) and len(value) == 2 and all(is_number(v) or v == math.inf for v in value)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import MALFORMED, TokenPruneError
 from tokenprune.learned_parts import require_safetensors, safetensors, write_whole
 
 FILE = "state.safetensors"
@@ -36,7 +36,7 @@ def read_state(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
         try:
             data = json.loads((file.metadata() or {})["state"])
             version, theirs = data["version"], data["recipe"]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except MALFORMED as error:
             raise TokenPruneError(f"{path} is no state that tokenprune train has written: {error!r}") from error
         if version != VERSION:
             raise TokenPruneError(f"{path} has version {version!r}; this release reads version {VERSION}")

@@ -11,6 +11,7 @@ import tokenprune
 from tokenprune.errors import TokenPruneError, UnsupportedModel
 from tokenprune.evals.arms import build_arms
 from tokenprune.evals.data import open_data
+from tokenprune.evals.digit_masks import DigitMasks, masked_digits
 from tokenprune.evals.patterns.collect import collect_patterns, fates
 
 PATCHES = 35
@@ -144,3 +145,18 @@ def test_windows_are_refused():
 def test_nothing_that_runs_is_refused_with_the_reason(vit, batch):
     with pytest.raises(UnsupportedModel, match="flops"):
         collect(vit, batch, ["top_k"], [{"flops": 0.001}])
+
+
+def test_a_tower_with_a_head_that_segments():
+    model = DigitMasks().eval()
+    data = masked_digits("test", 4)
+    unpatched, found = collect(model, data, ["top_k"], ({"keep": 0.5},))
+    assert found.blocks == len(model.vit.blocks)
+    assert found.grid == (10, 10)
+    with torch.inference_mode():
+        whole = model(data[0]).argmax(1)
+        tokenprune.patch(model, "top_k", keep=0.5)
+        same = (model(data[0]).argmax(1) == whole).double().mean((1, 2))
+    assert unpatched.right.tolist() == [1.0] * 4
+    assert torch.equal(found.right, same)
+    assert 0.5 < float(found.right.min()) < 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import tokenprune
 from tokenprune.evals.arms import UNPATCHED, is_baseline
 from tokenprune.evals.table import Row
 from tokenprune.registry import method_names
@@ -28,6 +29,7 @@ class Quality:
 
 QUALITIES = (
     Quality("top1", "top-1"),
+    Quality("miou", "mean IoU"),
     Quality("knn", "k-NN"),
     Quality("saliency", "saliency correlation"),
     Quality("frechet", "Fréchet distance", loss=0.1, lower=True),
@@ -56,22 +58,30 @@ def frontier(rows: Sequence[Row], quality: Quality) -> list[int]:
 
 
 def advised(rows: Sequence[Row], quality: Quality) -> list[str]:
-    """Sentences: the fastest method that loses nothing worth mentioning of the unpatched model's quality, the one with
-    the best quality at each budget, what the baselines give there, and what could not be believed."""
+    """Sentences: the fastest method that loses nothing worth mentioning of the unpatched model's quality, and where it
+    has learned for the model the fastest that need not; of those that are faster than the unpatched model the one with
+    the best quality at each budget; what the baselines give there, and what could not be believed."""
     base = next(row for row in rows if row["method"] == UNPATCHED)
     measured = [row for row in rows if not is_baseline(str(row["method"])) and _both(row, quality)]
     if not measured:
         return ["No method could be run here; the notes in the table say why."]
     said = [_fastest(measured, quality, base)]
+    learn = {info.name for info in tokenprune.methods() if "training" in info.needs}
+    free = [row for row in measured if row["method"] not in learn]
+    if free and (other := _fastest(free, quality, base)) != said[0]:
+        said.append(f"It has learned for this model. Of those that learn nothing: {other}")
     for budget in dict.fromkeys(row["budget"] for row in measured):
-        best = max((row for row in measured if row["budget"] == budget), key=lambda row: _both(row, quality)[0][::-1])
+        there = [row for row in measured if row["budget"] == budget]
+        faster = [row for row in there if (_value(row, "speedup") or 0.0) > 1.0]
+        best = max(faster or there, key=lambda row: _both(row, quality)[0][::-1])
         others = [
             f"{row['method']} {row[quality.column]:.3f} at {row['speedup']:.2f} times"
             for row in rows
             if row["budget"] == budget and is_baseline(str(row["method"])) and _both(row, quality)
         ]
         beside = f" Beside it: {', '.join(others)}." if others else ""
-        said.append(f"At {budget} the best is {_told(best, quality)}.{beside}")
+        which = "the best that is faster than no method is" if faster else "no method is faster than none, the best is"
+        said.append(f"At {budget} {which} {_told(best, quality)}.{beside}")
     doubtful = sum(row.get("trusted") is False for row in measured)
     if doubtful:
         said.append(
@@ -98,7 +108,10 @@ def _fastest(rows: Sequence[Row], quality: Quality, base: Row) -> str:
 
 
 def _told(row: Row, quality: Quality) -> str:
-    return f"{row['method']} at {row['budget']} with {row[quality.column]:.3f} at {row['speedup']:.2f} times the speed"
+    low, high = (_value(row, f"{quality.column}_drop_{end}") for end in ("low", "high"))
+    lost = "" if low is None or high is None else f" ({low:+.3f} to {high:+.3f} lost)"
+    found = f"{row['method']} at {row['budget']} with {row[quality.column]:.3f}{lost}"
+    return f"{found} at {row['speedup']:.2f} times the speed"
 
 
 def _both(row: Row, quality: Quality) -> list[tuple[float, float]]:

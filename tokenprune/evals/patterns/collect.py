@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ def collect_patterns(
     loader = images.batches(batch_size, samples=samples, seed=seed)
     for batch, labels in progress(loader, "patterns", total=math.ceil(chosen / batch_size), show=show_progress):
         batch = batch.to(parameter.device, parameter.dtype)
+        labels = None if images.dense else labels  # maps: told is on how much of them the answer stays
         layout = layout or _layout(arms, batch[:1])
         with torch.inference_mode():
             for arm, model, found in runnable(arms, parts):
@@ -115,7 +117,7 @@ def _layout(arms: Sequence[Arm], image: Tensor) -> _Layout:
     parent, _, number = forward.places[0].name.rpartition(".")
     if not number.isdigit():
         raise UnsupportedModel(f"the blocks of {where} are not numbered ({forward.places[0].name}): no depth is known")
-    blocks = len(list(base.get_submodule(parent).children()))
+    blocks = len(list(_numbered(base, parent).children()))
     stages = tuple(dict.fromkeys((blocks // 4, blocks // 2, 3 * blocks // 4, blocks - 1)))
     with torch.inference_mode(), _Caught(base, parent, stages[:1]) as caught:
         base(image)
@@ -133,11 +135,19 @@ def _recorded(model: nn.Module | None, image: Tensor) -> Forward | None:
     return recording.forwards[-1] if recording.forwards else None
 
 
+def _numbered(model: nn.Module, parent: str) -> nn.Module:
+    """The blocks called `parent` within the tower, which is the model or in it."""
+    for module in model.modules():
+        with contextlib.suppress(AttributeError):
+            return module.get_submodule(parent)
+    raise UnsupportedModel(f"no module in {type(model).__name__} has blocks called {parent}: no depth is known")
+
+
 class _Caught:
     """The outputs of some blocks, in order, in the with block."""
 
     def __init__(self, model: nn.Module, parent: str, blocks: Sequence[int]) -> None:
-        children = list(model.get_submodule(parent).children())
+        children = list(_numbered(model, parent).children())
         self.outputs: list[Tensor] = []
         self.handles = [children[block].register_forward_hook(self._catch) for block in blocks]
 

@@ -7,10 +7,7 @@ import copy
 import json
 from pathlib import Path
 
-from tokenprune.errors import TokenPruneError
 from tokenprune.evals.commands import budgets, image_data, load
-from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
-from tokenprune.evals.digits_lvlm import LVLM
 from tokenprune.evals.patterns.comparison import Subject, compare
 from tokenprune.evals.patterns.plots import plot_all
 
@@ -19,8 +16,6 @@ def run_patterns(options: argparse.Namespace) -> int:
     """`tokenprune patterns`"""
     subjects = []
     for name in dict.fromkeys((options.model, *(options.other or ()))):
-        if name in (*DIFFUSION, LVLM):
-            raise TokenPruneError(f"patterns are of image towers, and {name} is none; tokenprune viz draws its tokens")
         own = copy.copy(options)
         own.model = name
         if name != options.model:

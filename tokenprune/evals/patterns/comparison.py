@@ -129,7 +129,7 @@ def compare(
     pairs = pair_up(patterns, anchors)
     measure_pairs(pairs, weights, wanted, show_progress=show_progress)
     conditions: Row = {"data": sources[0].name, "images": len(chosen), **environment(*placement(model))}
-    score = "agreement" if sources[0].classes is None else "top1"
+    score = "agreement" if sources[0].classes is None or sources[0].dense else "top1"
     tables = {"methods": Table(summary_rows(patterns, arms, score, mean), conditions | left_out(patterns))}
     for kind in wanted:
         if rows := pair_rows(pairs, kind):

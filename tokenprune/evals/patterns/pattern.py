@@ -20,7 +20,8 @@ class Pattern:
     depth: [I, N], how many blocks in a row from the first the token of each patch leaves; of a group it is the token
     that the others are merged into. groups: [I, S, N], for each patch the token that it is part of, -1 for none.
     features: class tokens [I, S, D], None where the model has none. right: [I], bool, whether the answer is that of the
-    label, or where there are no labels that of the unpatched model; None for a model without a classifier.
+    label, or where there are no labels that of the unpatched model; of maps of classes the share of places where it is
+    the unpatched model's; None for a model without a classifier.
     """
 
     model: str
