@@ -35,6 +35,7 @@ CHEAPER: dict[str, dict[str, str | list[str]]] = {
     "tokenprune train lvlm-digits": {},
     "tokenprune train": {"--batch-size": "4", "--epochs": "1"},
     "tokenprune train digits-vit": {"--samples": "8", "--batch-size": "4", "--epochs": "1"},
+    "tokenprune train digits-swin": {"--samples": "8", "--batch-size": "4", "--epochs": "1"},
     "tokenprune train digit-masks": {"--samples": "8", "--batch-size": "4", "--epochs": "1"},
     "tokenprune train digit-masks --output": {"--steps": "1"},
     "tokenprune train digit-reader --output": {"--steps": "1"},
@@ -191,6 +192,7 @@ segmenter, (_, maps) = DigitMasks(), masked_digits("test", 8)
 vit.train()
 transformer = dit(num_layers=4).train()
 target = torch.randn(2, 3, 36, 36)
+pictures, classes = torch.randn(4, 3, 224, 224), torch.arange(4)
 noisy = {"hidden_states": target, "timestep": torch.tensor([1, 2]), "class_labels": torch.tensor([3, 4])}
 swin = timm.create_model("swin_tiny_patch4_window7_224")
 """,
@@ -206,6 +208,7 @@ INSTEAD: dict[str, dict[str, str]] = {
     "docs/search.md": {'"top_k", flops=0.6)': '"top_k", flops=0.6, candidates=4)'},
     "docs/vit.md": {"batch_size=4)": "batch_size=4, stride=40)"},
     "docs/training.md": {
+        'output="adapted-swin")': 'output="adapted-swin", epochs=1, batch_size=4)',
         'output="learned")': 'output="learned", epochs=1, batch_size=4)',
         '"cropr", flops=0.5)': '"cropr", flops=0.5, epochs=1, batch_size=4)',
         "transformer(...)": "transformer(**noisy)",

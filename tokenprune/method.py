@@ -12,7 +12,7 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.denoisers.over_steps import OverSteps
 from tokenprune.denoisers.steps import EVERY_STEP, Steps
 from tokenprune.errors import UnsupportedMethod
-from tokenprune.learning import Learned
+from tokenprune.learning import Learned, Recipe
 from tokenprune.lvlm.recipe import AfterTower, InsideModel
 from tokenprune.masking import Masking
 from tokenprune.ragged import RaggedReduction
@@ -91,7 +91,8 @@ class Method:
     window's is the L2 norm of its tokens' or, by window_score, their mean, and select is given windows):
     window_ratios: (number of blocks in each stage) -> share of the windows left out in each block where there is no
     budget, None for stack_share in all. window_draw: the same, drawn anew for each training forward. window_mask: of a
-    method that learns, which windows go on in training, in the place of the selection.
+    method that learns, which windows go on in training, in the place of the selection. window_nested: whether a stage
+    computes only windows that the last stage before it with the same ones, at the same resolution, has computed.
 
     For vision-language models: after_tower: what is left out between the image tower and the language model.
     inside_model: what leaves between layers of the language model.
@@ -99,7 +100,8 @@ class Method:
     learned: what it learns, None for a method that works on any model as it is. mask: (record, K) -> what becomes of
     each token, where some tokens are none any more (`AttentionRecord.alive`), with gradients: in training, in the place
     of score and selection, and of an `adaptive` method everywhere, then with at most K alive in an image. A method that
-    learns without it is trained through its reduction.
+    learns without it is trained through its reduction. tuning: how the trainer trains the model's own weights under a
+    method that acts in training forwards alone and learns nothing itself; None where that is left to a loop.
     """
 
     name: str
@@ -129,10 +131,12 @@ class Method:
     window_draw: WindowRatios | None = None
     window_score: Literal["norm", "mean"] = "norm"
     window_mask: WindowMask | None = None
+    window_nested: bool = False
     after_tower: AfterTower | None = None
     inside_model: InsideModel | None = None
     learned: Learned | None = None
     mask: Mask | None = None
+    tuning: Recipe | None = None
 
     @property
     def restoration(self) -> Restore:

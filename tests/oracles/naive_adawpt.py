@@ -33,24 +33,48 @@ def mean_of(logits: Sequence[float], window: Sequence[int | None]) -> float:
     return sum(logits[t] for t in tokens) / len(tokens)
 
 
-def run_stage(blocks: Sequence[nn.Module], grid: Tensor, learned: Learned) -> tuple[Tensor, list[list[int]]]:
-    """One image [H, W, C] through the blocks of a stage; also the windows that each computes."""
+def run_stage(
+    blocks: Sequence[nn.Module],
+    grid: Tensor,
+    learned: Learned,
+    before: Mapping[tuple[int, int], Sequence[int]] | None = None,
+) -> tuple[Tensor, list[list[int]]]:
+    """One image [H, W, C] through the blocks of a stage; also the windows that each computes. before: by their shift,
+    those that the stage before it, of the same resolution, has computed."""
     logits, chosen = logits_of(grid, learned), []
     for block in blocks:
         windows = windows_of(*grid.shape[:2], tuple(block.window_size), tuple(block.shift_size))
         above = [w for w, window in enumerate(windows) if mean_of(logits, window) > float(learned["threshold"])]
+        if before is not None:
+            above = [w for w in above if w in before[tuple(block.shift_size)]]
         chosen.append(above)
         grid = run_block(block, grid, above)
     return grid, chosen
 
 
-def guidance(logits: Sequence[float], windows: Sequence[Sequence[int | None]], blurred: Sequence[bool]) -> float:
-    """Cross-entropy of the windows' confidences with whether any of their tokens is blurred, the mean over windows."""
+def guidance(
+    logits: Sequence[float],
+    windows: Sequence[Sequence[int | None]],
+    blurred: Sequence[bool],
+    *,
+    told: Sequence[float] | None = None,
+    gains: Sequence[float] | None = None,
+) -> float:
+    """Cross-entropy of the windows' confidences with whether any of their tokens is blurred, the mean over windows.
+    told: of each window one, or zero where nothing is decided. gains: of each token, by whose sum a blurred window
+    weighs, its mean over those being one, at most 15."""
+    wanted = [any(blurred[t] for t in window if t is not None) for window in windows]
+    weights = [1.0] * len(windows)
+    if gains is not None:
+        own = [max(sum(gains[t] for t in window if t is not None), 0.0) for window in windows]
+        mean = sum(one for one, is_blurred in zip(own, wanted, strict=True) if is_blurred) / max(sum(wanted), 1)
+        heavy = [min(one / mean, 15.0) if mean > 0 else 0.0 for one in own]
+        weights = [heavy[w] if wanted[w] else 1.0 for w in range(len(windows))]
     total = 0.0
-    for window in windows:
+    for w, window in enumerate(windows):
         probability = 1 / (1 + math.exp(-mean_of(logits, window)))
-        wanted = any(blurred[t] for t in window if t is not None)
-        total -= math.log(probability if wanted else 1 - probability)
+        entropy = -math.log(probability if wanted[w] else 1 - probability)
+        total += entropy * weights[w] * (1.0 if told is None else told[w])
     return total / len(windows)
 
 

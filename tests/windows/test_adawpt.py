@@ -110,6 +110,35 @@ def test_output_and_windows_are_those_of_the_loops() -> None:
             assert (place.source[image] >= 0).nonzero().flatten().tolist() == tokens
 
 
+def test_what_a_stage_has_left_out_stays_out_in_a_later_one_of_the_same_resolution() -> None:
+    model, x = network(), images(SIZE, 3).double().abs().clamp(0, 1)
+    learned = {stage: of_stage(model, stage, threshold) for stage, threshold in ((0, 0.1), (1, -0.1))}
+    chosen, expected, alone = [], [], []
+    with torch.no_grad():
+        for image in x:
+            first = model.patch_embed(image[None])[0]
+            grid, kept = run_stage(model.layers[0].blocks, first, learned[0])
+            before = dict(zip(((0, 0), (2, 2)), kept, strict=True))
+            alone += run_stage(model.layers[1].blocks, grid, learned[1])[1]
+            grid, later = run_stage(model.layers[1].blocks, grid, learned[1], before)
+            chosen.append(kept + later)
+            added = grid - first
+            tokens = model.head(torch.cat([added, model.weigh(added) * first], -1))
+            expected.append(image + nn.functional.pixel_shuffle(tokens.permute(2, 0, 1), 2))
+    narrowed = [block for image in chosen for block in image[2:]]
+    assert any(set(own) - set(block) for own, block in zip(alone, narrowed, strict=True))  # it would have taken more
+    assert any(len(image[2]) < len(image[0]) for image in chosen)  # and takes fewer than it may
+    patched(model, 0.0)
+    for stage, threshold in (("0", 0.1), ("1", -0.1)):
+        tokenprune.learned(model)[stage].threshold.fill_(threshold)
+    got = run(model, x)
+    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-9, atol=1e-9)
+    places = tokenprune.report(model).to_dict()["places"]
+    for number, place in enumerate(places):
+        left = [len(image[number]) for image in chosen]
+        assert (place["fewest"], place["most"]) == (min(left), max(left))
+
+
 def test_no_window_all_windows_and_an_image_without_any() -> None:
     model, x = network(), images(SIZE, 3).double().abs().clamp(0, 1)
     dense = run(model, x)
@@ -223,16 +252,21 @@ def test_the_loss_is_that_of_the_loops() -> None:
     mask[1, 23, 39] = True  # a single pixel, in the last window
     torch.manual_seed(2)
     lesson, _ = lesson_of(model, x, mask)
+    lesson.gains = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     told, number = [], 0
     with torch.no_grad():
         for image in range(2):
             grid, blurred, number = model.patch_embed(x[image : image + 1])[0], blurred_tokens(mask[image], 2), 0
+            gains = lesson.gains[image].unfold(0, 2, 2).unfold(1, 2, 2).mean((2, 3)).flatten().tolist()
+            computed: list[list[float]] = []
             for s, stage in enumerate(model.layers):
                 logits = logits_of(grid, of_stage(model, s, 0.0))
-                for shift in ((0, 0), (2, 2)):
-                    told.append(guidance(logits, windows_of(12, 20, (4, 4), shift), blurred))
+                for n, shift in enumerate(((0, 0), (2, 2))):
+                    windows, before = windows_of(12, 20, (4, 4), shift), computed[n] if s else None
+                    told.append(guidance(logits, windows, blurred, told=before, gains=gains))
                 for block in stage.blocks:
                     alive = lesson.alive[lesson.blocks[number]][image].tolist()
+                    computed.append(alive)
                     grid, number = run_block(block, grid, [w for w, one in enumerate(alive) if one]), number + 1
     width = 48
     block = 4 * width**2 + 2 * 16 * width + 4 * width**2

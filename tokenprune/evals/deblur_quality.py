@@ -23,7 +23,7 @@ from tokenprune.evals.local_blur import TEST_SHARES, Blurred, locally_blurred, p
 from tokenprune.evals.stats import bootstrap_mean
 from tokenprune.evals.table import Row, Table, environment, interval_cells
 
-SEEDS = (201, 202, 203)
+SEEDS = (301, 302, 303)
 METHODS = ("adawpt", "sparsevit", "random")
 BATCH = 10
 

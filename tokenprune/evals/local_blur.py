@@ -2,7 +2,8 @@
 
 Crops of photographs that come with scikit-image and scikit-learn. Within a random smooth outline a crop is blurred by a
 Gaussian of SIGMA pixels, without noise but rounded to bytes, and elsewhere it is the photograph: a blur that can be
-undone to a good part, by design. Crops of training, validation and test are of different photographs.
+undone to a good part, by design. Crops of training, validation and test are of different photographs;
+those of "more" are for what decides about windows, and the network has not seen them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Split = Literal["train", "val", "test"]
+Split = Literal["train", "more", "val", "test"]
 
 SIGMA = 1.0
 OUTLINE_CELLS = 3
@@ -23,6 +24,7 @@ OUTLINE_CELLS = 3
 
 PHOTOGRAPHS: dict[Split, tuple[str, ...]] = {
     "train": ("astronaut", "brick", "coins", "grass", "gravel", "rocket"),
+    "more": ("grace_hopper", "hubble_deep_field", "immunohistochemistry", "retina"),
     "val": ("camera",),
     "test": ("chelsea", "china", "coffee", "flower", "motorcycle"),
 }
@@ -41,7 +43,7 @@ class Blurred(NamedTuple):
 
 
 def locally_blurred(
-    split: Split,
+    split: Split | tuple[Split, ...],
     count: int,
     seed: int = 0,
     start: int = 0,
@@ -50,8 +52,10 @@ def locally_blurred(
     shares: tuple[float, float] = TEST_SHARES,
 ) -> Blurred:
     """Crops number `start` and following of a seed, of `size` pixels a side; each depends on the seed and its number
-    alone. shares: least and most of the area that is blurred, drawn evenly between."""
-    drawn = [_draw(PHOTOGRAPHS[split], seed, number, size, shares) for number in range(start, start + count)]
+    alone. split: one or several, of all of whose photographs they are. shares: least and most of the area that is
+    blurred, drawn evenly between."""
+    names = [name for one in ((split,) if isinstance(split, str) else split) for name in PHOTOGRAPHS[one]]
+    drawn = [_draw(names, seed, number, size, shares) for number in range(start, start + count)]
     images, sharp, mask, sources = zip(*drawn, strict=True)
     return Blurred(torch.stack(images), torch.stack(sharp), torch.stack(mask), sources)
 
@@ -113,6 +117,10 @@ def _photograph(name: str) -> Any:
         return load_sample_image(f"{name}.jpg")
     if name == "motorcycle":
         return data.stereo_motorcycle()[0]
+    if name == "grace_hopper":
+        from matplotlib import cbook, image
+
+        return image.imread(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
     return getattr(data, name)()
 
 

@@ -112,7 +112,7 @@ def _digits(name: str) -> LoadedModel:
     )
     mean, std = (digits.PIXEL_MEAN,) * 3, (digits.PIXEL_STD,) * 3
     test, held_out = (partial(digits_data, split=split, size=size) for split in ("test", "val"))
-    training = digits_training if name == DIGITS else None
+    training = partial(digits_training, size=size)
     transform = square_transform(size, mean, std)
     return LoadedModel(name, model, transform, mean, std, test, unlabelled=held_out, training=training)
 

@@ -36,11 +36,12 @@ def masks_data(count: int, seed: int) -> ImageData:
     return ImageData("masks of cluttered digits (test)", data.items, data.size, CLASSES, dense=True)
 
 
-def digits_training(count: int, seed: int) -> ImageData:
-    """The first `count` pictures of the training scans for a `seed`, each drawn when it is asked for."""
-    from tokenprune.evals.digits import NUM_CLASSES
+def digits_training(count: int, seed: int, size: int | None = None) -> ImageData:
+    """The first `count` pictures of the training scans for a `seed`, each drawn when it is asked for, of `size` pixels;
+    None for those that `digits-vit` takes."""
+    from tokenprune.evals.digits import IMAGE_SIZE, NUM_CLASSES
 
-    return ImageData("cluttered digits (train)", _DrawnDigits(seed), count, NUM_CLASSES)
+    return ImageData("cluttered digits (train)", _DrawnDigits(seed, size or IMAGE_SIZE), count, NUM_CLASSES)
 
 
 def masks_training(count: int, seed: int) -> ImageData:
@@ -83,13 +84,13 @@ def openclipart_data(folder: Path, size: int, mean: Sequence[float], std: Sequen
 
 
 class _DrawnDigits(Dataset[tuple[Tensor, int]]):
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, size: int) -> None:
+        self.seed, self.size = seed, size
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         from tokenprune.evals.digits import cluttered_digit_pictures, normalise
 
-        pictures, labels = cluttered_digit_pictures("train", 1, self.seed, index)
+        pictures, labels = cluttered_digit_pictures("train", 1, self.seed, index, size=self.size)
         return normalise(pictures)[0], int(labels[0])
 
 

@@ -2,11 +2,13 @@
 
     python -m tokenprune.evals.train_adawpt --output FOLDER
 
-The network stays as it is shipped. On crops of its training photographs the predictors first learn what is blurred,
-all windows computed; then the windows of each stage are drawn by Gumbel-softmax, and they learn by the error of what is
-restored, the mask of what is blurred, and the budget. After a fixed number of steps thresholds are found at which other
-crops of the same photographs cost the budget in the mean, with the same share of the windows in each stage. Nothing is
-chosen on test photographs. A training that was interrupted goes on exactly as it would have without.
+The network stays as it is shipped. On crops of its training photographs and some more the predictors first learn what
+is blurred to be seen (where the blur changed a pixel by more than VISIBLE), each window weighing what the network gains
+in it, all windows computed; then the windows of each stage are drawn by Gumbel-softmax, and they learn by the error of
+what is restored, that mask, and the budget. After a fixed number of steps thresholds of both stages are found at which
+crops of the validation photograph cost the budget in the mean: the pair, of several shares of the first stage, with
+which they are restored best. Nothing is chosen on test photographs. A training that was interrupted goes on exactly as
+it would have without.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ import tokenprune
 from tokenprune.adapters.timm_swin import TimmSwin
 from tokenprune.bisection import nearest_to
 from tokenprune.evals.deblur_swin import IMAGE_SIZE, deblur_swin
-from tokenprune.evals.local_blur import PHOTOGRAPHS, TEST_SHARES, locally_blurred
+from tokenprune.evals.local_blur import PHOTOGRAPHS, TEST_SHARES, Blurred, Split, locally_blurred, psnr
 from tokenprune.evals.resumable import Rates, Resumable, run
 from tokenprune.evals.train_deblur import error
 from tokenprune.family import active_patches
@@ -39,8 +41,10 @@ from tokenprune.windows.patch import WindowsPatch
 
 METHOD, FLOPS = "adawpt", 0.5
 SEED = 1
-GUIDED_STEPS = 700
-STEPS = 1150
+SPLITS: tuple[Split, ...] = ("train", "more")
+VISIBLE = 1.5 / 255
+GUIDED_STEPS = 1500
+STEPS = 1800
 BATCH = 4
 CROP = 96
 SHARES = (0.2, 0.7)
@@ -55,7 +59,10 @@ RATES = Rates(warmup=20, cooldown_share=0.7, last_share=0.01)
 LOG_EVERY = 50
 SAVE_EVERY = 25
 CALIBRATION_CROPS = 24
-LARGEST, NEAR, ROUNDS = 4.0, 0.003, 8
+FIRST_SHARES = (0.4, 0.5, 0.6, 0.7)
+"""Of the windows, that the first stage computes in the pairs of thresholds that are tried."""
+
+LARGEST, NEAR, ROUNDS = 16.0, 0.003, 10
 
 
 class Training(Resumable):
@@ -73,6 +80,17 @@ class Training(Resumable):
         optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=WEIGHT_DECAY)
         super().__init__(parts, optimizer, clip_norm=CLIP_NORM, ema_decay=EMA_DECAY)
 
+    def dense(self, images: Tensor) -> Tensor:
+        """What the network makes of images with all windows computed."""
+        lesson = WindowLesson(torch.zeros_like(images[:, 0]), self.patch.share_of_cost, whole=True)
+        self.patch.lesson = lesson
+        try:
+            with torch.no_grad():
+                restored: Tensor = self.network(images)
+        finally:
+            self.patch.lesson = None
+        return restored
+
     def advance(self) -> None:
         """One step, and at every LOG_EVERY-th a line of the log."""
         start = time.process_time()
@@ -81,11 +99,14 @@ class Training(Resumable):
         if self.step == GUIDED_STEPS:
             self.average = {key: value.clone() for key, value in self.model.state_dict().items()}
         torch.manual_seed(SEED * 1_000_003 + self.step)  # for the draws
-        drawn = locally_blurred("train", BATCH, SEED, self.step * BATCH, size=CROP, shares=SHARES)
+        drawn = locally_blurred(SPLITS, BATCH, SEED, self.step * BATCH, size=CROP, shares=SHARES)
         guided_only = self.step < GUIDED_STEPS
-        self.patch.lesson = lesson = WindowLesson(drawn.mask, self.patch.share_of_cost, whole=guided_only)
+        dense = None if guided_only else self.dense(drawn.images)
+        self.patch.lesson = lesson = WindowLesson(visible(drawn), self.patch.share_of_cost, whole=guided_only)
         try:
-            restored = error(self.network(drawn.images), drawn.sharp)
+            output = self.network(drawn.images)
+            lesson.gains = gained(drawn, output.detach() if dense is None else dense)
+            restored = error(output, drawn.sharp)
             self.descend(RESTORATION * restored + guided(lesson, FLOPS))
         finally:
             self.patch.lesson = None
@@ -105,43 +126,67 @@ def rate_at(step: int, steps: int) -> float:
     return RATES(step - GUIDED_STEPS, steps - GUIDED_STEPS, RATE)
 
 
+def visible(drawn: Blurred) -> Tensor:
+    """[N, H, W] where the blur is to be seen."""
+    return (drawn.images - drawn.sharp).abs().amax(1) > VISIBLE
+
+
+def gained(drawn: Blurred, restored: Tensor) -> Tensor:
+    """[N, H, W] how much the squared error of each pixel falls."""
+    before, after = ((images - drawn.sharp).square().sum(1) for images in (drawn.images, restored))
+    return before - after
+
+
 def windows_patch(model: nn.Module) -> WindowsPatch:
     """The patch on a model of windows."""
     return next(one for one in active_patches(model).values() if isinstance(one, WindowsPatch))
 
 
 def calibrated(training: Training) -> LearnedParts:
-    """The averaged predictors with thresholds at which the same share of the windows is computed in every stage and
-    crops of training photographs cost FLOPS in the mean."""
+    """The averaged predictors with the thresholds at which crops of the validation photograph cost FLOPS in the mean
+    and are restored best, of the pairs in which the first stage computes each of FIRST_SHARES."""
     model, patch = training.network, training.patch
     assert patch.learned is not None
     patch.learned.load_state_dict(training.average)
-    crops = locally_blurred("train", CALIBRATION_CROPS, SEED + 1, size=IMAGE_SIZE, shares=TEST_SHARES).images
+    drawn = locally_blurred("val", CALIBRATION_CROPS, SEED + 1, size=IMAGE_SIZE, shares=TEST_SHARES)
+    first, second = (cast(Predictor, patch.learned[stage]) for stage in ("0", "1"))
 
-    assert patch.costs is not None
-    layouts, grid = patch.layouts, patch.usual
-    none, every = (
-        patch.costs.total(grid, {index: share * layout.windows(grid) for index, layout in enumerate(layouts)})
-        / patch.costs.total(grid, {})
-        for share in (0, 1)
-    )
-    wanted = (FLOPS - none) / (every - none)
-    for stage, part in patch.learned.items():
-        assert isinstance(part, Predictor)
+    def met(part: Predictor, wanted: float, measured: Callable[[], float]) -> float:
+        """The value of `measured`, nearest to `wanted`, at a threshold of a part, which is set."""
 
-        def tried(threshold: float, stage: str = stage, part: Predictor = part) -> tuple[float, float]:
+        def tried(threshold: float) -> tuple[float, float]:
             part.threshold.fill_(threshold)
-            return mean_share(model, crops, int(stage)), threshold
+            return measured(), threshold
 
-        _, threshold = nearest_to(wanted, tried, -LARGEST, LARGEST, first=0.0, rising=False, near=NEAR, rounds=ROUNDS)
+        value, threshold = nearest_to(
+            wanted, tried, -LARGEST, LARGEST, first=0.0, rising=False, near=NEAR, rounds=ROUNDS
+        )
         part.threshold.fill_(threshold)
+        return value
+
+    pairs = []
+    for share in FIRST_SHARES:
+        second.threshold.fill_(LARGEST)
+        met(first, share, lambda: mean_share(model, drawn.images, 0))
+        second.threshold.fill_(-LARGEST)
+        if (cost := mean_cost(model, drawn.images)) > FLOPS:
+            cost = met(second, FLOPS, lambda: mean_cost(model, drawn.images))
+        elif cost < FLOPS - NEAR:
+            continue  # there is more to spend, on a larger share
+        pairs.append((mean_psnr(model, drawn), first.threshold.item(), second.threshold.item()))
+    if pairs:
+        _, *thresholds = max(pairs)
+        for part, threshold in zip((first, second), thresholds, strict=True):
+            part.threshold.fill_(threshold)
+    crops = drawn.images
     ratio = mean_cost(model, crops)
     tensors = {name: tensor.detach().clone() for name, tensor in patch.learned.state_dict().items()}
     found: dict[str, Any] = {
         "flops": FLOPS,
         "flops_ratio": ratio,
         "calibration_crops": CALIBRATION_CROPS,
-        "data": "training photographs of tokenprune.evals.local_blur: " + ", ".join(PHOTOGRAPHS["train"]),
+        "data": "photographs of tokenprune.evals.local_blur: "
+        + ", ".join(name for split in SPLITS for name in PHOTOGRAPHS[split]),
         "steps": training.steps,
         "guided_steps": GUIDED_STEPS,
         "batch_size": BATCH,
@@ -165,6 +210,13 @@ def mean_cost(model: nn.Module, images: Tensor, batch: int = 8) -> float:
             model(part)
             total += len(part) * tokenprune.report(model).to_dict()["flops_ratio"]
     return total / len(images)
+
+
+def mean_psnr(model: nn.Module, drawn: Blurred, batch: int = 8) -> float:
+    """PSNR in dB within the blurred part behind a model, the mean over crops."""
+    with torch.inference_mode():
+        restored = torch.cat([model(part) for part in torch.split(drawn.images, batch)])
+    return psnr(restored, drawn.sharp, drawn.mask).mean().item()
 
 
 def mean_share(model: nn.Module, images: Tensor, stage: int, batch: int = 8) -> float:

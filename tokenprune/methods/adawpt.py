@@ -17,6 +17,7 @@ from tokenprune.selection.top_k import first_of
 from tokenprune.windows.lesson import WindowLesson
 
 GUIDANCE, PENALTY = 1.0, 10.0
+HEAVIEST = 15.0
 RATE = 2e-3
 
 
@@ -73,13 +74,24 @@ def drawn(scores: Tensor) -> Tensor:
 def guided(lesson: WindowLesson, flops: float) -> Tensor:
     """GUIDANCE times the cross-entropy of the confidences with the windows in which something is blurred, the mean over
     all windows that are chosen at a time (section 3.3), and PENALTY times the squared difference between the share of
-    the multiply-adds and `flops`."""
-    told = [
-        functional.binary_cross_entropy_with_logits(scores, lesson.marked_windows(key).to(scores.dtype))
-        for key, scores in lesson.confidences.items()
-    ]
+    the multiply-adds and `flops`. Where the lesson has gains, a blurred window weighs as much as its own is of the mean
+    over those of its image, at most HEAVIEST, and every other one as much as the mean. A window that an earlier stage
+    has left out is not told: nothing is decided there."""
+    told = []
+    for key, scores in lesson.confidences.items():
+        marked, before = lesson.marked_windows(key), lesson.alive_before(key)
+        weight = torch.ones_like(scores) if lesson.gains is None else _weights(marked, lesson.window_gains(key))
+        if before is not None:
+            weight = weight * before.detach()
+        told.append(functional.binary_cross_entropy_with_logits(scores, marked.to(scores.dtype), weight))
     penalty: Tensor = PENALTY * (lesson.cost() - flops) ** 2
     return GUIDANCE * torch.stack(told).mean() + penalty
+
+
+def _weights(marked: Tensor, gains: Tensor) -> Tensor:
+    own = gains.clamp(min=0) * marked
+    mean = own.sum(1, keepdim=True) / marked.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(marked, (own / mean.clamp(min=torch.finfo(own.dtype).tiny)).clamp(max=HEAVIEST), 1.0)
 
 
 def rate(name: str, steps: int) -> float:
@@ -96,10 +108,11 @@ def adawpt() -> Method:
     and pass the others through unchanged.
 
     Each stage has a predictor in front of its first block; a window's confidence is the mean of its tokens', in blocks
-    with shifted windows as in the others. `python -m tokenprune.evals.train_adawpt` learns them for the shipped
-    restoration network, by its loss and a mask of what is blurred, while the network's own weights stay as they are.
-    flops= names the budget that they were learned for, met in the mean over images; keep= and schedule= bound the share
-    computed of each image.
+    with shifted windows as in the others. What a stage has left out stays out in later ones of the same resolution,
+    window by window, and shifted ones apart from the others. `python -m tokenprune.evals.train_adawpt` learns them for
+    the shipped restoration network, by its loss and a mask of what is blurred, while the network's own weights stay as
+    they are. flops= names the budget that they were learned for, met in the mean over images; keep= and schedule= bound
+    the share computed of each image.
     """
     return Method(
         name="adawpt",
@@ -111,5 +124,6 @@ def adawpt() -> Method:
         needs=frozenset({"windows"}),
         window_score="mean",
         window_mask=drawn,
+        window_nested=True,
         learned=LEARNED,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.budget import is_number
 from tokenprune.errors import BudgetError
+from tokenprune.learning import Recipe
 from tokenprune.method import Method
 from tokenprune.registry import register_method
 from tokenprune.schedule import Stages
@@ -21,6 +22,9 @@ from tokenprune.selection.top_k import keep_top_k
 
 # Of Swin-T's four stages, one ratio for each pair of blocks: the 1.4 times faster of the published models.
 SWIN_T = ((0.6,), (0.0,), (0.2, 0.4, 0.5), (0.0,))
+
+# Sparsity-aware adaptation as published; weight decay and batch are those with which Swin itself is tuned.
+ADAPTATION = Recipe(epochs=12, batch_size=64, opt="adamw", weight_decay=0.05, model_rate=1e-5)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ def sparsevit(*, ratios: Sequence[float] | None = None, adapt: float | None = No
         window_ratios=schedule.of_blocks,
         window_draw=None if adapt is None else partial(drawn_ratios, most=adapt),
         training_only=adapt is not None,
+        tuning=None if adapt is None else ADAPTATION,
     )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.models import DIGITS, MASKS, load_model
+from tokenprune.evals.models import DIGITS, MASKS, SWIN, load_model
+from tokenprune.registry import make_method
 from tokenprune.training.trainer import train
 
 OWN_SAMPLES = 6400
@@ -17,7 +18,8 @@ OWN_SAMPLES = 6400
 
 def run(options: argparse.Namespace) -> int:
     """Train what the method learns, and print what came of it."""
-    if options.flops is None:
+    own = _of_method(options)
+    if options.flops is None and make_method(options.method, own).tuning is None:
         raise TokenPruneError(
             f"--flops is missing, the share that is to be computed: --method {options.method} --flops 0.6"
         )
@@ -28,13 +30,13 @@ def run(options: argparse.Namespace) -> int:
     if options.data is None and loaded.training is None:
         raise TokenPruneError(f"{options.model} has no images of its own to train on; name some with --data")
     if options.samples is not None and (options.data is not None or loaded.training is None):
-        raise TokenPruneError(f"--samples is of the images that {DIGITS} and {MASKS} have themselves")
+        raise TokenPruneError(f"--samples is of the images that {DIGITS}, {SWIN} and {MASKS} have themselves")
     images: object = options.data
     transform = None
     if options.data is None:
         assert loaded.training is not None
         images = loaded.training(options.samples or OWN_SAMPLES, options.seed)
-    elif options.model == DIGITS:
+    elif options.model in (DIGITS, SWIN):
         transform = loaded.transform  # a digit turned over is another one
     parts = train(
         loaded.model,
@@ -58,12 +60,13 @@ def run(options: argparse.Namespace) -> int:
         transform=transform,
         split=options.split,
         show_progress=not options.quiet,
-        **_of_method(options),
+        **own,
     )
     if options.format == "json":
         print(json.dumps(parts.found, indent=2))
         return 0
-    told = ", ".join(f"{name} {parts.found[name]:.4g}" for name in ("loss", "kept", "flops_ratio"))
+    names = [name for name in ("loss", "kept", "flops_ratio") if name in parts.found]
+    told = ", ".join(f"{name} {parts.found[name]:.4g}" for name in names)
     print(f"{parts.found['steps']} steps: {told}; written to {options.output}")
     return 0
 

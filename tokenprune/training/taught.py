@@ -18,7 +18,10 @@ class Taught(nn.Module):
     """What the optimiser and DDP see. model: patched by `patch`. last: its last block. width: channels of its tokens.
     flops: the budget. smoothing: of the labels. across: the mean of a tensor over all processes. teacher: the model as
     it was and its last block, None where that is `model` unpatched. progress: the share of the training that is done.
+    told: names of what the loss consists of.
     """
+
+    told = ("loss", "added_loss", "kept")
 
     def __init__(
         self,
@@ -76,9 +79,9 @@ class Taught(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Logits, and the tokens behind the last block where they are compared."""
         if not self.distill.tokens:
-            return _logits(model(images), labels), None
+            return logits_of(model(images), labels), None
         with outputs_of(last) as caught:
-            logits = _logits(model(images), labels)
+            logits = logits_of(model(images), labels)
         return logits, caught[0]
 
     def _teacher(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +107,7 @@ class Taught(nn.Module):
         return costs.total(tokens, leaving, adaptive=True) / costs.total(tokens)
 
 
-def _logits(output: object, labels: Tensor) -> Tensor:
+def logits_of(output: object, labels: Tensor) -> Tensor:
     """The logits [B, classes] of labels [B], or [B, classes, h, w] of [B, h, w]."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 1 + labels.ndim or logits.shape[2:] != labels.shape[1:]:

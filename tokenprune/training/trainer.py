@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -31,6 +32,7 @@ from tokenprune.training.session import (
 )
 from tokenprune.training.state import FILE
 from tokenprune.training.taught import Taught
+from tokenprune.training.tuning import Tuned, check_tuning, described, tuning
 from tokenprune.training.work import Work
 
 MEASURED = 256
@@ -43,7 +45,7 @@ def train(
     images: object,
     method: str = "ltmp",
     *,
-    flops: float,
+    flops: float | None = None,
     output: str | PathLike[str] | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -64,12 +66,15 @@ def train(
     **options: Any,
 ) -> LearnedParts:
     """Train what `method` learns on `model`, an image tower with a classifier, or what holds one and puts out maps of
-    logits [B, classes, h, w]. The model's own weights stay as they are, or are trained at a model_rate.
+    logits [B, classes, h, w]. The model's own weights stay as they are, or are trained at a model_rate. Under a method
+    that acts in training forwards alone and says how it trains ("sparsevit" with adapt=, SparseViT's sparsity-aware
+    adaptation), they are all that learns, in training mode.
 
     images: a pair of images [N, C, H, W] and labels [N], or maps of labels [N, h, w], a folder with a subfolder for
     each class, a Hugging Face data set (of its `split`), or an `ImageData`. transform: from an RGB PIL image to
     [C, H, W]; None takes timm's training transform of the model. flops: share of the multiply-adds, scoring counted,
-    that the mean image is to cost; what a method has learned that scores for any budget is used at others too.
+    that the mean image is to cost; what a method has learned that scores for any budget is used at others too. None
+    where the model's own weights are all that learns.
 
     output: a folder for what is learned (`learned.safetensors` and `learned.json`) and for the state, every
     `save_every` steps, from which a call with the same arguments goes on exactly where a killed one has stopped.
@@ -85,15 +90,16 @@ def train(
     block, layer-normalised without a scale. The second is of methods that mask, as mixed tokens have no teacher.
 
     model_rate: peak learning rate of the model's own weights that require a gradient; None takes the recipe's, which is
-    0.0, none at all, of every method here. Above zero the model is changed, and `model.safetensors` in the folder has
-    its weights, which belong to what is learned (DynamicViT was published with a hundredth of its rate, 1e-5). It stays
-    in eval mode, and the teacher is a copy of what it was.
+    0.0, none at all, of every method here that learns parts. Above zero the model is changed, and `model.safetensors`
+    in the folder has its weights, which belong to what is learned (DynamicViT was published with a hundredth of its
+    rate, 1e-5). With learned parts it stays in eval mode, and the teacher is a copy of what it was.
 
     Under `accelerate launch` it runs on as many processes and machines as that says, each calling this with the same
     arguments. mixed_precision: "bf16" or "fp16", None as accelerate is set up.
 
-    Returns what `tokenprune.patch(model, method, weights=...)` takes. But for its trained weights the model is left as
-    it is.
+    Returns what `tokenprune.patch(model, method, weights=...)` takes, and where the model's own weights are all that
+    learns, parts without tensors, which say in `found` how those were trained; `model.json` beside `model.safetensors`
+    says it then. But for its trained weights the model is left as it is.
 
     Raises:
         BudgetError: `flops` is no share in (0, 1], or one that the method cannot meet.
@@ -102,13 +108,18 @@ def train(
         TokenPruneError: no images, fewer than a step takes, no labels, a state of another training, a loss that is not
             finite (the state then stays the last one that was written).
     """
-    aim, recipe = checked_share("flops", flops), _recipe(method, options)
+    tuned, recipe = _recipe(method, options)
     distill = Distillation(
         checked_weight("distill_logits", recipe.distill_logits if distill_logits is None else distill_logits),
         checked_weight("distill_tokens", recipe.distill_tokens if distill_tokens is None else distill_tokens),
     )
     own = checked_weight("model_rate", recipe.model_rate if model_rate is None else model_rate, example=1e-5)
-    start = start_of(model, method, aim, seed, distill, own, options)
+    if tuned:
+        check_tuning(method, flops, distill, own)
+        start = described(model, method, options)
+    else:
+        flops = checked_share("flops", flops)
+        start = start_of(model, method, flops, seed, distill, own, options)
     data = _labelled(images, model, transform, split)
     accelerator = accelerator_of(mixed_precision, checked_count("accumulate", accumulate, smallest=1, example=1))
     accumulate, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
@@ -126,7 +137,7 @@ def train(
     written = {
         "method": method,
         "options": dict(options),
-        "flops": aim,
+        "flops": flops,
         "epochs": epochs,
         "batch_size": batch,
         "processes": processes,
@@ -153,21 +164,30 @@ def train(
         process=accelerator.process_index,
         processes=processes,
     )
-    asked, seeded = session_options(make_method(method, options), options, aim, start), seed + accelerator.process_index
-    teacher = twin(model).to(accelerator.device) if distill and own else None
-    with session(model, method, asked, start, data, accelerator.device, seeded, frozen=not own) as patch:
-        taught = Taught(
-            model,
-            patch,
-            last=last_block(model, patch),
-            width=int(start.architecture["width"]),
-            flops=aim,
-            smoothing=recipe.smoothing,
-            distill=distill,
-            across=partial(accelerator.reduce, reduction="mean"),
-            teacher=None if teacher is None else (teacher, last_block(teacher, patch)),
-        )
-        work = Work(patch, taught, accelerator, start, written, steps=per_epoch * epochs, per_epoch=per_epoch)
+    seeded = seed + accelerator.process_index
+    with ExitStack() as stack:
+        taught: Taught | Tuned
+        if flops is None:
+            stack.enter_context(tuning(model, method, options, accelerator.device, seeded))
+            taught = Tuned(model, recipe.smoothing)
+        else:
+            asked = session_options(make_method(method, options), options, flops, start)
+            teacher = twin(model).to(accelerator.device) if distill and own else None
+            patch = stack.enter_context(
+                session(model, method, asked, start, data, accelerator.device, seeded, frozen=not own)
+            )
+            taught = Taught(
+                model,
+                patch,
+                last=last_block(model, patch),
+                width=int(start.architecture["width"]),
+                flops=flops,
+                smoothing=recipe.smoothing,
+                distill=distill,
+                across=partial(accelerator.reduce, reduction="mean"),
+                teacher=None if teacher is None else (teacher, last_block(teacher, patch)),
+            )
+        work = Work(taught, accelerator, start, written, paper=recipe, steps=per_epoch * epochs, per_epoch=per_epoch)
         state = None if output is None else Path(output) / FILE
         if state is not None and state.exists():
             work.resume(state)
@@ -175,6 +195,8 @@ def train(
         taken = loader(data.by_number(), order, workers=workers)
         work.run(taken, state, accumulate=accumulate, save_every=save_every, show=show_progress)
         parts = work.parts()
+    if tuned:
+        return parts
     if own:
         parts = replace(parts, norms=norms_of(model))
     items = ByTurn(data.by_number(), seed)
@@ -186,11 +208,14 @@ def train(
     return parts
 
 
-def _recipe(method: str, options: dict[str, Any]) -> Recipe:
-    learned = make_method(method, options).learned
-    if learned is None:
-        raise UnsupportedMethod(f"{method} learns nothing: patch(model, {method!r}, flops=0.6) works as it is")
-    return learned.recipe
+def _recipe(method: str, options: dict[str, Any]) -> tuple[bool, Recipe]:
+    """Whether the model's own weights are all that is trained, and how the paper trains."""
+    made = make_method(method, options)
+    if made.learned is not None:
+        return False, made.learned.recipe
+    if made.tuning is not None:
+        return True, made.tuning
+    raise UnsupportedMethod(f"{method} learns nothing: patch(model, {method!r}, flops=0.6) works as it is")
 
 
 def _labelled(source: object, model: nn.Module, transform: Transform | None, split: str | None) -> ImageData:

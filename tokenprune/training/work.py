@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.learned_parts import LearnedParts, safetensors, write_whole
-from tokenprune.patch import Patch
+from tokenprune.learning import Recipe
 from tokenprune.training.state import generators, read_state, set_generators, write_state
 from tokenprune.training.taught import Taught
+from tokenprune.training.tuning import Tuned, write_record
 
 MODEL = "model.safetensors"
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly")
@@ -29,26 +30,24 @@ _MODEL = "the model's own weights"
 
 class Work:
     """model: that whose own weights are trained too, None where they stay. step: how many of `steps` are done. history:
-    of each the loss of the task, what the method adds, and the share of the tokens behind the last place, means over
-    all processes. saved: the step of the last state, if any."""
+    of each what its loss consists of, means over all processes. saved: the step of the last state, if any."""
 
     def __init__(
         self,
-        patch: Patch,
-        taught: Taught,
+        taught: Taught | Tuned,
         accelerator: Any,
         start: LearnedParts,
         recipe: Mapping[str, Any],
         *,
+        paper: Recipe,
         steps: int,
         per_epoch: int,
     ) -> None:
         from timm.optim import create_optimizer_v2, list_optimizers
         from timm.scheduler import create_scheduler_v2
 
-        assert patch.learned is not None
-        assert patch.method.learned is not None
-        self.learned, self.declared = patch.learned, patch.method.learned
+        self.learned = taught.parts if isinstance(taught, Taught) else nn.ModuleDict()
+        self.declared = taught.patch.method.learned if isinstance(taught, Taught) else None
         self.accelerator, self.start, self.recipe, self.steps = accelerator, start, recipe, steps
         self.step, self.saved, self.history = 0, 0, list[list[float]]()
         if recipe["sched"] not in SCHEDULERS:
@@ -58,12 +57,13 @@ class Work:
         groups: dict[str, list[Tensor]] = {}
         for name, parameter in self.learned.named_parameters():
             groups.setdefault(name.split(".", 1)[1], []).append(parameter)
-        rates = {name: recipe["learning_rate"] * self.declared.rate(name, steps) for name in groups}
+        rates: dict[str, float] = {}
+        if self.declared is not None:
+            rates = {name: recipe["learning_rate"] * self.declared.rate(name, steps) for name in groups}
         self.model = taught.model if recipe["model_rate"] else None
         if self.model is not None:
             groups[_MODEL] = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             rates[_MODEL] = recipe["learning_rate"] * recipe["model_rate"]
-        paper = self.declared.recipe
         if recipe["opt"] not in list_optimizers():
             raise TokenPruneError(f"opt={recipe['opt']!r} is none of timm's: {', '.join(list_optimizers())}")
         optimizer = create_optimizer_v2(
@@ -98,18 +98,18 @@ class Work:
                     raise TokenPruneError(self._not_finite(seen, state))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                for part in self.learned.values():
-                    if self.declared.settle is not None:
+                if self.declared is not None and self.declared.settle is not None:
+                    for part in self.learned.values():
                         self.declared.settle(part)
                 self.step += 1
                 self.history.append(seen)
                 bar.update(1)
-                bar.set_postfix(loss=f"{seen[0]:.3f}", added=f"{seen[1]:.4f}", kept=f"{seen[2]:.3f}")
+                bar.set_postfix({name: f"{one:.4f}" for name, one in zip(self.inner.told, seen, strict=True)})
                 if state is not None and (self.step == self.steps or self.step % save_every == 0):
                     self.save(state)
 
     def _gradients(self, taken: Iterator[tuple[Tensor, Tensor]], accumulate: int) -> list[float]:
-        total = torch.zeros(3, device=self.accelerator.device)
+        total = torch.zeros(len(self.inner.told), device=self.accelerator.device)
         for turn in range(accumulate):
             images, labels = (x.to(self.accelerator.device, non_blocking=True) for x in next(taken))
             last = turn == accumulate - 1
@@ -122,34 +122,39 @@ class Work:
 
     def _not_finite(self, seen: list[float], state: Path | None) -> str:
         kept = f"{state} is that of step {self.saved}" if self.saved else "no state had been written"
+        added = f" and {seen[1]:g} that the method adds" if len(seen) > 1 else ""
         return (
-            f"the loss of step {self.step + 1} is {seen[0]:g} for the task and {seen[1]:g} that the method adds, and"
-            f" the training stops; {kept}. Look for NaN among the images and in the model's output; a smaller"
-            " learning_rate or mixed_precision='no' may help"
+            f"the loss of step {self.step + 1} is {seen[0]:g} for the task{added}, and the training stops; {kept}."
+            " Look for NaN among the images and in the model's output; a smaller learning_rate or"
+            " mixed_precision='no' may help"
         )
 
     def parts(self) -> LearnedParts:
         """What is learned so far."""
-        strip = self.declared.strip
+        strip = None if self.declared is None else self.declared.strip
         states = {place: part.state_dict() if strip is None else strip(part) for place, part in self.learned.items()}
         tensors = {
             f"{place}.{name}": tensor.detach().cpu().clone()
             for place, state in states.items()
             for name, tensor in state.items()
         }
-        names = ["flops", "data", "images", "epochs", "batch_size", "processes", "accumulate", "learning_rate", "seed"]
+        names = ["flops"] if self.declared is not None else []
+        names += ["data", "images", "epochs", "batch_size", "processes", "accumulate", "learning_rate", "seed"]
         names += ["labels"] if self.recipe["labels"] == "maps" else []
         names += [name for name in ("distill_logits", "distill_tokens", "model_rate") if self.recipe[name]]
         found = {name: self.recipe[name] for name in names} | {"steps": self.step}
         if self.history:
-            found |= dict(zip(("loss", "added_loss", "kept"), self.history[-1], strict=True))
+            found |= dict(zip(self.inner.told, self.history[-1], strict=True))
         return replace(self.start, tensors=tensors, found=found)
 
     def save(self, path: Path) -> None:
         """Write the state to `path`, and what is learned beside it, with the model's weights where they are trained."""
         states = [self.accelerator.gather(one.to(self.accelerator.device)[None]).cpu() for one in generators()]
         if self.accelerator.is_main_process:
-            self.parts().save(path.parent)
+            if self.declared is not None:
+                self.parts().save(path.parent)
+            else:
+                write_record(path.parent, self.parts())
             own = None if self.model is None else {name: x.cpu().clone() for name, x in self.model.state_dict().items()}
             if own is not None:
                 write_whole(path.parent / MODEL, safetensors().torch.save(own))
@@ -191,7 +196,7 @@ class _NoBar:
     def update(self, _: int) -> None:
         """Nothing to show."""
 
-    def set_postfix(self, **_: str) -> None:
+    def set_postfix(self, _: Mapping[str, str]) -> None:
         """Nothing to show."""
 
 

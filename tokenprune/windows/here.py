@@ -29,15 +29,17 @@ class Running(Protocol):
 @dataclass(eq=False)
 class Pass:
     """One forward. grid: the first one. keep: {block: windows computed}, those left whole are not in it. scores:
-    {stage: [B, n] what each token counts, None where the method does not look}. forward: the recording of it, where one
-    is wanted. outer, site: the forward and the block in a hook of which this one runs, of this or another model. depth:
-    see `_Here`."""
+    {stage: [B, n] what each token counts, None where the method does not look}. computed: of a method that nests its
+    choices, {(grid, tiling): stage -> [B, W] windows that any of its blocks has computed}. forward: the recording of
+    it, where one is wanted. outer, site: the forward and the block in a hook of which this one runs, of this or another
+    model. depth: see `_Here`."""
 
     patch: WindowsPatch
     grid: Grid
     keep: dict[int, int]
     forward: Forward | None = None
     scores: dict[int, Tensor | None] = field(default_factory=dict)
+    computed: dict[tuple[Grid, Tiling], dict[int, Tensor]] = field(default_factory=dict)
     outer: Pass | None = None
     site: Running | None = None
     depth: int = 0

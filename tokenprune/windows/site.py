@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -101,10 +102,17 @@ class BlockSite:
             return replace(choose(tiling, grid, index, record.origin), alive=alive)
         if self.patch.probe is not None and self.patch.method.adaptive:  # which costs as much as any other
             return choose(tiling, grid, index, record.origin[:, :keep])
+        earlier = None
+        if self.patch.method.window_nested and scores is not None:
+            earlier = now.computed.setdefault((grid, tiling), {})
+            scores = _within(scores, earlier, self.layout.stage)
         selected = self.patch.method.select(scores, record, keep)
         if isinstance(selected, RaggedReduction):
             kept = selected.target == record.origin
             self._count(kept)
+            if earlier is not None:
+                stage = self.layout.stage
+                earlier[stage] = kept | earlier[stage] if stage in earlier else kept
             chosen = choose_packed(tiling, grid, index, kept)
         else:
             self._check(selected, keep)
@@ -132,7 +140,9 @@ class BlockSite:
         lesson.blocks[self.index], lesson.grids[self.layout.stage] = key, grid
         if key not in lesson.alive:
             draw = torch.ones_like if lesson.whole else self.patch.method.window_mask
-            lesson.confidences[key], lesson.alive[key] = scores, draw(scores)
+            before = lesson.alive_before(key) if self.patch.method.window_nested else None
+            own = draw(scores)
+            lesson.confidences[key], lesson.alive[key] = scores, own if before is None else own * before
         return lesson.alive[key]
 
     def _scored(self, now: Pass, x: Tensor, index: Tensor) -> tuple[AttentionRecord, Tensor | None]:
@@ -163,6 +173,12 @@ class BlockSite:
         windows = positions(index.shape[0], x).expand(x.shape[0], -1)
         tiles = self.layout.tiling.tiles(grid)
         return replace(record, hidden=hidden[:, :0], origin=windows, grid=tiles), scores
+
+
+def _within(scores: Tensor, earlier: Mapping[int, Tensor], stage: int) -> Tensor:
+    """Scores [B, W] of a stage, without those of windows that the last of the `earlier` stages has left out."""
+    before = max((other for other in earlier if other < stage), default=None)
+    return scores if before is None else scores.masked_fill(~earlier[before], -torch.inf)
 
 
 def _record(layout: Layout, computed: Tensor, grid: Grid) -> PlaceRecord:
