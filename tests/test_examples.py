@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ import torch
 import transformers
 import zoo
 from accelerate import Accelerator
-from example import load
+from example import EXAMPLES, load
+from families import METHODS, full_but
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,7 +25,7 @@ from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import tokenprune
-from tokenprune import UnsupportedModel
+from tokenprune import UnsupportedModel, cli
 
 NAME = "vit_tiny_patch16_224"
 SHAPE: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "num_heads": 3, "depth": 4}
@@ -239,8 +243,53 @@ def test_accelerate(tmp_path: Path) -> None:
     assert torch.equal(*outputs)
 
 
-@pytest.mark.full
 @pytest.mark.usefixtures("in_timm")
 @pytest.mark.filterwarnings("ignore")
-def test_onnx(tmp_path: Path) -> None:
-    assert load("onnx_export").main([str(tmp_path / "vit.onnx"), "--method", "tome"]) < 1e-4
+@pytest.mark.parametrize("method", full_but(("top_k", "uniform"), (*METHODS, "ltmp_fixed")))
+def test_onnx(method: str, tmp_path: Path) -> None:
+    assert load("onnx_export").main([str(tmp_path / "vit.onnx"), "--method", method]) < 1e-4
+
+
+def files_of_examples() -> list[Path]:
+    return sorted(path for path in EXAMPLES.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+
+
+def tests_of(name: str) -> list[str]:
+    """The tests that load or run the example of that name."""
+    used = re.compile(rf'load\("{name}"\)|"{name}\.py"')
+    return [path.name for path in Path(__file__).parent.rglob("test_*.py") if used.search(path.read_text())]
+
+
+@pytest.mark.parametrize("path", files_of_examples(), ids=lambda path: path.name)
+def test_nothing_in_the_examples_is_untested(path: Path) -> None:
+    if path.suffix == ".sh":
+        check_script(path)
+        return
+    assert path.suffix == ".py", f"{path.name}: nothing here runs or checks a file like this"
+    top = path.relative_to(EXAMPLES).parts[0]
+    assert tests_of(top.removesuffix(".py")), f"no test loads or runs {top}"
+
+
+def check_script(path: Path) -> None:
+    """A script of bash whose command our parser takes, with the arguments that it is shown with."""
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text().replace("\\\n", " ")
+    shown = re.search(rf"{path.name} (--.*)", re.sub(r"\s*\\?\n#\s{{4,}}", " ", path.read_text()))
+    command = re.search(r"-m tokenprune\.cli (.*)", text)
+    assert shown is not None, "no comment shows how it is started"
+    assert command is not None, "it runs something else"
+    arguments = command[1].replace('"$@"', shown[1].replace("\\", ""))
+    assert cli.parser().parse_args(shlex.split(arguments)).command in cli.SHARED_OUT
+
+
+def test_an_example_without_a_test_is_seen(tmp_path: Path) -> None:
+    assert tests_of("no_such" + "_example") == []
+    script = tmp_path / "run.sh"
+    for line, error in (
+        ("torchrun -m tokenprune.cli eval --no-such-option", SystemExit),
+        ("torchrun -m another.module", AssertionError),
+        ("if then", subprocess.CalledProcessError),
+    ):
+        script.write_text(f"# bash run.sh --model digits-vit\n{line}\n")
+        with pytest.raises(error):
+            check_script(script)

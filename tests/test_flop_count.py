@@ -9,9 +9,10 @@ import torch
 import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenprune.flop_count import FlopCount
+from tokenprune.flop_count import FlopCount, MathAttention
 
 
 def tensor(*size: int, device: str = "meta", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -109,3 +110,29 @@ def test_a_model(name: str) -> None:
         with FlopCount() as count, torch.no_grad():
             model(x)
         assert count.flops == zoo.count(model, x).get_total_flops()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("option", ["none", "causal", "mask", "boolean mask", "grouped", "scale"])
+def test_attention_is_counted_in_this_thread_alone(option: str, device: str) -> None:
+    keys = 10 if option == "causal" else 12
+    q = torch.randn(2, 4, 10, 8, device=device)
+    k = torch.randn(2, 2 if option == "grouped" else 4, keys, 8, device=device)
+    mask = torch.randn(2, 1, 10, keys, device=device)
+    options = {
+        "none": {},
+        "causal": {"is_causal": True},
+        "mask": {"attn_mask": mask},
+        "boolean mask": {"attn_mask": mask > -1},
+        "grouped": {"enable_gqa": True},
+        "scale": {"scale": 0.3},
+    }[option]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as expected:
+        wanted = F.scaled_dot_product_attention(q, k, k, **options)
+    with MathAttention(), FlopCounterMode(display=False) as counter:
+        assert torch.backends.cuda.flash_sdp_enabled(), "the switch of all threads is as it was"
+        found = F.scaled_dot_product_attention(q, k, k, **options)
+    assert counter.get_total_flops() == expected.get_total_flops() > 0
+    assert found.shape == wanted.shape
+    if device == "cpu":
+        torch.testing.assert_close(found, wanted)

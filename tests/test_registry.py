@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -19,18 +20,30 @@ from tokenprune.registry import make_method, register_method
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_example_of_a_vit_that_no_library_ships_runs() -> None:
+def run_example(name: str) -> str:
+    """What the example prints, run as a program: what it registers stays its own."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "custom_vit.py")],
+        [sys.executable, str(ROOT / "examples" / name)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    assert "torch.Size([2, 10])" in done.stdout
-    assert "zero_tprune" in done.stdout
-    assert "0.6" in done.stdout
+    return done.stdout
+
+
+def test_the_example_of_a_vit_that_no_library_ships_runs() -> None:
+    told = run_example("custom_vit.py")
+    assert "torch.Size([2, 10])" in told
+    assert "zero_tprune" in told
+    assert "0.6" in told
+
+
+def test_the_example_of_a_method_runs_and_beats_an_even_choice() -> None:
+    read = dict(re.findall(r"(\w+): (\d\.\d\d) of the digits read", run_example("custom_method.py")))
+    assert set(read) == {"rarest", "top_k", "uniform"}
+    assert float(read["rarest"]) > float(read["uniform"])
 
 
 def test_a_method_in_a_few_lines() -> None:

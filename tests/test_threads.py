@@ -3,19 +3,65 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
+from typing import Any
 
+import denoisers_zoo
+import hf_families
+import lvlm_zoo
 import pytest
 import timm
 import torch
+import windows_zoo
 import zoo
 from families import FAMILIES, build, images, options, run
 from torch import Tensor, nn
 
 import tokenprune
+from tokenprune.evals import bench
+from tokenprune.evals.throughput import measure
 
 THREADS = 4
+Use = Callable[[nn.Module], Tensor]
+
+
+def _timm(seed: int) -> tuple[nn.Module, Use]:
+    return build("class_token"), lambda model: run(model, images(model, 2 + seed, seed))
+
+
+def _swin(seed: int) -> tuple[nn.Module, Use]:
+    x = windows_zoo.images(batch=2 + seed, seed=seed)
+    return windows_zoo.build(), lambda model: run(model, x)
+
+
+def _tower(seed: int) -> tuple[nn.Module, Use]:
+    x = hf_families.images(2 + seed, seed=seed)
+    return hf_families.build("clip"), lambda model: hf_families.call(model, x).last_hidden_state
+
+
+def _lvlm(seed: int) -> tuple[nn.Module, Use]:
+    inputs = lvlm_zoo.prompt("llava", seed, images=1 + seed).inputs
+    return lvlm_zoo.build("llava"), lambda model: lvlm_zoo.generate(model, inputs, 3)[1]
+
+
+def _denoiser(name: str, seed: int) -> tuple[nn.Module, Use]:
+    model, inputs = denoisers_zoo.build(name)
+    given = inputs(1 + seed, 4, 4)
+    return model, lambda model: denoisers_zoo.run(model, given)
+
+
+# Of each family a model and one use of it, by a number that makes the inputs, and how it is patched.
+OF_FAMILIES: dict[str, tuple[Callable[[int], tuple[nn.Module, Use]], dict[str, Any]]] = {
+    "timm ViT": (_timm, {"method": "tome", "keep": 0.5}),
+    "Swin": (_swin, {"method": "sparsevit", "flops": 0.7}),
+    "tower of transformers": (_tower, {"method": "zero_tprune", "keep": 0.5}),
+    "vision-language model": (_lvlm, {"method": "fastv", "keep": 0.5}),
+    "U-Net": (partial(_denoiser, "unet_sd"), {"method": "tomesd", "flops": 0.9}),
+    "DiT": (partial(_denoiser, "dit"), {"method": "at_edm", "keep": 0.5, "steps": {}}),
+}
 
 
 def together(model: nn.Module, inputs: list[Tensor], repeats: int = 4) -> list[list[Tensor]]:
@@ -83,3 +129,73 @@ def test_backward_in_another_thread(reentrant: bool, monkeypatch: pytest.MonkeyP
         pool.submit(loss.backward).result()
     for parameter, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-5)
+
+
+def at_once(*works: Callable[[], Any]) -> list[Any]:
+    """What each gives, all begun together in threads of their own."""
+    barrier = Barrier(len(works))
+
+    def begin(work: Callable[[], Any]) -> Any:
+        barrier.wait()
+        return work()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(begin, work) for work in works]]
+
+
+@pytest.mark.parametrize("family", OF_FAMILIES)
+def test_each_thread_has_a_patched_model(family: str) -> None:
+    make, patch = OF_FAMILIES[family]
+    both = [make(seed) for seed in range(2)]
+    expected = [use(tokenprune.patch(model, **patch)).clone() for model, use in both]
+    reports = [tokenprune.report(model).to_dict() for model, _ in both]
+
+    def work(model: nn.Module, use: Use) -> tuple[list[Tensor], dict[str, Any]]:
+        return [use(model) for _ in range(4)], tokenprune.report(model).to_dict()
+
+    found = at_once(*(partial(work, model, use) for model, use in both))
+    for (outputs, told), output, report in zip(found, expected, reports, strict=True):
+        assert all(torch.equal(one, output) for one in outputs)
+        assert told == report
+
+
+@pytest.mark.parametrize("family", OF_FAMILIES)
+def test_one_thread_patches_and_unpatches_while_another_runs(family: str) -> None:
+    make, patch = OF_FAMILIES[family]
+    (changing, use), (running, other_use) = make(0), make(1)
+    plain = use(changing).clone()
+    patched = use(tokenprune.patch(changing, **patch)).clone()
+    tokenprune.unpatch(changing)
+    expected = other_use(tokenprune.patch(running, **patch)).clone()
+    assert not torch.equal(plain, patched)
+
+    def change() -> list[tuple[Tensor, Tensor]]:
+        return [(use(tokenprune.patch(changing, **patch)), use(tokenprune.unpatch(changing))) for _ in range(4)]
+
+    pairs, outputs = at_once(change, lambda: [other_use(running) for _ in range(8)])
+    assert all(torch.equal(one, patched) and torch.equal(other, plain) for one, other in pairs)
+    assert all(torch.equal(output, expected) for output in outputs)
+
+
+def test_models_of_all_families_at_once() -> None:
+    made = [(make(0), patch) for make, patch in OF_FAMILIES.values()]
+    expected = [use(tokenprune.patch(model, **patch)).clone() for (model, use), patch in made]
+    found = at_once(*(lambda model=model, use=use: [use(model) for _ in range(3)] for (model, use), _ in made))
+    for outputs, output in zip(found, expected, strict=True):
+        assert all(torch.equal(one, output) for one in outputs)
+
+
+def test_bench_and_report_from_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.__globals__, "measure", partial(measure, sample_seconds=0))
+    models = [build("class_token"), build("rotary")]
+    budgets = [{"keep": 0.5}, {"flops": 0.7}]
+
+    def work(model: nn.Module, budget: dict[str, float]) -> tuple[list[dict[str, Any]], str]:
+        rows = bench(model, images(model), ["tome", "top_k"], [budget]).rows
+        with tokenprune.patched(model, "tome", **budget):
+            run(model, images(model))
+            told = str(tokenprune.report(model))
+        return [{name: row.get(name) for name in ("method", "budget", "flops_ratio", "tokens")} for row in rows], told
+
+    alone = [work(model, budget) for model, budget in zip(models, budgets, strict=True)]
+    assert at_once(*(partial(work, *one) for one in zip(models, budgets, strict=True))) == alone

@@ -122,6 +122,10 @@ def test_nearest(data: st.DataObject, batch: int, m: int, n: int, dim: int, limi
     expected, _ = naive_pairwise.nearest(a, b, metric=metric, ranks=ranks)
     torch.testing.assert_close(value, expected, rtol=1e-7, atol=1e-6)
     assert ((row >= 0) & (row < n)).all()
+    for image, own in (expected > -torch.inf).nonzero():  # of equals to the last bit the order is the product's
+        found = naive_pairwise.closeness(a[image, own], b[image, row[image, own]], metric)
+        torch.testing.assert_close(found, float(expected[image, own]), rtol=1e-7, atol=1e-6)
+        assert ranks is None or ranks[1][image, row[image, own]] < ranks[0][image, own]
 
 
 @cheap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -21,15 +22,21 @@ from tokenprune import BudgetError, UnsupportedMethod
 SHARES = st.floats(0.02, 1.0)
 BATCHES = st.integers(1, 3)
 TOWERS = sorted(hf_families.TOWERS)
+PATCHES = math.prod(hf_families.GRID)
 DENOISERS = ("dit", "flux", "pixart", "sd3", "unet_sd", "unet_sdxl")
 tower, denoiser = cache(hf_families.build), cache(denoisers_zoo.build)
 
 
 def holds(
-    model: nn.Module, call: Callable[[], dict[str, Tensor]], method: str, budget: dict[str, Any], options: Any = None
+    model: nn.Module,
+    call: Callable[[], dict[str, Tensor]],
+    method: str,
+    budget: dict[str, Any],
+    options: Any = None,
+    tokens: int | None = None,
 ) -> None:
-    """A budget of 1.0 changes no bit, any other the shape of no output, is met within 1% or refused, and behind
-    `unpatch` or a refusal the model is as it was."""
+    """A budget of 1.0 changes no bit, any other the shape of no output, is met within 1%, or to the token where
+    `tokens` enter, or refused, and behind `unpatch` or a refusal the model is as it was."""
     tokenprune.unpatch(model)  # of an example that has failed
     plain = call()
     tokenprune.patch(model, method, keep=1.0)
@@ -45,8 +52,11 @@ def holds(
             name: (x.shape, x.dtype) for name, x in plain.items()
         }
         assert all(x.isfinite().all() for x in reduced.values())
+        report = tokenprune.report(model).to_dict()
         if "flops" in budget:
-            assert abs(tokenprune.report(model).to_dict()["flops_ratio"] - budget["flops"]) <= 0.01
+            assert abs(report["flops_ratio"] - budget["flops"]) <= 0.01
+        if tokens is not None and "keep" in budget and report["places"]:
+            assert report["places"][-1]["tokens_out"] == max(1, math.ceil(budget["keep"] * tokens - 1e-6))
     tokenprune.unpatch(model)
     same(call(), plain)
 
@@ -78,7 +88,7 @@ def test_windows(name: str, size: tuple[int, int], batch: int, kind: str, share:
 )
 def test_towers_of_transformers(name: str, method: str, batch: int, kind: str, share: float) -> None:
     model, x = tower(name), hf_families.images(batch)
-    holds(model, lambda: hf_families.tensors(hf_families.call(model, x)), method, {kind: share})
+    holds(model, lambda: hf_families.tensors(hf_families.call(model, x)), method, {kind: share}, tokens=PATCHES)
 
 
 @given(

@@ -11,7 +11,6 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from tokenprune.denoisers.caches import CacheWatch, Watched, submodule, watched
@@ -25,7 +24,7 @@ from tokenprune.denoisers.stacks import barred_stacks, divided, shares_of
 from tokenprune.denoisers.steps import Steps, parse_steps
 from tokenprune.errors import UnsupportedModel
 from tokenprune.family import Portable, Request, detach, patch_of
-from tokenprune.flop_count import FlopCount
+from tokenprune.flop_count import FlopCount, MathAttention
 from tokenprune.ghost import ghost
 from tokenprune.method import Method, Recover
 from tokenprune.recording import Forward, Recording
@@ -191,7 +190,7 @@ class DenoiserPatch(Portable):
         def run(probe: Probe) -> int:
             shadow.probe = probe
             probe.keep = {stack: keep for stack, keep in probe.keep.items() if stack not in self.barred}
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), (count := FlopCount()):
+            with torch.no_grad(), MathAttention(), (count := FlopCount()):
                 probe.count = count
                 copy(**inputs)
             return count.multiply_adds

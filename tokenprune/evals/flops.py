@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from tokenprune.flop_count import MathAttention
 
 
 def multiply_adds(model: nn.Module, images: Tensor) -> int:
@@ -19,6 +20,6 @@ def count_multiply_adds(run: Callable[[], object]) -> int:
     """Multiply-adds of whatever `run` computes, attention included."""
     # The counter sees fused attention as zero on CPU; the math backend turns it into matrix products that it sees.
     # Its module tracker fails without autograd on a parameter that is passed from block to block (CaiT's class token).
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.enable_grad(), MathAttention(), FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops()) // 2

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
@@ -29,6 +28,7 @@ from tokenprune.evals.stats import bootstrap_median
 from tokenprune.evals.stopwatch import Stopwatch
 from tokenprune.evals.table import Row, Table, environment, interval_cells
 from tokenprune.evals.throughput import peak_memory, waiting_clock
+from tokenprune.flop_count import MathAttention
 
 UNPATCHED = "unpatched"
 PARTS = ("first_token", "tower", "prefill", "between", "behind", "decode")
@@ -90,7 +90,7 @@ def counted_bytes(model: Any, inputs: Mapping[str, Tensor]) -> int:
 def multiply_adds_behind(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
     """Of all that comes behind the tower, until the first token."""
     copy = shared_copy(model)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter, MathAttention():
         return Laps(copy, counter.get_total_flops).of(partial(generate, copy, inputs, 1))["behind"] / 2
 
 

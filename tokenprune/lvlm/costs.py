@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune.costs import Curve, probe_sizes
+from tokenprune.flop_count import MathAttention
 from tokenprune.ghost import ghost
 from tokenprune.kernels.class_attention import class_attention
 from tokenprune.lvlm.host import LvlmHost
@@ -119,7 +119,7 @@ def count_text(host: LvlmHost, example: Example, tokens: int) -> TextCosts:
     runs: list[tuple[int, list[int]]] = []
     for size in probe_sizes(max(tokens, 3)):
         marks: list[int] = []
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), MathAttention(), FlopCounterMode(display=False) as counter:
 
             def mark(*_: Any, marks: list[int] = marks, counter: FlopCounterMode = counter) -> None:
                 marks.append(int(counter.get_total_flops()) // 2)
@@ -151,7 +151,7 @@ def _score_curve(host: LvlmHost, layer: nn.Module, example: Example) -> Curve:
 
 
 def _counted(module: nn.Module, args: Any, kwargs: Any) -> int:
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), MathAttention(), FlopCounterMode(display=False) as counter:
         module(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
 
