@@ -192,7 +192,7 @@ segmenter, (_, maps) = DigitMasks(), masked_digits("test", 8)
 vit.train()
 transformer = dit(num_layers=4).train()
 target = torch.randn(2, 3, 36, 36)
-pictures, classes = torch.randn(4, 3, 224, 224), torch.arange(4)
+pictures, classes = torch.randn(4, 3, 224, 224), torch.arange(4) % 3
 noisy = {"hidden_states": target, "timestep": torch.tensor([1, 2]), "class_labels": torch.tensor([3, 4])}
 swin = timm.create_model("swin_tiny_patch4_window7_224")
 """,
