@@ -21,7 +21,7 @@ from tokenprune.denoisers.over_steps import Level
 from tokenprune.denoisers.patch import DenoiserPatch, Describe
 from tokenprune.denoisers.plan import Plan, solve
 from tokenprune.denoisers.records import grid_of
-from tokenprune.denoisers.run import Run, finish, forget, running
+from tokenprune.denoisers.run import Run, forget, running
 from tokenprune.denoisers.stacks import divided
 from tokenprune.errors import BudgetError, UnsupportedMethod
 from tokenprune.family import Request
@@ -90,7 +90,7 @@ class CachingPatch(DenoiserPatch):
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook: the forward has ended; the prediction of tokens that were not computed is an earlier one."""
         one = running()
-        finish(self)
+        super().end(model, args, output)
         if one is None or one.patch is not self or self.probe is not None or output is None:
             return None
         kept, call = one.run.kept, one.run.call

@@ -18,7 +18,7 @@ from tokenprune.denoisers.costs import DenoiserCosts, Probe, count_costs
 from tokenprune.denoisers.host import Arguments, BlockFacts, DenoiserHost
 from tokenprune.denoisers.parts import PartsSite
 from tokenprune.denoisers.plan import Plan, places, solve
-from tokenprune.denoisers.run import Pass, Run, finish, position_of, run_of, start
+from tokenprune.denoisers.run import Pass, Run, finish, forget, run_of, start
 from tokenprune.denoisers.site import BlockSite
 from tokenprune.denoisers.stacks import barred_stacks, divided, shares_of
 from tokenprune.denoisers.steps import Steps, parse_steps
@@ -94,19 +94,21 @@ class DenoiserPatch(Portable):
                     " checkpoint its blocks instead (enable_gradient_checkpointing)"
                 )
             replaced = self._follow(model)
-            whole = self.scheduled()
-            run, reuse = run_of(self.key, latents, timestep, whole, self.last_timestep)
+            rounding = _rounding(bound.get(self.timestep), timestep)
+            run, reuse = run_of(self.key, latents, timestep, self.scheduled(), self.last_timestep, rounding)
             self.caches.refuse(model, anew=replaced or (run.index == 0 and not reuse))
             plan = self.plan(model, bound, run.positions)
-            keep = self.computed(run, plan, position_of(timestep, whole, self.last_timestep))
+            keep = self.computed(run, plan, run.position)
             due = self.method.reuse.due(run.index) if self.method.reuse is not None else "select"
             tokens = {stack: cost.tokens for stack, cost in plan.costs.stacks.items()}
             step = torch.tensor(round(1e6 * timestep))
             start(Pass(self, run, keep, grid, reuse, step, due, tokens, forward))
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Hook: it has ended, by a result or an exception."""
+        """Hook: it has ended, by a result or an exception, which ends its run too."""
         finish(self)
+        if output is None:
+            forget(self.key)
 
     def _watched(self, model: nn.Module, blocks: list[BlockFacts]) -> Watched:
         return watched(model, blocks, partial(self.site.narrowed, method=self.method))
@@ -206,7 +208,7 @@ class DenoiserPatch(Portable):
             return None
         if self.whole is None or self.whole[0] is not timesteps:
             scale = self.last_timestep / scheduler.config.num_train_timesteps  # type: ignore[union-attr]
-            self.whole = timesteps, list(dict.fromkeys(scale * t for t in timesteps.tolist()))
+            self.whole = timesteps, [scale * t for t in timesteps.tolist()]
         return self.whole[1]
 
     def summary(self) -> dict[str, Any]:
@@ -288,6 +290,12 @@ def _value(timestep: Any, unknown: float) -> float:
     if isinstance(timestep, Tensor):
         return unknown if timestep.device.type == "meta" else float(timestep.max())
     return unknown if timestep is None else float(timestep)
+
+
+def _rounding(timestep: Any, value: float) -> float:
+    """How far a timestep may be from the scheduler's in its dtype: rounded twice, at the cast and by a quotient."""
+    floating = isinstance(timestep, Tensor) and timestep.is_floating_point()
+    return float(torch.finfo(timestep.dtype).eps) * abs(value) if floating else 0.0
 
 
 def _reference(target: object) -> weakref.ref[Any] | None:

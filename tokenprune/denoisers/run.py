@@ -1,9 +1,10 @@
 """Where in its run a forward is: told by its timestep, so that no counter can go out of step.
 
-A run is a row of forwards whose timesteps fall. What belongs to it (which tokens its last step computes) is kept by
-thread and patch; it is dropped when the timestep changes, and a new run begins when the timestep rises or the latents'
-shape changes: img2img's partial runs, repeated calls, a scheduler of any kind and another pipeline on the same model
-need nothing else.
+A run is a row of forwards that go forward in the scheduler's list of timesteps, in which one may stand twice (Heun),
+and where no scheduler is known, a row of falling timesteps. What belongs to it (which tokens its last step computes) is
+kept by thread and patch; it is dropped when the timestep changes, and a new run begins when the scheduler's timesteps
+are set anew, when a forward goes back in them, or when the latents' kind changes: img2img's partial runs, repeated and
+interrupted calls, a scheduler of any kind and another pipeline on the same model need nothing else.
 """
 
 from __future__ import annotations
@@ -65,10 +66,12 @@ class Run:
     """One run of one patch in this thread.
 
     timestep: of the last forward. shape: of the latents. positions: of the steps that the run has left at its
-    beginning, in [0, 1) of the whole. guidance: how many times the latents stand in the batch. sets: what each stack
-    computed at this step, for the second call of a guided step. shared: see `AttentionRecord.once`, of this step.
-    index: of the step, counted from 0. call: of the step's calls. held: what a method chose for some steps, by stack
-    and call. kept: what a method takes from earlier steps.
+    beginning, in [0, 1) of the whole. guidance: how many times the latents stand in the batch at this step. sets: what
+    each stack computed at this step, for the second call of a guided step. shared: see `AttentionRecord.once`, of this
+    step. index: of the step, counted from 0. call: of the step's calls. held: what a method chose for some steps, by
+    stack and call. kept: what a method takes from earlier steps. kind: dtype and device of the latents. whole: the
+    scheduler's timesteps, a list of its own for each time that they are set. place: of this step in it, None where it
+    is not known. position: of this step.
     """
 
     timestep: float
@@ -83,6 +86,10 @@ class Run:
     shared: dict[Any, Any] = field(default_factory=dict)
     held: dict[tuple[str, int], Reduction] = field(default_factory=dict)
     kept: dict[Any, Any] = field(default_factory=dict)
+    kind: tuple[torch.dtype, torch.device] | None = None
+    whole: Sequence[float] | None = None
+    place: int | None = None
+    position: float = 0.0
 
 
 @dataclass(eq=False)
@@ -133,24 +140,32 @@ def finish(patch: Any) -> None:
         passes.pop()
 
 
-def run_of(key: str, latents: Tensor, timestep: float, whole: Sequence[float] | None, last: float) -> tuple[Run, bool]:
+def run_of(
+    key: str, latents: Tensor, timestep: float, whole: Sequence[float] | None, last: float, rounding: float = 0.0
+) -> tuple[Run, bool]:
     """The run that a forward belongs to, and whether it is one more call of the last forward's step on the very same
     latents (guidance in two calls).
 
-    whole: timesteps of the scheduler's whole run, where it is known. last: the timestep of pure noise.
+    whole: timesteps of the scheduler's whole run, where it is known, the same object for as long as they are not set
+    anew. last: the timestep of pure noise. rounding: how far the timestep may be from the scheduler's.
     """
     run = _THREAD.runs.get(key)
-    shape = tuple(latents.shape)
-    if run is not None and run.shape == shape and run.timestep == timestep and _same(run, latents):
+    shape, kind = tuple(latents.shape), (latents.dtype, latents.device)
+    if run is not None and (run.shape != shape or run.kind != kind or run.whole is not whole):
+        run = None
+    if run is not None and run.timestep == timestep and _same(run, latents):
         run.call += 1
         return run, True
-    again = run is not None and run.shape == shape and timestep < run.timestep
-    if run is None or not again:
-        run = Run(timestep, shape, positions_from(timestep, whole, last), guidance_copies(latents))
+    place = _place(timestep, whole, rounding) if run is None else _next_place(run, timestep, rounding)
+    if run is None or not _follows(run, timestep, place):
+        place = _place(timestep, whole, rounding)
+        run = Run(timestep, shape, _positions(timestep, whole, place, last), 1, kind=kind, whole=whole)
         _THREAD.runs[key] = run
     else:
         run.index += 1
     run.timestep, run.sets, run.shared, run.call = timestep, {}, {}, 0
+    run.place, run.position = place, _position(timestep, whole, place, last)
+    run.guidance = guidance_copies(latents)  # images that begin with the same noise are no copies later
     run.latents, run.version = weakref.ref(latents), _version(latents)
     return run, False
 
@@ -171,42 +186,60 @@ def forget(key: str) -> None:
     _THREAD.runs.pop(key, None)
 
 
-def position_of(timestep: float, whole: Sequence[float] | None, last: float) -> float:
-    """Where in the whole run a timestep is, in [0, 1): the share of the scheduler's steps before it, or without a
-    scheduler the share of the noise that is gone."""
-    index = _index(timestep, whole)
-    if index is not None and whole is not None:
-        return index / len(whole)
-    return min(max(0.0, 1.0 - timestep / last), 1.0 - 1e-6)
-
-
 def positions_from(timestep: float, whole: Sequence[float] | None, last: float) -> tuple[float, ...]:
-    """Positions of the steps from `timestep` on."""
-    index = _index(timestep, whole)
-    if index is not None and whole is not None:
-        return tuple(i / len(whole) for i in range(index, len(whole)))
-    first = position_of(timestep, None, last)
-    return tuple(first + (1.0 - first) * i / UNKNOWN_STEPS for i in range(UNKNOWN_STEPS))
+    """Positions, in [0, 1) of the whole run, of the steps from `timestep` on: the share of the scheduler's steps before
+    each, or without a scheduler the share of the noise that is gone."""
+    return _positions(timestep, whole, _place(timestep, whole, 0.0), last)
 
 
 def guidance_copies(latents: Tensor) -> int:
-    """How many times the same latents stand in the batch one after the other: of a guided batch 2 or 3, else 1."""
-    if latents.device.type == "meta" or torch.compiler.is_compiling():
+    """How many times the same latents stand in the batch one after the other: of a guided batch 2 or 3, of images from
+    the same noise as many times more."""
+    batch = latents.shape[0]
+    if batch < 2 or latents.device.type == "meta" or torch.compiler.is_compiling():
         return 1
-    for copies in (3, 2):
-        if latents.shape[0] % copies == 0:
-            first, *rest = latents.chunk(copies)
-            if all(torch.equal(first, other) for other in rest):
-                return copies
+    like_first = (latents == latents[:1]).flatten(1).all(1).tolist()
+    for images in range(1, batch // 2 + 1):
+        if batch % images == 0 and all(like_first[::images]) and torch.equal(latents[images:], latents[:-images]):
+            return batch // images
     return 1
 
 
-def _index(timestep: float, whole: Sequence[float] | None) -> int | None:
+def _positions(timestep: float, whole: Sequence[float] | None, place: int | None, last: float) -> tuple[float, ...]:
+    if place is not None and whole is not None:
+        return tuple(i / len(whole) for i in range(place, len(whole)))
+    first = _position(timestep, None, None, last)
+    return tuple(first + (1.0 - first) * i / UNKNOWN_STEPS for i in range(UNKNOWN_STEPS))
+
+
+def _position(timestep: float, whole: Sequence[float] | None, place: int | None, last: float) -> float:
+    if place is not None and whole is not None:
+        return place / len(whole)
+    return min(max(0.0, 1.0 - timestep / last), 1.0 - 1e-6)
+
+
+def _place(timestep: float, whole: Sequence[float] | None, rounding: float) -> int | None:
     if not whole:
         return None
-    index = min(range(len(whole)), key=lambda i: abs(whole[i] - timestep))
-    near = 1e-3 * max(map(abs, whole))
-    return index if abs(whole[index] - timestep) <= near else None
+    place = min(range(len(whole)), key=lambda i: abs(whole[i] - timestep))
+    near = max(1e-3 * max(map(abs, whole)), rounding)
+    return place if abs(whole[place] - timestep) <= near else None
+
+
+def _next_place(run: Run, timestep: float, rounding: float) -> int | None:
+    """The place of a forward behind those of a run: the next one where the timestep is there, which may be the same as
+    the last forward's, else the nearest."""
+    if run.whole and run.place is not None and run.place + 1 < len(run.whole):
+        near = max(1e-6 * max(map(abs, run.whole)), rounding)
+        if abs(run.whole[run.place + 1] - timestep) <= near:
+            return run.place + 1
+    return _place(timestep, run.whole, rounding)
+
+
+def _follows(run: Run, timestep: float, place: int | None) -> bool:
+    if place is not None and run.place is not None:
+        return place > run.place
+    return timestep < run.timestep
 
 
 def _same(run: Run, latents: Tensor) -> bool:

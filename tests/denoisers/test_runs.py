@@ -1,0 +1,123 @@
+"""Which forwards are one run: schedulers of every kind, interrupted runs, equal noise, rounded timesteps."""
+
+import diffusers
+import pytest
+import torch
+from denoisers_zoo import build
+from pipelines_zoo import PIPELINES
+
+import tokenprune
+
+torch.set_num_threads(1)
+SECOND_ORDER = ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "PNDMScheduler")
+
+
+def computed(pipe, sample, **arguments):
+    """Tokens that the first stack computes in each forward of a run, None where it computes all."""
+    with tokenprune.record(pipe) as recording:
+        sample(**arguments)
+    return [forward.places[0].kept.shape[1] if forward.places else None for forward in recording.forwards]
+
+
+@pytest.mark.parametrize("scheduler", SECOND_ORDER)
+def test_a_scheduler_that_shows_a_timestep_twice_makes_one_run(scheduler):
+    pipe, sample = PIPELINES["dit"]()
+    pipe.scheduler = getattr(diffusers, scheduler)()
+    tokenprune.patch(pipe, "ras", rate=0.4, dense_steps=(0,))
+    counts = computed(pipe, sample, num_inference_steps=6)
+    assert counts == [None] + [26] * (len(pipe.scheduler.timesteps) - 1)
+    tokenprune.patch(pipe, "at_edm", flops=0.75, steps={(0.0, 0.4): 0.0})
+    counts = computed(pipe, sample, num_inference_steps=6)
+    whole = -(-len(counts) * 2 // 5)
+    assert counts[:whole] == [None] * whole
+    assert None not in counts[whole:]
+    assert len(set(counts[whole:])) == 1
+    assert tokenprune.report(pipe).to_dict()["flops_ratio"] == pytest.approx(0.75, abs=0.01)
+
+
+@pytest.mark.parametrize("method", ["region", "toca"])
+def test_a_run_that_was_interrupted_leaves_nothing_to_the_next(method):
+    pipe, sample = PIPELINES["text_to_image"]()
+    other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 32, 24, generator=torch.Generator().manual_seed(1))
+    words = torch.randn((1, 5, 8), generator=torch.Generator().manual_seed(14))
+    mask = torch.zeros(32, 24)
+    mask[8:16, 8:16] = 1
+
+    def from_image():
+        return other(
+            image=image, strength=0.4, num_inference_steps=5, output_type="latent", prompt_embeds=words,
+            negative_prompt_embeds=-words, generator=torch.Generator().manual_seed(0),
+        ).images  # fmt: skip
+
+    def interrupt(pipe, step, timestep, tensors):
+        pipe._interrupt = True
+        return {}
+
+    def fail(pipe, step, timestep, tensors):
+        raise KeyError("a callback failed")
+
+    tokenprune.patch(pipe, method, **({"mask": mask} if method == "region" else {}))
+    alone = from_image()
+    sample(num_inference_steps=5, callback_on_step_end=interrupt)  # at a timestep above those of image to image
+    assert torch.equal(from_image(), alone)
+    with pytest.raises(KeyError):
+        sample(num_inference_steps=5, callback_on_step_end=fail)
+    assert torch.equal(from_image(), alone)
+
+
+@torch.no_grad()
+def test_a_forward_that_failed_ends_its_run():
+    model, inputs = build("dit")
+    x = inputs(1, 16, 16)
+    mask = torch.zeros(16, 16)
+    mask[5:9, 2:7] = 1
+    tokenprune.patch(model, "region", mask=mask)
+
+    def predict(timestep, seed):
+        latents = torch.randn(x["hidden_states"].shape, generator=torch.Generator().manual_seed(seed))
+        return model(**{**x, "hidden_states": latents, "timestep": torch.tensor([timestep])}).sample
+
+    alone = predict(300, 1)
+    predict(900, 0)
+    handle = model.transformer_blocks[2].register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predict(800, 0)
+    handle.remove()
+    assert torch.equal(predict(300, 1), alone)
+
+
+def test_both_halves_of_guidance_compute_the_same_tokens_where_images_begin_with_the_same_noise():
+    pipe, sample = PIPELINES["text_to_image"]()
+    tokenprune.patch(pipe, "at_edm", keep=0.5, steps={})
+    words = torch.randn((3, 5, 8), generator=torch.Generator().manual_seed(14))
+    noise = torch.randn((1, 4, 32, 24), generator=torch.Generator().manual_seed(5)).repeat(3, 1, 1, 1)
+    with tokenprune.record(pipe) as recording:
+        sample(prompt_embeds=words, negative_prompt_embeds=-words, latents=noise)
+    for step, forward in enumerate(recording.forwards):
+        for place in forward.places:
+            negative, positive = place.kept.chunk(2)
+            assert torch.equal(negative, positive)
+            if step:
+                assert not torch.equal(positive[0], positive[1])
+            else:
+                assert torch.equal(positive[0], positive[1])
+
+
+def test_timesteps_in_half_precision_are_found_among_the_schedulers():
+    pipe, sample = PIPELINES["flux"]()
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0)
+    pipe.to(torch.bfloat16)
+    half = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        for name, shape in (("prompt_embeds", (1, 5, 8)), ("pooled_prompt_embeds", (1, 8)))
+    }
+    tokenprune.patch(pipe, "ras", rate=0.4, dense_steps=(0,), steps={(0.5, 1.0): 0.0})
+    counts = computed(
+        pipe, sample, num_inference_steps=40, true_cfg_scale=1.0, negative_prompt_embeds=None,
+        negative_pooled_prompt_embeds=None, **half,
+    )  # fmt: skip
+    assert counts[0] is None
+    assert set(counts[1:20]) == {77}
+    assert counts[20:] == [None] * 20
