@@ -329,6 +329,7 @@ def test_what_cannot_be_is_refused():
         ("region", options("region", keep=0.5), "takes no other budget"),
         ("region", {"mask": torch.zeros(16, 16)}, "mask is empty"),
         ("region", {"mask": torch.ones(2, 1, 16, 16)}, "one by one"),
+        ("region", {"mask": torch.ones(16, 16).numpy()}, "mask is a tensor"),
         ("region", options("region", ring=-1), "ring"),
         ("region", options("region", steps={(0.0, 0.5): 0.5}), "are 0 and 1"),
         ("ras", {"active": "middle"}, "'low' or 'high'"),

@@ -1,5 +1,7 @@
 """Which forwards are one run: schedulers of every kind, interrupted runs, equal noise, rounded timesteps."""
 
+import copy
+
 import diffusers
 import pytest
 import torch
@@ -121,3 +123,29 @@ def test_timesteps_in_half_precision_are_found_among_the_schedulers():
     assert counts[0] is None
     assert set(counts[1:20]) == {77}
     assert counts[20:] == [None] * 20
+
+
+def test_a_copied_pipeline_goes_by_its_own_scheduler():
+    pipe, sample = PIPELINES["flux"]()
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0)
+    tokenprune.patch(pipe, "random", keep=0.5, steps={(0.0, 0.5): 0.0})
+    counts = computed(pipe, sample, num_inference_steps=6, true_cfg_scale=1.0)
+    assert counts == [None] * 3 + [96] * 3
+    twin, model = copy.deepcopy(pipe), copy.deepcopy(pipe.transformer)
+    del pipe
+    words, pooled = torch.zeros(1, 5, 8), torch.zeros(1, 8)
+    with tokenprune.record(twin) as recording:
+        twin(
+            prompt_embeds=words, pooled_prompt_embeds=pooled, height=32, width=24, num_inference_steps=6,
+            output_type="latent",
+        )  # fmt: skip
+    assert [bool(forward.places) for forward in recording.forwards] == [False] * 3 + [True] * 3
+    assert tokenprune.report(model).to_dict()["method"] == "random"
+
+
+@torch.no_grad()
+def test_windows_larger_than_the_grid_are_refused():
+    model, inputs = build("dit")
+    tokenprune.patch(model, "tomesd", sx=100)
+    with pytest.raises(tokenprune.BudgetError, match="does not fit into the grid of 8 x 8"):
+        model(**inputs(2, 16, 16))

@@ -316,3 +316,20 @@ def test_what_cannot_be_is_refused(change: dict[str, object], message: str) -> N
     }
     with pytest.raises(TokenPruneError, match=message):
         attention_mass(**{**inputs, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["tiled", "matrix_free"])
+@pytest.mark.parametrize(("rows", "keys"), [(0, 5), (5, 0), (0, 0)])
+def test_without_queries_or_keys_nobody_is_paid(path: str, rows: int, keys: int) -> None:
+    q, k = torch.zeros(2, 3, rows, 4), torch.zeros(2, 3, keys, 4)
+    mass, sums = mass_and_log_sums(q, k, torch.ones(2, 3, rows), backend=path)
+    assert torch.equal(mass, torch.zeros(2, 3, keys))
+    assert torch.equal(sums, torch.full((2, 3, rows), float("inf")))
+
+
+def test_a_negative_scale_may_make_logits_large_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "CACHED", 4096)  # a map that exceeds the cache
+    q, k, weights = attention_inputs(1, 2, 63, 20)
+    got = attention_mass(20 * q, 20 * k, weights, scale=-1.0, backend="matrix_free")
+    expected = naive((20 * q).double(), (20 * k).double(), weights.double(), scale=-1.0)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)

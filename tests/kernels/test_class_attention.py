@@ -84,3 +84,17 @@ def test_what_cannot_be_is_refused() -> None:
         class_attention(q, q, backend="tiled")
     with pytest.raises(TokenPruneError, match="TRITON_INTERPRET"):
         class_attention(q, q, backend="triton")
+
+
+def test_the_transforms_of_torch_func_go_through() -> None:
+    q, k, _ = attention_inputs(2, 3, 9, 8)
+
+    def loss(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return class_attention(q, k).square().sum()
+
+    leaves = [x.clone().requires_grad_() for x in (q, k)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for got, own in zip(torch.func.grad(loss, (0, 1))(q, k), expected, strict=True):
+        torch.testing.assert_close(got, own)
+    mapped = torch.func.vmap(class_attention)(q.unsqueeze(1), k.unsqueeze(1))
+    torch.testing.assert_close(mapped[:, 0], class_attention(q, k))

@@ -247,6 +247,9 @@ class DenoiserPatch(Portable):
         other: DenoiserPatch = object.__new__(type(self))
         memo[id(self)] = other
         other.__setstate__(self.__getstate__())
+        pipeline = self.pipeline() if self.pipeline is not None else None
+        copied = memo.get(id(pipeline)) if pipeline is not None else None
+        other.pipeline = None if copied is None else weakref.ref(copied)
         return other
 
 

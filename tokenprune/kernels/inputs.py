@@ -25,9 +25,14 @@ def observed(*tensors: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or transformed()
         or any(type(x) is not Tensor or x.is_meta or (x.requires_grad and torch.is_grad_enabled()) for x in tensors)
     )
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform is under way: none of these goes through an operator's own backward."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def at_once(device: torch.device, memory_limit: int | None) -> int:

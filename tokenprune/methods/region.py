@@ -29,6 +29,10 @@ def region(*, mask: Tensor | None = None, ring: int = 1, dense_steps: tuple[int,
     """
     if ring < 0 or ring != int(ring):
         raise UnsupportedMethod(f"ring is a number of tokens around the mask, 0 or more, got {ring!r}")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise UnsupportedMethod(
+            f"mask is a tensor [H, W], got {type(mask).__name__}; for example torch.as_tensor(numpy.array(image)) > 127"
+        )
     marked = Region(None if mask is None else _plane(mask), ring)
     steps = frozenset(dense_steps)
     return Method(

@@ -36,10 +36,18 @@ def split_by_windows(scores: Tensor | None, record: AttentionRecord, sy: int, sx
     """The best-scored token of each window is chosen, without scores its first; one split for each row of `scores`.
 
     Windows are sy rows by sx columns from the top left corner; what remains at the edges is in none.
+
+    Raises:
+        BudgetError: the grid is smaller than a window.
     """
     assert record.grid is not None
     rows, columns = record.grid
     down, across = rows // sy, columns // sx
+    if down * across == 0:
+        raise BudgetError(
+            f"a window of {sy} x {sx} tokens does not fit into the grid of {rows} x {columns}; use sy={min(sy, rows)},"
+            f" sx={min(sx, columns)} or smaller"
+        )
     if scores is None:
         return Split(table(_by_first, record.grid, sy, sx, like=record.origin), down * across)
     images = scores.shape[0]

@@ -159,6 +159,8 @@ def _run(
     log_once("attention_mass", choice)
     sums = q.new_empty(q.shape[:3] if log_sums else 0, dtype=precision(q))
     wanted = sums if log_sums else None
+    if 0 in (*q.shape[:3], k.shape[2]):  # nobody pays, or nobody is paid
+        return q.new_zeros(len(counts), *q.shape[:2], k.shape[2], dtype=sums.dtype), sums.fill_(float("inf"))
     with without_autocast(q):
         if choice.backend == "triton":
             from tokenprune.kernels.attention_mass import triton

@@ -59,7 +59,7 @@ class Tile:
         if self.bias is not None or self.q.device.type != "cpu":
             return None
         longest = [torch.linalg.vector_norm(x, dim=-1).amax(-1) for x in (self.q, self.k)]
-        if not bool((longest[0] * longest[1] * self.scale <= LARGEST).all()):
+        if not bool((longest[0] * longest[1] * abs(self.scale) <= LARGEST).all()):
             return None
         return Exponentials(
             self.q, self.k.transpose(1, 2).clone(memory_format=torch.contiguous_format).mul_(self.scale), self.keys

@@ -11,7 +11,15 @@ from torch.utils.flop_counter import register_flop_formula
 from tokenprune.errors import TokenPruneError
 from tokenprune.kernels.backends import Choice, forced, log_once
 from tokenprune.kernels.class_attention.eager import few_logits
-from tokenprune.kernels.inputs import additive, exporting, observed, precision, repeat_heads, without_autocast
+from tokenprune.kernels.inputs import (
+    additive,
+    exporting,
+    observed,
+    precision,
+    repeat_heads,
+    transformed,
+    without_autocast,
+)
 
 __all__ = ["choose", "class_attention"]
 
@@ -41,7 +49,7 @@ def class_attention(
     part = rows if isinstance(rows, slice) else slice(rows, rows + 1 or None)
     few, k = q[:, :, part], repeat_heads(k, q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if exporting():
+    if exporting() or transformed():
         logits = few.to(precision(q)) @ k.to(precision(q)).transpose(2, 3) * scale
     else:
         run = _few_logits if observed(few, k) else _run
