@@ -101,6 +101,21 @@ def test_of_guidance_the_prompts_half_counts():
     torch.testing.assert_close(both.attention(), alone.attention())
 
 
+def test_all_prompts_count_where_their_images_begin_with_the_same_noise():
+    model, inputs = build("unet_sd")
+    x = inputs(1, 16, 16)
+    first, second = x["encoder_hidden_states"], torch.roll(x["encoder_hidden_states"], 1, 1)
+    text = torch.cat([-first, -second, first, second])
+    with mask_from_attention(model, [1]) as both:
+        run(model, {**x, "sample": x["sample"].repeat(4, 1, 1, 1), "encoder_hidden_states": text})
+    each = []
+    for words in (first, second):
+        with mask_from_attention(model, [1]) as alone:
+            run(model, {**x, "encoder_hidden_states": words})
+        each.append(alone.attention())
+    torch.testing.assert_close(both.attention(), torch.stack(each).mean(0))
+
+
 def test_region_takes_the_mask():
     model, inputs = build("pixart")
     x = inputs(1, 16, 16)

@@ -125,6 +125,22 @@ def test_timesteps_in_half_precision_are_found_among_the_schedulers():
     assert counts[20:] == [None] * 20
 
 
+def test_an_image_to_edit_behind_the_latents_hides_no_copies():
+    model, inputs = build("unet_sd")
+    x = inputs(1, 16, 16)
+    model = diffusers.UNet2DConditionModel.from_config(model.config, in_channels=8).eval()
+    latents, image = x["sample"], torch.randn(x["sample"].shape, generator=torch.Generator().manual_seed(1))
+    # As InstructPix2Pix guides: with text and image, with the image alone, with neither.
+    parts = torch.cat([torch.cat([latents, edited], 1) for edited in (image, image, torch.zeros_like(image))])
+    words = x["encoder_hidden_states"]
+    tokenprune.patch(model, "at_edm", keep=0.5, steps={})
+    with torch.no_grad(), tokenprune.record(model) as recording:
+        model(parts, 500, encoder_hidden_states=torch.cat([words, -words, -words]))
+    assert recording.forwards[0].places
+    for place in recording.forwards[0].places:
+        assert torch.equal(place.kept, place.kept[:1].expand_as(place.kept))
+
+
 def test_a_copied_pipeline_goes_by_its_own_scheduler():
     pipe, sample = PIPELINES["flux"]()
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0)

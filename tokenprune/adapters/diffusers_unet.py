@@ -48,6 +48,7 @@ def describe(model: nn.Module) -> DenoiserHost:
         convolves=True,
         remembers=cache_on,
         countable=count_natively,
+        channels=unet.config.out_channels,
     )
 
 

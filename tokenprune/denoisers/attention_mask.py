@@ -37,7 +37,9 @@ class AttentionMask:
         """Hook: a forward starts."""
         latents: Tensor = {**dict(zip(self.host.arguments, args, strict=False)), **kwargs}[self.host.latents]
         self.latents = tuple(latents.shape[-2:]) if latents.ndim == 4 else None  # type: ignore[assignment]
-        self.copies = guidance_copies(latents)
+        # Images from the same noise are copies too, but no parts of guidance.
+        copies = guidance_copies(latents[:, : self.host.channels])
+        self.copies = next((parts for parts in (2, 3) if copies % parts == 0), 1)
 
     def catch(self, kind: str) -> Callable[[nn.Module, Any, Tensor], None]:
         """Hook on a projection."""

@@ -97,7 +97,8 @@ class DenoiserHost:
     tokens. divisible: whether a stack is a mere row of blocks that a method may divide. example: () -> keyword
     arguments of the usual forward on the meta device, None where they are not known. remembers: modules -> what on one
     of them gives outputs of an earlier step (a cache of the host's), None where nothing does. countable: makes a copy
-    of the model run attentions that can be counted without values.
+    of the model run attentions that can be counted without values. channels: how many of the first channels of the
+    input are the latents that are denoised, where others (a mask, the image to edit) may stand behind them.
     """
 
     model: nn.Module
@@ -112,4 +113,5 @@ class DenoiserHost:
     divisible: bool = False
     countable: Callable[[nn.Module], None] | None = None
     example: Callable[[], Arguments] | None = None
+    channels: int | None = None
     notes: list[str] = field(default_factory=list)

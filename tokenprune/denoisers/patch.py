@@ -52,7 +52,7 @@ class DenoiserPatch(Portable):
         self.active = not request.budget.is_full
         self.arguments, self.latents, self.timestep = host.arguments, host.latents, host.timestep
         self.last_timestep = host.last_timestep
-        self.shared = host.shared
+        self.shared, self.channels = host.shared, host.channels
         self.recover: Recover = method.recover or ("similar" if host.convolves else "residual")
         stacks = divided(host, method)
         self.depths = {stack.name: len(stack.blocks) for stack in stacks}
@@ -95,7 +95,9 @@ class DenoiserPatch(Portable):
                 )
             replaced = self._follow(model)
             rounding = _rounding(bound.get(self.timestep), timestep)
-            run, reuse = run_of(self.key, latents, timestep, self.scheduled(), self.last_timestep, rounding)
+            run, reuse = run_of(
+                self.key, latents, timestep, self.scheduled(), self.last_timestep, rounding, self.channels
+            )
             self.caches.refuse(model, anew=replaced or (run.index == 0 and not reuse))
             plan = self.plan(model, bound, run.positions)
             keep = self.computed(run, plan, run.position)

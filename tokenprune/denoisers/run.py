@@ -141,13 +141,20 @@ def finish(patch: Any) -> None:
 
 
 def run_of(
-    key: str, latents: Tensor, timestep: float, whole: Sequence[float] | None, last: float, rounding: float = 0.0
+    key: str,
+    latents: Tensor,
+    timestep: float,
+    whole: Sequence[float] | None,
+    last: float,
+    rounding: float = 0.0,
+    channels: int | None = None,
 ) -> tuple[Run, bool]:
     """The run that a forward belongs to, and whether it is one more call of the last forward's step on the very same
     latents (guidance in two calls).
 
     whole: timesteps of the scheduler's whole run, where it is known, the same object for as long as they are not set
     anew. last: the timestep of pure noise. rounding: how far the timestep may be from the scheduler's.
+    channels: see `DenoiserHost`.
     """
     run = _THREAD.runs.get(key)
     shape, kind = tuple(latents.shape), (latents.dtype, latents.device)
@@ -165,7 +172,7 @@ def run_of(
         run.index += 1
     run.timestep, run.sets, run.shared, run.call = timestep, {}, {}, 0
     run.place, run.position = place, _position(timestep, whole, place, last)
-    run.guidance = guidance_copies(latents)  # images that begin with the same noise are no copies later
+    run.guidance = guidance_copies(latents[:, :channels])  # images that begin with the same noise are no copies later
     run.latents, run.version = weakref.ref(latents), _version(latents)
     return run, False
 
