@@ -44,6 +44,24 @@ def test_crops_are_blurred_within_the_outline_alone():
     assert len(set(names)) == len(names)
 
 
+def test_crops_of_several_splits_are_of_all_of_their_photographs():
+    sources = set(locally_blurred(("train", "more"), 60, 2, size=16).sources)
+    assert sources == {*PHOTOGRAPHS["train"], *PHOTOGRAPHS["more"]}
+
+
+def test_predictors_are_told_what_the_blur_moved_and_what_the_network_gains():
+    sharp = torch.full((1, 3, 2, 2), 0.5)
+    images = sharp.clone()
+    images[0, 1, 0] += torch.tensor([1.0, 2.0]) / 255
+    mask = torch.tensor([[[True, True], [False, False]]])
+    drawn = local_blur.Blurred(images, sharp, mask, ("one",))
+    assert train_adawpt.visible(drawn).tolist() == [[[False, True], [False, False]]]
+    restored = sharp.clone()
+    restored[0, :, 1, 1] += 0.1
+    gains = train_adawpt.gained(drawn, restored)[0]
+    assert torch.allclose(gains * 255**2, torch.tensor([[1.0, 4.0], [0.0, -3 * 25.5**2]]), rtol=1e-3)
+
+
 def test_the_blur_is_a_gaussian():
     spot = torch.zeros(1, 1, 13, 13)
     spot[0, 0, 6, 6] = 1.0
