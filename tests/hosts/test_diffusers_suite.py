@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
+from host_suites import run_suite
 
 HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / ".cache"
@@ -41,17 +41,8 @@ def run(found: Path, patch: dict[str, Any] | None) -> dict[str, Any]:
     """The outcome of each test of `FILES` by its name, and how many models were patched."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DIFFUSERS_TEST_DEVICE": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    plugins = ["-p", "diffusers_plugin", "-p", "no:cacheprovider", "-p", "no:timeout"]
     options = ["--outcomes", str(found), *([] if patch is None else ["--patch", json.dumps(patch)])]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *plugins, *options, *FILES],
-        cwd=suite(),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    print(result.stdout[-20000:])
+    run_suite(suite(), ["-p", "diffusers_plugin", *options, *FILES], environment)
     assert found.exists(), "the suite did not run"
     outcomes: dict[str, Any] = json.loads(found.read_text())
     return outcomes

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import timm
+from host_suites import run_suite
 
 HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / ".cache"
@@ -37,19 +38,9 @@ def suite() -> Path:
 def run(counts: Path, *options: str) -> dict[str, int]:
     """Run the ViT subset (see the plug-in) and return how many tests passed, failed and were skipped."""
     markers = "base or cfg or forward or backward or features or fxforward or fxbackward"
-    # Without the time limits of its tests: 120 s for what takes two tell of the machine.
-    plugins = ["-p", "timm_plugin", "-p", "no:cacheprovider", "-p", "no:timeout"]
-    command = [sys.executable, "-m", "pytest", *plugins, "-q", "-m", markers]
+    arguments = ["-p", "timm_plugin", "-m", markers, "--counts", str(counts), *options, "tests/test_models.py"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    result = subprocess.run(
-        [*command, "--counts", str(counts), *options, "tests/test_models.py"],
-        cwd=suite(),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    print(result.stdout[-20000:])
+    run_suite(suite(), arguments, environment)
     assert counts.exists(), "the suite did not run"
     return json.loads(counts.read_text())
 

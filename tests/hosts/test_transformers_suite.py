@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import transformers
+from host_suites import run_suite
 
 HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / ".cache"
@@ -79,16 +80,7 @@ def run(report: Path, model: str, patch: dict[str, Any] | None) -> dict[str, set
     """The names of the tests that passed, failed and were skipped."""
     environment = {**os.environ, "TOKENPRUNE_PATCH": json.dumps(patch), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    plugins = ["-p", "no:cacheprovider", "-p", "no:timeout"]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *plugins, f"--junitxml={report}", f"tests/test_{model}.py"],
-        cwd=suite(),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    print(result.stdout[-20000:])
+    run_suite(suite(), [f"--junitxml={report}", f"tests/test_{model}.py"], environment)
     found: dict[str, set[str]] = {"passed": set(), "failed": set(), "skipped": set()}
     for case in ElementTree.parse(report).iter("testcase"):
         failed = case.find("failure") is not None or case.find("error") is not None
