@@ -179,6 +179,15 @@ def test_learned_parts(damage: Callable[[bytes], bytes], tmp_path: Path) -> None
         tokenprune.patch(model(), weights=tmp_path)
 
 
+def test_one_bit_of_the_weights_is_enough(tmp_path: Path) -> None:
+    parts(model(), [0.8] * 4, [0.01] * 4).save(tmp_path)
+    file = tmp_path / "learned.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # as long, and as good a file of safetensors
+    with pytest.raises(TokenPruneError, match="cut off, changed"):
+        tokenprune.patch(model(), weights=tmp_path)
+
+
 @of_a_folder
 @given(damage=damages() | changes())
 @pytest.mark.filterwarnings("ignore:by the latency table")

@@ -14,6 +14,7 @@ from strategies import Vit, budgets, methods, options, vits
 
 import tokenprune
 from tokenprune import BudgetError, UnsupportedMethod
+from tokenprune.schedule import kept_count
 
 BATCHES = st.integers(1, 4)
 
@@ -68,10 +69,16 @@ def as_asked(vit: Vit, budget: dict[str, Any], report: dict[str, Any]) -> None:
         assert (leaving or [vit.tokens])[-1] == max(1, math.ceil(value * vit.tokens - 1e-6))
 
 
-@given(st.data(), vits((torch.float32,)), st.sampled_from(["top_k", "evit", "tome", "uniform"]), st.floats(0.3, 1.0))
-def test_reported_flops_are_those_of_torchs_own_counter(
-    data: st.DataObject, vit: Vit, method: str, flops: float
-) -> None:
+@given(st.floats(0.0, 1.0, exclude_min=True), st.integers(1, 300))
+def test_as_many_tokens_are_kept_as_make_up_the_share(share: float, tokens: int) -> None:
+    count = kept_count(share, tokens)
+    assert 1 <= count <= tokens
+    assert count >= share * tokens - 1e-6
+    assert count == 1 or count - 1 < share * tokens
+
+
+@given(vits((torch.float32,)), st.sampled_from(["zero_tprune", "top_k", "evit", "tome"]), st.floats(0.3, 1.0))
+def test_reported_flops_are_those_of_torchs_own_counter(vit: Vit, method: str, flops: float) -> None:
     model, x = vit.build(), vit.images(1)
     before = zoo.count(model, x).get_total_flops() / 2
     try:
