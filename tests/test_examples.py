@@ -254,7 +254,7 @@ def files_of_examples() -> list[Path]:
     return sorted(path for path in EXAMPLES.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
 
 
-def tests_of(name: str) -> list[str]:
+def users_of(name: str) -> list[str]:
     """The tests that load or run the example of that name."""
     used = re.compile(rf'load\("{name}"\)|"{name}\.py"')
     return [path.name for path in Path(__file__).parent.rglob("test_*.py") if used.search(path.read_text())]
@@ -267,7 +267,7 @@ def test_nothing_in_the_examples_is_untested(path: Path) -> None:
         return
     assert path.suffix == ".py", f"{path.name}: nothing here runs or checks a file like this"
     top = path.relative_to(EXAMPLES).parts[0]
-    assert tests_of(top.removesuffix(".py")), f"no test loads or runs {top}"
+    assert users_of(top.removesuffix(".py")), f"no test loads or runs {top}"
 
 
 def check_script(path: Path) -> None:
@@ -283,7 +283,7 @@ def check_script(path: Path) -> None:
 
 
 def test_an_example_without_a_test_is_seen(tmp_path: Path) -> None:
-    assert tests_of("no_such" + "_example") == []
+    assert users_of("no_such" + "_example") == []
     script = tmp_path / "run.sh"
     for line, error in (
         ("torchrun -m tokenprune.cli eval --no-such-option", SystemExit),
