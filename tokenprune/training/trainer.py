@@ -230,7 +230,7 @@ def _labelled(source: object, model: nn.Module, transform: Transform | None, spl
             f"{data.name} has no labels, which a training needs: a pair (images, labels), or a folder with a subfolder"
             " for each class"
         )
-    if data.classes == 0:
+    if data.dense and data.classes == 0:
         raise TokenPruneError(
             f"{data.name} does not tell how many classes its masks have; let the model have num_classes"
         )
