@@ -10,7 +10,8 @@
 #SBATCH --cpus-per-task=16
 #SBATCH --time=02:00:00
 set -euo pipefail
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes[0]}
 
 # A torchrun for each node; where one ends with an error srun ends the others.
 exec srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tokenprune import registry
 
 # The same examples in every run, and with --hypothesis-profile=full many new ones in each.
 settings.register_profile("fixed", max_examples=20, derandomize=True, database=None, deadline=None)
@@ -58,3 +61,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"{counts}, {len(SKIPPED)} pinned as skipped")
     for name, reason in unpinned.items():
         terminalreporter.write_line(f"NOT AS PINNED {name}: {reason}", red=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _methods_stay() -> Iterator[None]:
+    """What a file's tests register is not there for those of the next file."""
+    before = set(registry._METHODS)
+    yield
+    for name in set(registry._METHODS) - before:
+        if not str(registry._METHODS[name].__module__).startswith("tokenprune."):  # the package's load when asked for
+            del registry._METHODS[name]

@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
-from tokenprune import registry
 from tokenprune.evals import (
     adapt_swin,
     denoiser_speed,
@@ -91,16 +90,6 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
             drawing = Image.fromarray(squares.numpy()).resize((48, 48), Image.Resampling.NEAREST)
             drawing.save(path / "drawings" / kind / f"{word}_{kind.split('/')[-1]}.png")
     return path
-
-
-@pytest.fixture(autouse=True)
-def _methods_stay() -> Iterator[None]:
-    """The method that a page's example registers is not there for the next test."""
-    before = set(registry._METHODS)
-    yield
-    for name in set(registry._METHODS) - before:
-        if not str(registry._METHODS[name].__module__).startswith("tokenprune."):  # the package's load when asked for
-            del registry._METHODS[name]
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # An evaluation whose images take their time: each tells of itself by a file.
 SLOW = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import torch
 from tokenprune import cli
@@ -48,6 +48,7 @@ def run(options):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
     evaluate(model, ImageData("slow", Slow(), 10**6, 2), [], batch_size=4, transform=print, baselines=False)
 
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell that is no terminal's
 cli._run = run
 sys.exit(cli.main(["eval", "--model", "none"]))
 """

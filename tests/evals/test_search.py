@@ -373,7 +373,7 @@ def test_the_command_writes_what_patch_takes(tmp_path: Path, capsys: pytest.Capt
     assert found.method == "top_k"
     assert found.found["images"] == 4
     assert cli.main([*arguments, "--model", "dit-digits"]) == 1
-    assert "image towers" in capsys.readouterr().err
+    assert "is not for dit-digits, which draws pictures" in capsys.readouterr().err
 
 
 @pytest.mark.full

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -45,6 +46,9 @@ class Line:
         others = range(1, count) if rank == 0 else [0]
         self._signs = dict.fromkeys(others, (0, time.monotonic()))
         self._interrupts = threading.current_thread() is threading.main_thread()
+        self._ignored = self._interrupts and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        if self._ignored:  # as in a shell's background: an interrupt from here would be ignored too
+            signal.signal(signal.SIGINT, self._on_interrupt)
         for target in (self._talk, self._judge):
             threading.Thread(target=target, name=f"tokenprune {target.__name__}", daemon=True).start()
 
@@ -63,6 +67,15 @@ class Line:
         finally:
             self._asking = False
         return answer.result()
+
+    def _on_interrupt(self, *_: object) -> None:
+        if self.trouble is not None:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """Interrupts are ignored again where they were before."""
+        if self._ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def leave(self) -> None:
         """The end of the run, of which rank 0, at whose store all meet, is the last."""

@@ -134,6 +134,7 @@ def ranks() -> Iterator[Ranks]:
             raise TokenPruneError(line.trouble) from None
         raise
     finally:
+        line.close()
         _current = None
 
 

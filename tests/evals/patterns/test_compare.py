@@ -247,7 +247,7 @@ def test_the_command_writes_tables_and_plots(tmp_path, monkeypatch, capsys):
         with Image.open(tmp_path / "found" / f"{name}.png") as plot:
             assert len(plot.getcolors(maxcolors=2**20)) > 20
     assert cli.main([*arguments[:2], "dit-digits", "--output", "found"]) == 1
-    assert "image towers" in capsys.readouterr().err
+    assert "is not for dit-digits, which draws pictures" in capsys.readouterr().err
 
 
 def test_an_infinite_divergence_is_null_in_json(several):
