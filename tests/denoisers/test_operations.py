@@ -48,7 +48,7 @@ MASK[:5] = True
         ("uniform", {"keep": 0.5}, 207),
         ("at_edm", {"keep": 0.5, "steps": {}}, 228),
         ("tomesd", {"ratio": 0.5, "max_downsample": 8}, 1424),
-        ("region", {"mask": MASK}, 148),
+        ("region", {"mask": MASK}, 146),
     ],
 )
 def test_few_operations_are_added_and_none_waits_for_the_device(method, options, bound):

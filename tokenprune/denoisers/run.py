@@ -66,18 +66,18 @@ class Run:
     """One run of one patch in this thread.
 
     timestep: of the last forward. shape: of the latents. positions: of the steps that the run has left at its
-    beginning, in [0, 1) of the whole. guidance: how many times the latents stand in the batch at this step. sets: what
+    beginning, in [0, 1) of the whole. guidance: `copies`, None before it is asked for. sets: what
     each stack computed at this step, for the second call of a guided step. shared: see `AttentionRecord.once`, of this
     step. index: of the step, counted from 0. call: of the step's calls. held: what a method chose for some steps, by
     stack and call. kept: what a method takes from earlier steps. kind: dtype and device of the latents. whole: the
     scheduler's timesteps, a list of its own for each time that they are set. place: of this step in it, None where it
-    is not known. position: of this step.
+    is not known. position: of this step. channels: see `DenoiserHost`.
     """
 
     timestep: float
     shape: tuple[int, ...]
     positions: tuple[float, ...]
-    guidance: int
+    guidance: int | None
     latents: weakref.ref[Tensor] | None = None
     version: int = 0
     sets: dict[str, Chosen] = field(default_factory=dict)
@@ -90,6 +90,15 @@ class Run:
     whole: Sequence[float] | None = None
     place: int | None = None
     position: float = 0.0
+    channels: int | None = None
+
+    @property
+    def copies(self) -> int:
+        """How many times the latents stand in the batch at this step; counted where it is asked for."""
+        if self.guidance is None:
+            latents = self.latents() if self.latents is not None else None
+            self.guidance = 1 if latents is None else guidance_copies(latents[:, : self.channels])
+        return self.guidance
 
 
 @dataclass(eq=False)
@@ -166,13 +175,13 @@ def run_of(
     place = _place(timestep, whole, rounding) if run is None else _next_place(run, timestep, rounding)
     if run is None or not _follows(run, timestep, place):
         place = _place(timestep, whole, rounding)
-        run = Run(timestep, shape, _positions(timestep, whole, place, last), 1, kind=kind, whole=whole)
+        run = Run(timestep, shape, _positions(timestep, whole, place, last), None, kind=kind, whole=whole)
         _THREAD.runs[key] = run
     else:
         run.index += 1
     run.timestep, run.sets, run.shared, run.call = timestep, {}, {}, 0
     run.place, run.position = place, _position(timestep, whole, place, last)
-    run.guidance = guidance_copies(latents[:, :channels])  # images that begin with the same noise are no copies later
+    run.guidance, run.channels = None, channels  # images that begin with the same noise are no copies later
     run.latents, run.version = weakref.ref(latents), _version(latents)
     return run, False
 

@@ -212,7 +212,7 @@ class BlockSite:
 
     def _copies(self, one: Pass, batch: int) -> int:
         """How many images of the batch, one after the other, compute the same tokens."""
-        return batch if self.patch.shared else one.run.guidance if batch == one.run.shape[0] else 1
+        return batch if self.patch.shared else one.run.copies if batch == one.run.shape[0] else 1
 
     def _record(
         self, one: Pass, x: Tensor, bound: Arguments, start: int, queries: Tensor | None, keys: Tensor | None
