@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
+
+from tokenprune.attention_calls import AttentionCall, AttentionCalls
 
 _TENSORS = (Tensor, torch.nn.Parameter)
 # Arguments that are their value and no more.
@@ -60,31 +60,18 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made if len(made) > 1 else made[0]
 
 
-class MathAttention(TorchFunctionMode):
+class MathAttention(AttentionCalls):
     """torch's attention as products of matrices, which a count sees where it calls a fused kernel otherwise; in this
     thread alone, while `torch.nn.attention.sdpa_kernel` switches all threads over, and models that run in them."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        called = _in_products if func is F.scaled_dot_product_attention else func
-        return called(*args, **(kwargs or {}))
-
-
-def _in_products(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
-    out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )[0]
-    return out
+    def attend(self, call: AttentionCall) -> Tensor:
+        query, key, value, mask, dropout, causal, scale, grouped = call
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+        out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped
+        )[0]
+        return out
 
 
 def _factorized(matrix: Sequence[int], *args: Any, **kwargs: Any) -> int:

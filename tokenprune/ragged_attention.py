@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from tokenprune.attention_calls import ATTENTION, AttentionCall, AttentionCalls
 from tokenprune.errors import UnsupportedModel
 from tokenprune.kernels.packed_attention import packed_attention
 from tokenprune.ragged import Group, Pack
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
     from tokenprune.site import Site
 
 Forward = Callable[..., Tensor]
-_ATTENTION = torch._C._nn.scaled_dot_product_attention
 
 
-class AnswerAttention(TorchFunctionMode):
+class AnswerAttention(AttentionCalls):
     """While it is on, scaled_dot_product_attention over a packed sequence stays within each image.
 
     calls: how many it has answered.
@@ -41,33 +40,17 @@ class AnswerAttention(TorchFunctionMode):
         self.lengths, self.starts = lengths, starts
         self.calls = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not _ATTENTION:
-            return func(*args, **(kwargs or {}))
-        self.calls += 1
-        return self.attend(*args, **(kwargs or {}))
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """query, key, value: [1, H, T, D]; attn_mask: a bias of the keys [1, 1, 1, T] or None."""
+        self.calls += 1
+        query, key, value, mask, dropout, causal, scale, grouped = call
         packed = query.shape[0] == 1 and query.shape[2] == key.shape[2] == sum(self.lengths)
-        of_keys = attn_mask is None or attn_mask.shape[:3] == (1, 1, 1)
-        if not packed or not of_keys or is_causal or enable_gqa:
+        of_keys = mask is None or mask.shape[:3] == (1, 1, 1)
+        if not packed or not of_keys or causal or grouped:
             raise UnsupportedModel("this attention makes a call that the packed kernel cannot answer")
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        bias = attn_mask.reshape(-1) if attn_mask is not None else None
-        out = packed_attention(
-            q, k, v, self.starts, lengths=self.lengths, key_bias=bias, scale=scale, dropout=dropout_p
-        )
+        bias = mask.reshape(-1) if mask is not None else None
+        out = packed_attention(q, k, v, self.starts, lengths=self.lengths, key_bias=bias, scale=scale, dropout=dropout)
         return out.transpose(0, 1)[None]
 
 
@@ -84,7 +67,7 @@ def attend_here(forward: Forward, x: Tensor, **kwargs: Any) -> Tensor:
     if site is None or state is None or state.pack is None:
         return forward(x, **kwargs)
     now.attended = True
-    replaced = F.scaled_dot_product_attention is not _ATTENTION  # by the user, with one that nothing can answer for
+    replaced = F.scaled_dot_product_attention is not ATTENTION  # by the user, with one that nothing can answer for
     out = _answered(site, state.pack, forward, x, **kwargs) if site.intercepts and not replaced else None
     return out if out is not None else _per_length(site, state, state.pack, forward, x, **kwargs)
 
