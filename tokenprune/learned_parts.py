@@ -68,18 +68,22 @@ class LearnedParts:
         file = _file(Path(path))
         file.parent.mkdir(parents=True, exist_ok=True)
         content = safetensors().torch.save({name: tensor.contiguous() for name, tensor in self.tensors.items()})
+        write_whole(file, content)
+        write_whole(file.with_suffix(".json"), self.record(sha256=hashlib.sha256(content).hexdigest()))
+        return file
+
+    def record(self, **of_file: str) -> bytes:
+        """All but the tensors as JSON, with what there is to say of the file beside it."""
         data = {
             "version": VERSION,
             "method": self.method,
             "options": dict(self.options),
             "architecture": dict(self.architecture),
             "norms": list(self.norms),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            **of_file,
             "found": dict(self.found),
         }
-        write_whole(file, content)
-        write_whole(file.with_suffix(".json"), (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
-        return file
+        return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode()
 
 
 def load_learned(source: str | PathLike[str] | LearnedParts) -> LearnedParts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from tokenprune.api import patched
 from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.finding import bare, find_models
-from tokenprune.learned_parts import VERSION, LearnedParts, architecture, block_norms, write_whole
+from tokenprune.learned_parts import LearnedParts, architecture, block_norms, write_whole
 from tokenprune.training.distillation import Distillation
 from tokenprune.training.state import generators, set_generators
 from tokenprune.training.taught import logits_of
@@ -93,12 +92,4 @@ def tuning(model: nn.Module, method: str, options: dict[str, Any], device: torch
 def write_record(folder: Path, parts: LearnedParts) -> None:
     """Write how the weights beside it were trained to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = {
-        "version": VERSION,
-        "method": parts.method,
-        "options": dict(parts.options),
-        "architecture": dict(parts.architecture),
-        "norms": list(parts.norms),
-        "found": dict(parts.found),
-    }
-    write_whole(folder / RECORD, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+    write_whole(folder / RECORD, parts.record())
