@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import tokenprune
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.evals import mass_quality
 from tokenprune.evals.dinov2 import dinov2_small, normalize
 from tokenprune.evals.images import photographs
-from tokenprune.method import Method
-from tokenprune.registry import make_method, register_method
+from tokenprune.registry import make_method
 from tokenprune.scores.pagerank import fuse_heads, passing_heads, weighted_pagerank
 
 DEPTH = 12
-_RECORDS: list[AttentionRecord] = []
-
-
-def _keep_record(record: AttentionRecord) -> Tensor:
-    _RECORDS.append(record)
-    return torch.zeros_like(record.origin, dtype=torch.float32)  # on the device that the model is counted on, too
-
-
-@register_method("spy")
-def _spy() -> Method:
-    """Top-k on equal scores, that keeps what the method saw."""
-    return replace(make_method("top_k", {}), name="spy", score=_keep_record)
 
 
 @pytest.fixture(scope="module")
-def records() -> Iterator[list[AttentionRecord]]:
+def records() -> list[AttentionRecord]:
     """What every block of the unreduced model shows, for four photographs."""
-    model: nn.Module = dinov2_small()
-    images = normalize(photographs().images[::12][:4])
-    with torch.no_grad(), tokenprune.patched(model, "spy", schedule=dict.fromkeys(range(DEPTH), 1.0)):
-        _RECORDS.clear()
-        model(images)
-    yield list(_RECORDS)
-    _RECORDS.clear()
+    return mass_quality.records(dinov2_small(), normalize(photographs().images[::12][:4]))
 
 
 def patch_scores(record: AttentionRecord, iterations: int) -> Tensor:

@@ -34,7 +34,7 @@ _RECORDS: list[AttentionRecord] = []
 
 def _keep_record(record: AttentionRecord) -> Tensor:
     _RECORDS.append(record)
-    return torch.zeros(record.origin.shape)
+    return torch.zeros_like(record.origin, dtype=torch.float32)
 
 
 @register_method("seen")
