@@ -16,7 +16,7 @@ from tokenprune.errors import BudgetError, TokenPruneError, UnsupportedMethod, U
 from tokenprune.family import active_patches
 from tokenprune.fixed_counts import fixed_counts
 from tokenprune.patch import Patch
-from tokenprune.registry import make_method, method_info, method_names, own_budget
+from tokenprune.registry import has_threshold, make_method, method_names, own_budget
 from tokenprune.solver import shares_of
 from tokenprune.stored_schedule import StoredSchedule
 
@@ -57,8 +57,8 @@ def calibrate(
     name, aim = ADAPTIVE.get(method, method), checked_share("flops", flops)
     learns = name in method_names() and make_method(name, {}).learned is not None
     fixed = learns and f"{name}_fixed" in method_names()
-    if not fixed and (not _has_threshold(name) or "threshold" in options):
-        known = ", ".join(["tome", *(one for one in method_names() if _has_threshold(one))])
+    if not fixed and (not has_threshold(name) or "threshold" in options):
+        known = ", ".join(["tome", *(one for one in method_names() if has_threshold(one))])
         raise UnsupportedMethod(f"calibrate finds the threshold of a method that has one, not {method!r}: {known}")
     make_method(name, {key: value for key, value in options.items() if key != "weights" or not learns})
     checked_images(images)
@@ -96,10 +96,6 @@ def checked_images(images: object) -> Tensor:
         raise TokenPruneError(f"images must be one tensor [N, C, H, W], got {got}; for example torch.stack(images)")
     checked_count("images", len(images), smallest=1, example=64)
     return images
-
-
-def _has_threshold(name: str) -> bool:
-    return name in method_names() and make_method(name, {}).adaptive and "threshold" in method_info(name, ()).options
 
 
 @contextmanager

@@ -132,6 +132,11 @@ def method_info(name: str, families: tuple[str, ...]) -> MethodInfo:
     )
 
 
+def has_threshold(name: str) -> bool:
+    """Whether there is an adaptive method `name` with a threshold, which `tokenprune.calibrate` finds."""
+    return name in method_names() and _METHODS[name]().adaptive and "threshold" in method_info(name, ()).options
+
+
 def families() -> list[Family]:
     """Families of the registered adapters, those registered last first; a built-in one only once its library has been
     imported."""

@@ -168,9 +168,9 @@ def _check_adaptive(host: Host, method: Method, budget: Budget) -> None:
     if budget.kind == "flops" and method.learned is None:
         raise BudgetError(
             f"{method.name} keeps a different number of tokens in each image, and what that costs on average is not"
-            f" known without calibration: {budget} cannot be met; tokenprune.calibrate finds the thresholds of"
-            " tome that meet it. keep=, tokens= and schedule="
-            f" work, as the most that is kept of an image, and so do the method's own options"
+            f" known without calibration: {budget} cannot be met; where it has a threshold,"
+            " tokenprune.calibrate finds the one that meets it. keep=, tokens= and schedule= work, as the most that is"
+            " kept of an image, and so do the method's own options"
         )
     if not host.ragged_head or not all(block.ragged_swaps for block in host.blocks):
         raise UnsupportedMethod(

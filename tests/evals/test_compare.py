@@ -101,6 +101,29 @@ def test_a_run_goes_on_where_it_was_stopped(folder, monkeypatch, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
+def test_adaptive_methods_meet_the_budget_in_the_mean_and_say_how(tmp_path):
+    one = [word for word in COMMAND if word not in ("tome", "top_k", "0.5", "0.6")]
+    one = [word for word in one if word not in ("--method", "--flops")]
+    named = [word for name in ("adaptive_tome", "ats", "saint") for word in ("--method", name)]
+    torch_threads = torch.get_num_threads()
+    assert cli.main([one[0], *named, "--flops", "0.6", "--keep", "0.5", *one[1:], str(tmp_path)]) == 0
+    torch.set_num_threads(torch_threads)
+    rows = {
+        (row["method"], row["budget"]): row for row in Table.from_json((tmp_path / "compare.json").read_text()).rows
+    }
+    for method in ("adaptive_tome", "saint"):
+        row = rows[method, "flops=0.6"]
+        assert row["note"].startswith("threshold=0.")
+        assert row["note"].endswith("found on 6 images without labels")
+        assert row["flops_ratio"] == pytest.approx(0.6, abs=0.011)  # in the mean over the same images
+        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+        assert rows[method, "keep=0.5"]["note"] is None
+    assert "keeps so few by itself" in rows["ats", "flops=0.6"]["note"]
+    (told,) = data_of((tmp_path / "compare.html").read_text())["models"]
+    drawn = {(arm["method"], arm["budget"]) for arm in told["overlays"]["arms"]}
+    assert {("adaptive_tome", "flops=0.6"), ("saint", "flops=0.6"), ("ats", "keep=0.5")} < drawn
+
+
 SMALL = ["--method", "tomesd", "--flops", "0.8", "--flops", "0.65", "--samples", "8", "--steps", "3"]
 SMALL += ["--threads", "1", "--quiet"]
 

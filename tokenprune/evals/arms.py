@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,12 @@ class Arm:
         return images if self.size is None else resize(images, self.size, self.filter)
 
 
+class MakeArm(Protocol):
+    """A method at a budget as an `Arm`; required: raise where the method does not fit."""
+
+    def __call__(self, name: str, budget: Budget, *, required: bool) -> Arm: ...
+
+
 def build_arms(
     model: nn.Module,
     images: Tensor,
@@ -78,13 +85,15 @@ def build_arms(
     *,
     baselines: bool = True,
     dense: bool = False,
+    make: MakeArm | None = None,
 ) -> list[Arm]:
     """The arms of a comparison on `images` [B, C, H, W], the unpatched model first; `model` itself is left as it is.
 
     All arms share the weights of `model`. `methods=None` takes every method that fits the model. With `baselines`,
     random, uniform and a smaller input of equal FLOPs are added at each budget. A budget that a method cannot meet
     becomes an arm with a note; so does a method that was not asked for by name and turns out not to fit. `dense`: patch
-    tokens are read behind the last block, so a budget is met with all of it computed.
+    tokens are read behind the last block, so a budget is met with all of it computed. make: builds the arm of a method
+    in the place of `method_arm`, as `tokenprune.evals.calibrated_arms` does.
 
     Raises TokenPruneError for a method named in `methods` that is unknown or does not fit, and for a malformed budget.
     """
@@ -94,9 +103,10 @@ def build_arms(
     names = comparable(base) if methods is None else list(methods)
     if baselines:
         names += [name for name in DROP_BASELINES if name not in names]
+    make = make or partial(method_arm, base, images, dense=dense)
     arms = [Arm(UNPATCHED, "", base, flops=multiply_adds(base, images), flops_ratio=1.0)]
     for budget in budgets:
-        rows = [method_arm(base, images, name, budget, required=methods is not None, dense=dense) for name in names]
+        rows = [make(name, budget, required=methods is not None) for name in names]
         arms += rows
         if baselines:
             arms.append(smaller_arm(base, images, budget, [r.flops_ratio for r in rows if r.flops_ratio is not None]))

@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import tokenprune
-from tokenprune.errors import TokenPruneError
 from tokenprune.evals.accuracy import compare, run_unpatched
 from tokenprune.evals.accuracy_rows import Dense, UnpatchedBatch
 from tokenprune.evals.arms import (
     SMALLER_INPUT,
     UNPATCHED,
     Arm,
-    Budget,
-    budget_label,
     build_arms,
     comparable,
-    method_arm,
     smaller_arm,
 )
+from tokenprune.evals.calibrated_arms import Calibrated
 from tokenprune.evals.cases import Case
 from tokenprune.evals.data import ImageData
 from tokenprune.evals.models import DIGITS, DINOV2, LoadedModel
 from tokenprune.evals.table import Row, Table
-from tokenprune.registry import make_method
 
 BUDGETS = (0.6, 0.5, 0.8, 0.4)
 """Shares of the multiply-adds, in the order in which they are measured."""
-
-MET = 0.01
-"""How near the mean FLOPs of a bound have to be to what was asked for."""
-
-HALVINGS = 8
 
 
 @dataclass(frozen=True)
@@ -136,64 +125,13 @@ def _cells(row: Row) -> Row:
 
 
 def quality_arm(bench: Bench, name: str, flops: float) -> Arm:
-    """A method, or a smaller input, at a share `flops` of the multiply-adds.
-
-    A method that keeps a number of tokens of its own in each image gets the threshold, or without one the bound on what
-    is kept (`keep`), at which the mean over the calibration images is that share.
-    """
-    base = bench.unpatched.model
+    """A method, or a smaller input, at a share `flops` of the multiply-adds; of an adaptive method the mean over the
+    calibration images is that share."""
+    base, budget = bench.unpatched.model, {"flops": flops}
     assert base is not None
     if name == SMALLER_INPUT:
-        return smaller_arm(base, bench.example, {"flops": flops})
-    if not make_method(name, {}).adaptive:
-        return _patched(bench, name, {"flops": flops})
-    [info] = [info for info in tokenprune.methods(base) if info.name == name]
-    if "threshold" not in info.options:
-        return _bounded(bench, name, flops)
-    try:
-        found = tokenprune.calibrate(base, bench.calibration, name, flops=flops)
-    except TokenPruneError as error:
-        return Arm(name, "", None, note=str(error))
-    return _found(bench, _patched(bench, name, {"schedule": found}), f"threshold={found.options['threshold']:.4f}")
-
-
-def _patched(bench: Bench, name: str, budget: Budget) -> Arm:
-    base = bench.unpatched.model
-    assert base is not None
-    return method_arm(base, bench.example, name, budget, required=True, dense=bench.task.dense)
-
-
-def _found(bench: Bench, arm: Arm, what: str) -> Arm:
-    return replace(arm, note=arm.note or f"{what}, found on {len(bench.calibration)} images without labels")
-
-
-def _bounded(bench: Bench, name: str, flops: float) -> Arm:
-    """The bound is halved in on; none at all is tried first."""
-    low, high, tried = 0.0, 1.0, list[tuple[float, float, str, Arm]]()
-    budget: Budget = {}
-    for _ in range(HALVINGS):
-        arm = _patched(bench, name, budget)
-        cost = 0.0 if arm.model is None else _mean_flops(bench, arm.model)
-        tried.append((abs(cost - flops), cost, budget_label(budget), arm))
-        if tried[-1][0] <= MET / 2 or (not budget and cost < flops):
-            break
-        if budget:
-            low, high = (budget["keep"], high) if cost < flops else (low, budget["keep"])
-        budget = {"keep": (low + high) / 2}
-    error, cost, label, arm = min(tried, key=lambda each: each[0])
-    if error > MET:
-        most = "it keeps so few by itself that" if label == "default" else f"nearest is {label}, at which"
-        return Arm(
-            name, "", None, note=f"flops={flops:g} is met by no bound on what is kept: {most} it costs {cost:.2f}"
-        )
-    return _found(bench, arm, label)
-
-
-def _mean_flops(bench: Bench, model: nn.Module) -> float:
-    """Multiply-adds over the unpatched model's in the mean over the calibration images."""
-    total = 0.0
-    for batch in torch.split(bench.calibration, bench.task.batch_size):
-        with torch.inference_mode():
-            model(batch)
-        total += len(batch) * float(tokenprune.report(model).to_dict()["flops_ratio"])
-    return total / len(bench.calibration)
+        return smaller_arm(base, bench.example, budget)
+    task = bench.task
+    return Calibrated(base, bench.example, bench.calibration, task.batch_size, task.dense).arm(
+        name, budget, required=True
+    )

@@ -9,17 +9,22 @@ from pathlib import Path
 
 from torch import Tensor
 
+import tokenprune
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.accuracy import compare, run_unpatched
 from tokenprune.evals.accuracy_rows import UnpatchedBatch
 from tokenprune.evals.arms import SMALLER_INPUT, Arm, Budget, budget_label, build_arms, filtered
 from tokenprune.evals.bench import bench_together
+from tokenprune.evals.calibrated_arms import Calibrated
+from tokenprune.evals.commands import first_images
 from tokenprune.evals.data import ImageData
 from tokenprune.evals.models import LoadedModel
+from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.smaller_input import FILTERS
 from tokenprune.evals.table import Row, Table
 
 ENDS = ("", "_low", "_high")
+CALIBRATED_ON = 64
 TIMED = ("speedup", "promised", "control", "trusted", "images_per_s")
 
 
@@ -53,9 +58,10 @@ def measure_budgets(
 ) -> Iterator[tuple[list[Arm], Table]]:
     """For each budget in turn its arms, the unpatched one first, and their table, one row each.
 
-    images: [B, C, H, W], of the batch that is timed. A smaller input stands there once for each filter that shrinks
-    pictures, as one of them suits a model best. A table that is in `folder` already is read and not measured again; the
-    arms are built anew for each budget, as pictures need them.
+    images: [B, C, H, W], of the batch that is timed. An adaptive method meets a budget in `flops` in the mean over
+    CALIBRATED_ON of the images, whose labels are not read. A smaller input stands there once for each filter that
+    shrinks pictures, as one of them suits a model best. A table that is in `folder` already is read and not measured
+    again; the arms are built anew for each budget, as pictures need them.
     """
     saliency = loaded.saliency if data.classes is None else None
     seen = list[UnpatchedBatch]()
@@ -79,8 +85,12 @@ def measure_budgets(
         table.environment = {"model": loaded.name, "batch": len(images), **table.environment}
         return table
 
+    dense = saliency is not None or data.dense
+    unlabelled = first_images(data, CALIBRATED_ON, seed + 1).to(images)
+    base = tokenprune.unpatch(shared_copy(loaded.model)).eval()
+    make = Calibrated(base, images, unlabelled, batch_size, dense).arm
     for budget in budgets:
-        arms = build_arms(loaded.model, images, methods, [budget], dense=saliency is not None or data.dense)
+        arms = build_arms(loaded.model, images, methods, [budget], dense=dense, make=make)
         smaller = [arm for arm in arms if arm.method == SMALLER_INPUT and arm.model is not None]
         arms += [filtered(arm, by) for arm in smaller for by in FILTERS[1:]]
         yield arms, measured_once(measured_path(folder, loaded.name, budget), partial(measure, arms))
