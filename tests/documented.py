@@ -47,6 +47,7 @@ CHEAPER: dict[str, dict[str, str | list[str]]] = {
         "--device": "cpu",
     },
     "torchrun --nproc-per-node 4 -m tokenprune.cli eval": {"--device": "cpu", "--batch-size": "4"},
+    "python -m tokenprune.evals.checkpoint_quality": {"--samples": "2", "--steps": "1"},
     "python -m tokenprune.evals.deblur_quality": {"--samples": "1"},
     "python -m tokenprune.evals.dense_quality": {"--samples": "4", "--method": "uniform", "--flops": "0.6"},
     "python -m tokenprune.evals.dinov2_speed": {"--batch-size": "1", "--method": "top_k", "--attempts": "1"},
