@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.errors import UnsupportedMethod
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,17 @@ class OverSteps:
     fixed: bool = False
     observe: Callable[[AttentionRecord], Tensor] | None = None
     lacks: str | None = None
+
+
+def at_steps(numbers: Sequence[int]) -> Callable[[int], bool]:
+    """`OverSteps.dense` for steps that are named by their numbers in a run.
+
+    Raises:
+        UnsupportedMethod: they are no whole numbers of at least 0.
+    """
+    steps = list(numbers) if isinstance(numbers, Iterable) else [None]
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in steps):
+        raise UnsupportedMethod(
+            f"dense_steps are whole numbers of at least 0, got {numbers!r}; for example dense_steps=(0, 1)"
+        )
+    return frozenset(steps).__contains__

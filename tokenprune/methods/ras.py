@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenprune.attention_record import AttentionRecord
-from tokenprune.denoisers.over_steps import Memory, OverSteps
+from tokenprune.denoisers.over_steps import Memory, OverSteps, at_steps
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.method import Method
 from tokenprune.registry import register_method
@@ -51,7 +51,7 @@ def ras(
         recover="residual",
         over_steps=OverSteps(
             reuses="tokens",
-            dense=frozenset(dense_steps).__contains__,
+            dense=at_steps(dense_steps),
             score=partial(activity, sign=1.0 if active == "high" else -1.0, starvation=starvation),
         ),
     )

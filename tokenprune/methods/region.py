@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenprune.attention_record import AttentionRecord
-from tokenprune.denoisers.over_steps import Level, Memory, OverSteps
+from tokenprune.budget import is_number
+from tokenprune.denoisers.over_steps import Level, Memory, OverSteps, at_steps
 from tokenprune.errors import BudgetError, UnsupportedMethod
 from tokenprune.method import Method
 from tokenprune.registry import register_method
@@ -27,14 +28,13 @@ def region(*, mask: Tensor | None = None, ring: int = 1, dense_steps: tuple[int,
     mask: [H, W] (or [1, H, W], [1, 1, H, W]) of the image or its latents, above 0.5 what is to be computed. ring:
     tokens around it that are computed too, of each stack's own grid.
     """
-    if ring < 0 or ring != int(ring):
+    if not (is_number(ring) and ring >= 0 and ring == int(ring)):
         raise UnsupportedMethod(f"ring is a number of tokens around the mask, 0 or more, got {ring!r}")
     if mask is not None and not isinstance(mask, Tensor):
         raise UnsupportedMethod(
             f"mask is a tensor [H, W], got {type(mask).__name__}; for example torch.as_tensor(numpy.array(image)) > 127"
         )
     marked = Region(None if mask is None else _plane(mask), ring)
-    steps = frozenset(dense_steps)
     return Method(
         name="region",
         paper="training-free, after Nitzan et al., LazyDiffusion, ECCV 2024",
@@ -45,7 +45,7 @@ def region(*, mask: Tensor | None = None, ring: int = 1, dense_steps: tuple[int,
         recover="residual",
         over_steps=OverSteps(
             reuses="tokens",
-            dense=steps.__contains__,
+            dense=at_steps(dense_steps),
             score=marked.score,
             count=marked.count,
             fixed=True,
