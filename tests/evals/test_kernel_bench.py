@@ -58,6 +58,18 @@ def test_what_takes_too_long_or_does_not_fit_has_a_note_and_no_numbers(monkeypat
     assert "a call takes" in next(row for row in table.rows if row["way"] == "naive")["note"]
 
 
+@pytest.mark.parametrize("slow", [("torch",), ("naive", "torch", "eager")])
+def test_where_torch_takes_too_long_the_others_are_timed_without_it(monkeypatch, slow):
+    (case,) = CASES["class_attention"](16, torch.device("cpu"), torch.float32)
+    named = {id(way): name for name, way in case.ways.items()}
+    monkeypatch.setattr(kernel_bench, "CASES", {"class_attention": lambda *_: [case]})
+    monkeypatch.setattr(kernel_bench, "sample", lambda way, *_: 9.0 if named[id(way)] in slow else 0.0)
+    rows = {row["way"]: row for row in kernel_bench.bench_kernels(["class_attention"], [16], sample_seconds=0).rows}
+    assert all((rows[way]["note"] == "a call takes 9 s") == ("ms" not in rows[way]) == (way in slow) for way in rows)
+    assert all("over_torch" not in row for row in rows.values())
+    assert [way for way, row in rows.items() if row.get("control")] == ([] if len(slow) == 3 else list(rows))
+
+
 def test_the_command_writes_table_and_plot(tmp_path, capsys):
     run = ["--quick", "--op", "class_attention", "--tokens", "16", "--tokens", "32", "--output", str(tmp_path)]
     assert kernel_bench.main(run) == 0

@@ -45,7 +45,8 @@ def bench_kernels(
 
     Columns: `ms` of a call (median), `over_torch` and `over_naive` (median of per-round ratios of time with a 95%
     bootstrap interval, below 1 is faster), `extra_mb` (most MiB alive at once during the call and not before), `chosen`
-    (the way that the dispatcher takes), `control` (torch over itself) and `trusted` (within 2% of 1).
+    (the way that the dispatcher takes), `control` (torch over itself; where it is not timed, another way) and `trusted`
+    (within 2% of 1).
     """
     device = torch.device(device)
     rows: list[Row] = []
@@ -70,19 +71,26 @@ def _rows(
             if once > longest:
                 notes[name] = f"a call takes {once:.2g} s"
     timed = {name: way for name, way in case.ways.items() if name not in notes}
-    found = side_by_side(timed, "torch", rounds=rounds, sample_seconds=sample_seconds, attempts=attempts, device=device)
+    found = None
+    if timed:
+        first = "torch" if "torch" in timed else next(iter(timed))
+        found = side_by_side(
+            timed, first, rounds=rounds, sample_seconds=sample_seconds, attempts=attempts, device=device
+        )
     rows: list[Row] = []
     for name, way in case.ways.items():
         row: Row = {"op": case.op, "tokens": case.tokens, "shape": case.shape, "way": name}
         row["chosen"] = name == case.chosen
-        if name in timed:
+        if found is not None and name in timed:
             row["ms"] = 1000 * found.median(name)
             for other in ("torch", "naive"):
                 if other in timed:
                     ratio = found.ratio(name, other)
                     row |= interval_cells(f"over_{other}", ratio)
             row |= {"extra_mb": peak_extra_memory(way, device) / 2**20}
-        rows.append({**row, "control": found.control, "trusted": found.trusted, "note": notes.get(name)})
+        if found is not None:
+            row |= {"control": found.control, "trusted": found.trusted}
+        rows.append({**row, "note": notes.get(name)})
     return rows
 
 
