@@ -96,9 +96,18 @@ def test_a_run_goes_on_where_it_was_stopped(folder, monkeypatch, capsys):
     assert plain[0] == plain[1]
     assert cli.main([*COMMAND[:-1], "--seed", "1", "--output", str(folder)]) == 1
     assert "seed 0, now 1" in capsys.readouterr().err
-    (folder / "measured" / "settings.json").write_text("{")
-    assert cli.main([*COMMAND, str(folder)]) == 1
-    assert "damaged" in capsys.readouterr().err
+    whole = measured[0].read_text()
+    for content in (whole[:50], "{}", "[]"):
+        measured[0].write_text(content)
+        assert cli.main([*COMMAND, str(folder)]) == 1
+        assert f"{measured[0]} is damaged" in capsys.readouterr().err
+    measured[0].write_text(whole)
+    for content in ("{", "[3]", "3"):
+        (folder / "measured" / "settings.json").write_text(content)
+        assert cli.main([*COMMAND, str(folder)]) == 1
+        assert "damaged" in capsys.readouterr().err
+    assert cli.main([*COMMAND[:-1], "--rounds", "19", "--output", str(folder)]) == 1
+    assert "--rounds 19" in capsys.readouterr().err
 
 
 def test_adaptive_methods_meet_the_budget_in_the_mean_and_say_how(tmp_path):
@@ -248,6 +257,25 @@ def test_the_best_at_a_budget_is_one_that_is_faster():
     assert at_06.startswith("At flops=0.6 the best that is faster than no method is tome")
     [_, alone] = advised([ROWS[0], better], TOP1)
     assert alone.startswith("At flops=0.6 no method is faster than none, the best is pitome")
+
+
+@pytest.mark.parametrize(
+    ("method", "note", "call"),
+    [
+        (
+            "saint",
+            "threshold=0.9713, found",
+            "patch(model, schedule=tokenprune.calibrate(model, images, 'saint', flops=0.6))",
+        ),
+        ("ats", "keep=0.6875, found on 64 images", "patch(model, 'ats', keep=0.6875)"),
+        ("ats", "default, found on 64 images", "patch(model, 'ats')"),
+    ],
+)
+def test_the_call_of_an_adaptive_method_is_what_was_found_for_the_budget(method, note, call):
+    first, *_ = advised([ROWS[0], row(method, "flops=0.6", 0.895, 1.5) | {"note": note}], TOP1)
+    assert first.endswith(f", by {call}.")
+    first, *_ = advised([ROWS[0], row(method, "keep=0.5", 0.895, 1.5)], TOP1)
+    assert first.endswith(f", by patch(model, {method!r}, keep=0.5).")
 
 
 def test_what_learned_for_the_model_is_told_beside_what_need_not():

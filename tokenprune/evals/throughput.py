@@ -21,6 +21,7 @@ from tokenprune.evals.table import Row, interval_cells
 
 Arm = Callable[[], object]
 CONTROL_TOLERANCE = 0.02
+LEAST_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ def measure(
 
     Raises TokenPruneError for fewer than 20 rounds: the interval would be narrower than what is known.
     """
-    if rounds < 20:
-        raise TokenPruneError(f"rounds={rounds}: the protocol needs at least 20 for its interval to mean something")
+    if rounds < LEAST_ROUNDS:
+        raise TokenPruneError(
+            f"rounds={rounds}: the protocol needs at least {LEAST_ROUNDS} for its interval to mean something"
+        )
     arms = (reference, candidate, control)
     device = torch.device(device)
     for _ in range(warmup):

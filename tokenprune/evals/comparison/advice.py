@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tokenprune
-from tokenprune.evals.arms import UNPATCHED, is_baseline
+from tokenprune.evals.arms import UNPATCHED, budget_label, is_baseline
 from tokenprune.evals.table import Row
-from tokenprune.registry import method_names
+from tokenprune.registry import has_threshold, make_method, method_names
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,19 @@ def _fastest(rows: Sequence[Row], quality: Quality, base: Row) -> str:
             f"No method that stays within {quality.loss:g} of {stands} is faster than no"
             f" method here; the nearest is {_told(best, quality)}."
         )
-    call = f", by patch(model, {best['method']!r}, {best['budget']})" if best["method"] in method_names() else ""
+    call = f", by {_call(best)}" if best["method"] in method_names() else ""
     return f"Fastest within {quality.loss:g} of {stands}: {_told(best, quality)}{call}."
+
+
+def _call(row: Row) -> str:
+    """What switches the method of a row on: where it adapts to each image, what was found to meet the budget."""
+    name, budget = str(row["method"]), str(row["budget"])
+    if not budget.startswith("flops=") or not make_method(name, {}).adaptive:
+        return f"patch(model, {name!r}, {budget})"
+    if has_threshold(name):
+        return f"patch(model, schedule=tokenprune.calibrate(model, images, {name!r}, {budget}))"
+    bound = str(row["note"]).split(",")[0]  # as `tokenprune.evals.calibrated_arms` notes it
+    return f"patch(model, {name!r})" if bound == budget_label({}) else f"patch(model, {name!r}, {bound})"
 
 
 def _told(row: Row, quality: Quality) -> str:

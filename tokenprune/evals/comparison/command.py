@@ -21,6 +21,7 @@ from tokenprune.evals.digits_denoisers import CHECKPOINTS as DIFFUSION
 from tokenprune.evals.digits_lvlm import LVLM, lvlm_digits
 from tokenprune.evals.models import load_model
 from tokenprune.evals.table import Row, Table
+from tokenprune.evals.throughput import LEAST_ROUNDS
 from tokenprune.evals.transforms import denormalize
 
 BUDGETS: tuple[Budget, ...] = ({"flops": 0.8}, {"flops": 0.6}, {"flops": 0.5}, {"flops": 0.4})
@@ -36,6 +37,8 @@ def run_compare(options: argparse.Namespace) -> int:
 
     0 where a method could be run, else 1.
     """
+    if options.rounds < LEAST_ROUNDS:
+        raise TokenPruneError(f"--rounds {options.rounds}: an interval needs at least {LEAST_ROUNDS}")
     set_machine(options)
     folder = Path(options.output)
     measured = folder / MEASURED

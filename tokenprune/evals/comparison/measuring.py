@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 import tokenprune
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import MALFORMED, TokenPruneError
 from tokenprune.evals.accuracy import compare, run_unpatched
 from tokenprune.evals.accuracy_rows import UnpatchedBatch
 from tokenprune.evals.arms import SMALLER_INPUT, Arm, Budget, budget_label, build_arms, filtered
@@ -102,9 +102,16 @@ def measured_path(folder: Path, model: str, budget: Budget) -> Path:
 
 
 def measured_once(path: Path, measure: Callable[[], Table]) -> Table:
-    """The table that is kept in `path`, else the one that `measure` gives, which then is."""
+    """The table that is kept in `path`, else the one that `measure` gives, which then is.
+
+    Raises:
+        TokenPruneError: the file is damaged.
+    """
     if path.exists():
-        return Table.from_json(path.read_text(encoding="utf-8"))
+        try:
+            return Table.from_json(path.read_text(encoding="utf-8"))
+        except MALFORMED as error:
+            raise TokenPruneError(f"{path} is damaged: {error!r}; remove it, and it is measured again") from error
     table = measure()
     table.save(path)
     return table
@@ -121,8 +128,8 @@ def same_settings(folder: Path, settings: Mapping[str, object]) -> None:
         path.write_text(json.dumps(asked, indent=1), encoding="utf-8")
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except MALFORMED as error:
         raise TokenPruneError(f"{path} is damaged: {error}; take another folder") from error
     others = sorted(name for name in {*asked, *found} if asked.get(name) != found.get(name))
     if others:
