@@ -64,8 +64,14 @@ class LearnedParts:
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write them to `path`, a folder or a file ending in .safetensors, with their JSON beside it; returns the
-        file. Each is written in one piece."""
+        file. Each is written in one piece.
+
+        Raises:
+            TokenPruneError: `path` is a file of another name, which would be overwritten.
+        """
         file = _file(Path(path))
+        if file.suffix != SUFFIX:
+            raise TokenPruneError(f"{file} is a file that is there already; name a folder, or a {SUFFIX} file")
         file.parent.mkdir(parents=True, exist_ok=True)
         content = safetensors().torch.save({name: tensor.contiguous() for name, tensor in self.tensors.items()})
         write_whole(file, content)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from families import build
 from learned_thresholds import parts
+from PIL import Image
 from torch import Tensor, nn
 
 import tokenprune
@@ -55,7 +57,10 @@ def test_labels_that_are_missing_or_wrong(model: nn.Module, data: Data, tmp_path
             train(model, (data[0], torch.full_like(data[1], wrong)), **QUICK)
     headless = build("class_token")
     headless.reset_classifier(0, "")
-    with pytest.raises(TokenPruneError, match="no logits"):
+    with pytest.raises(UnsupportedModel, match="no classifier"):
+        train(headless, data, **QUICK)
+    headless.reset_classifier(0)  # pooled, so that its features are of the shape of logits
+    with pytest.raises(UnsupportedModel, match="no classifier"):
         train(headless, data, **QUICK)
 
 
@@ -155,6 +160,36 @@ def test_a_state_that_is_cut_off_or_pickled_is_refused(model: nn.Module, data: D
     torch.save({}, tmp_path / FILE)
     with pytest.raises(TokenPruneError, match="no safetensors"):
         train(model, data, output=tmp_path, **QUICK)
+
+
+def test_a_state_of_other_weights_is_refused(model: nn.Module, data: Data, tmp_path: Path) -> None:
+    train(model, data, output=tmp_path, **QUICK)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight.mul_(1.01)
+    with pytest.raises(TokenPruneError, match="of a model with other weights"):
+        train(model, data, output=tmp_path, **QUICK)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "learned.safetensors"])
+def test_a_file_in_the_place_of_the_folder_stays_as_it_is(
+    model: nn.Module, data: Data, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(TokenPruneError, match="name a folder"):
+        train(model, data, output=tmp_path / name, **QUICK)
+    if name == "notes.txt":
+        with pytest.raises(TokenPruneError, match="name a folder"):
+            parts(model, [0.8] * 4, [0.0] * 4).save(tmp_path / name)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_pictures_have_the_size_that_the_model_was_made_for(tmp_path: Path) -> None:
+    for label in range(2):
+        (tmp_path / str(label)).mkdir()
+        for i in range(2):
+            Image.new("RGB", (90, 80), (40 * i, 99 * label, 9)).save(tmp_path / str(label) / f"{i}.png")
+    small = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, num_classes=2)
+    assert train(small, tmp_path, **QUICK).found["steps"] == 1
 
 
 def test_budgets_of_what_was_learned(model: nn.Module, data: Data, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_what_is_refused(pictures: Path, two_classes: str, tmp_path: Path, capsy
         (["train", "digits-vit", "--method", "ltmp"], "--flops"),
         (["train", "digits-vit", "--method", "tnt", "--flops", "0.6", "--option", "noise"], "such as noise=0.3"),
         (["train", "digits-vit", "--method", "tnt", "--flops", "0.6", "--option", "seed=3"], "such as noise=0.3"),
+        (["train", "digits-vit", "--method", "tnt", "--flops", "0.6", "--option", "transform=3"], "such as noise=0.3"),
         (["train", "digits-vit", "--method", "tnt", "--flops", "0.6", "--option", "noise=-1"], "positive number"),
         (["train", two_classes, "--method", "ltmp", "--flops", "0.6"], "no images of its own"),
         (["train", two_classes, "--method", "top_k", "--flops", "0.6", "--data", str(pictures)], "learns nothing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from typing import Any
 
@@ -73,10 +74,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _of_method(options: argparse.Namespace) -> dict[str, Any]:
     """The method's own options, `--option NAME=VALUE`."""
-    found: dict[str, Any] = {}
+    found, taken = dict[str, Any](), inspect.signature(train).parameters
     for text in options.option:
         name, given, value = text.partition("=")
-        if not given or name in vars(options):
+        if not given or name in vars(options) or name in taken:
             raise TokenPruneError(f"--option {text}: an option of the method and its value, such as noise=0.3")
         try:
             parsed = json.loads(value)

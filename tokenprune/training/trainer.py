@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.budget import checked_count, checked_share
-from tokenprune.errors import TokenPruneError, UnsupportedMethod
+from tokenprune.errors import TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.evals.data import ImageData, Transform, open_data
-from tokenprune.learned_parts import LearnedParts
+from tokenprune.evals.transforms import input_size
+from tokenprune.learned_parts import SUFFIX, LearnedParts
 from tokenprune.learning import Recipe
 from tokenprune.registry import make_method
 from tokenprune.training.budget import on_budget
@@ -109,6 +110,8 @@ def train(
             finite (the state then stays the last one that was written).
     """
     tuned, recipe = _recipe(method, options)
+    if output is not None and (Path(output).is_file() or Path(output).suffix == SUFFIX):
+        raise TokenPruneError(f"output={str(output)!r} is the name of a file; name a folder, which holds several")
     distill = Distillation(
         checked_weight("distill_logits", recipe.distill_logits if distill_logits is None else distill_logits),
         checked_weight("distill_tokens", recipe.distill_tokens if distill_tokens is None else distill_tokens),
@@ -220,10 +223,17 @@ def _recipe(method: str, options: dict[str, Any]) -> tuple[bool, Recipe]:
 
 def _labelled(source: object, model: nn.Module, transform: Transform | None, split: str | None) -> ImageData:
     classes = getattr(model, "num_classes", None)
+    head: Any = getattr(model, "get_classifier", lambda: None)()
+    if classes == 0 and isinstance(head, nn.Identity):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no classifier, and its features are no logits that labels are compared with;"
+            " make it with num_classes="
+        )
     if transform is None and not isinstance(source, (ImageData, tuple, list, Tensor)):
         from timm.data import create_transform, resolve_model_data_config
 
-        transform = create_transform(**resolve_model_data_config(model), is_training=True)
+        untyped: Any = resolve_model_data_config
+        transform = create_transform(**untyped(model, args={"input_size": input_size(model)}), is_training=True)
     data = open_data(source, transform, split=split, num_classes=classes)
     if data.classes is None:
         raise TokenPruneError(

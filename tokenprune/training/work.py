@@ -25,6 +25,9 @@ SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly")
 """Those of timm that follow the number of steps alone."""
 
 
+SAME = 1e-5
+"""How much the norms of the blocks may differ, relatively, between the devices that a training runs on."""
+
 _MODEL = "the model's own weights"
 
 
@@ -166,6 +169,7 @@ class Work:
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "generators": states,
                 "step": self.step,
+                "norms": list(self.start.norms),
                 "history": torch.tensor(self.history, dtype=torch.float64),
             }
             write_state(path, state, self.recipe)
@@ -173,8 +177,20 @@ class Work:
         self.accelerator.wait_for_everyone()
 
     def resume(self, path: Path) -> None:
-        """The inverse of `save`."""
+        """The inverse of `save`.
+
+        Raises:
+            TokenPruneError: it cannot be read, or is of weights, frozen or of a teacher, that it does not hold and that
+                are not those of the model.
+        """
         state = read_state(path, self.recipe)
+        outside = self.model is None or (isinstance(self.inner, Taught) and self.inner.teacher is not None)
+        theirs, own = (torch.tensor(one, dtype=torch.float64) for one in (state.get("norms", ()), self.start.norms))
+        if outside and len(theirs) and not torch.allclose(theirs, own, rtol=SAME, atol=0):
+            raise TokenPruneError(
+                f"{path} is of a model with other weights, which it does not hold; go on with those, or name an"
+                " --output of its own"
+            )
         self.learned.load_state_dict(state["learned"])
         if self.model is not None:
             self.model.load_state_dict(state["model"])
