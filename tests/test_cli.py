@@ -83,6 +83,7 @@ def test_every_example_is_a_valid_command(name):
         ["bench", "--model", "x", "--batch-size", "0"],
         ["bench", "--model", "x", "--json", "--csv"],
         ["eval", "--model", "x", "--dtype", "int8"],
+        ["score", "--pictures", "x", "--reference", "x", "--seed", "-1"],
         ["nonsense"],
         ["train", "another-model", "--output", "x"],
     ],
@@ -126,6 +127,13 @@ def test_failures_are_one_line_and_exit_one(arguments, message, capsys, tmp_path
     assert error.startswith("tokenprune: error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_a_device_of_score_that_is_not_there_is_told(capsys, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    both = ["--pictures", str(tmp_path), "--real", str(tmp_path)]
+    assert run("score", *both, "--features", "small_vit:build", "--device", "cuda:77") == 1
+    assert "tokenprune: error: --device cuda:77" in capsys.readouterr().err
 
 
 def test_methods_lists_what_there_is(capsys):

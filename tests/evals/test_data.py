@@ -77,6 +77,26 @@ def test_transparent_is_white(tmp_path):
     assert (read(open_data(tmp_path, to_tensor))[0] == 1).all()
 
 
+def test_labels_are_whole_numbers_in_whatever_holds_them():
+    images = torch.rand(3, 3, 4, 4)
+    for labels in ([2, 0, 1], (2, 0, 1), torch.tensor([2, 0, 1], dtype=torch.uint8)):
+        data = open_data((images, labels))
+        assert (data.classes, read(data)[1]) == (3, [2, 0, 1])
+    maps = torch.ones(3, 4, 4, dtype=torch.uint8)
+    assert open_data((images, maps)).by_number()[0][1].dtype == torch.long
+    for labels in (torch.tensor([0.7, 1.2, 2.0]), ["a", "b", "c"], [[1], [1, 2], []]):
+        with pytest.raises(TokenPruneError, match="labels are to be"):
+            open_data((images, labels))
+    for pair in ((), (images,), (images, None, None), [1, 2]):
+        with pytest.raises(TokenPruneError, match="a pair of two tensors"):
+            open_data(pair)
+
+
+def test_a_split_of_a_folder_of_pictures_is_refused(folder):
+    with pytest.raises(TokenPruneError, match=r"split='val': .* no splits"):
+        open_data(folder, to_tensor, split="val")
+
+
 def test_tensors_with_and_without_labels():
     images = torch.rand(5, 3, 2, 2)
     seen, labels = read(open_data((images, torch.tensor([3, 1, 2, 0, 1]))))

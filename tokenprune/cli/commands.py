@@ -18,6 +18,7 @@ from tokenprune.cli.options import (
     add_texts,
     add_training,
     positive,
+    seed,
     threads,
     workers,
 )
@@ -240,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--prompts", metavar="FILE", help="one line a picture: CLIP score, by transformers")
     score.add_argument("--clip", default="openai/clip-vit-large-patch14", help="name or folder (default: %(default)s)")
     score.add_argument("--device", help="(default: cuda where there is one, else cpu)")
-    score.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    score.add_argument("--seed", type=seed, default=0, help="of the bootstrap (default: %(default)s)")
     add_format(score)
 
     train = _command(commands, "train", "what a method learns for a model, or a model of the package by its recipe")

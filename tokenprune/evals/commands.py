@@ -227,16 +227,25 @@ def set_machine(options: argparse.Namespace) -> None:
 
     Raises TokenPruneError for a device that is not there, or computes nothing.
     """
-    if options.device.split(":")[0] == "meta":
-        raise TokenPruneError("--device meta: its tensors have no values; use cpu")
+    options.device = checked_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    options.device = own_device(options.device)
+
+
+def checked_device(name: str) -> str:
+    """The device called `name`, of several processes on a machine that of this one.
+
+    Raises TokenPruneError for one that is not there, or computes nothing.
+    """
+    if name.split(":")[0] == "meta":
+        raise TokenPruneError("--device meta: its tensors have no values; use cpu")
+    device = own_device(name)
     try:
-        torch.empty(0, device=options.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise TokenPruneError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+        raise TokenPruneError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def load(options: argparse.Namespace) -> LoadedModel:

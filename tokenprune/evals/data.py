@@ -113,7 +113,7 @@ def open_data(
     """
     if isinstance(source, ImageData):
         return source
-    if isinstance(source, Tensor) or (isinstance(source, (tuple, list)) and isinstance(source[0], Tensor)):
+    if isinstance(source, (Tensor, tuple, list)):
         return _from_tensors(source)
     if transform is None:
         raise TokenPruneError("pictures need a transform to the model's input; pass transform=")
@@ -129,6 +129,8 @@ def open_data(
             dense=True,
         )
     elif folder is not None and not is_saved(folder):
+        if split is not None:
+            raise TokenPruneError(f"split={split!r}: {folder} holds pictures alone and no splits; name a folder of one")
         data = _from_folder(folder, transform, num_classes)
     else:
         data = _from_hugging_face(source, transform, split, num_classes)
@@ -145,7 +147,7 @@ class _Tensors(Dataset[tuple[Tensor, Any]]):
         if self.labels is None:
             return self.images[index], UNLABELLED
         label = self.labels[index]
-        return self.images[index], label if label.ndim else int(label)
+        return self.images[index], label.long() if label.ndim else int(label)
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -168,14 +170,27 @@ class _Files(Dataset[tuple[Tensor, int]]):
 
 
 def _from_tensors(source: Any) -> ImageData:
-    images, labels = (source, None) if isinstance(source, Tensor) else source
+    if not isinstance(source, Tensor) and not (len(source) == 2 and isinstance(source[0], Tensor)):
+        raise TokenPruneError(f"a {type(source).__name__} is to be a pair of two tensors: (images, labels)")
+    images, given = (source, None) if isinstance(source, Tensor) else source
     if len(images) == 0:
         raise TokenPruneError("no images: a tensor of none was given")
-    if labels is not None and len(labels) != len(images):
-        raise TokenPruneError(f"{len(images)} images and {len(labels)} labels")
+    labels = None if given is None else _class_numbers(given, len(images))
     classes = None if labels is None else int(labels.max()) + 1
     dense = labels is not None and labels.ndim > 1
     return ImageData("tensors", _Tensors(images, labels), len(images), classes, dense=dense)
+
+
+def _class_numbers(labels: Any, images: int) -> Tensor:
+    try:
+        numbers = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # words, or rows of different lengths
+        raise TokenPruneError(f"labels are to be numbers of classes, in one tensor: {error}") from error
+    if numbers.ndim == 0 or len(numbers) != images:
+        raise TokenPruneError(f"{images} images and {len(numbers) if numbers.ndim else 1} labels")
+    if numbers.is_floating_point() or numbers.is_complex():
+        raise TokenPruneError(f"labels are to be whole numbers of classes, got {numbers.dtype}")
+    return numbers
 
 
 def _from_folder(folder: Path, transform: Transform, num_classes: int | None) -> ImageData:

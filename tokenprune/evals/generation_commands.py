@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.commands import budgets, check_output, emit, finish, refuse_foreign, set_machine
+from tokenprune.evals.commands import budgets, check_output, checked_device, emit, finish, refuse_foreign, set_machine
 from tokenprune.evals.digits_denoisers import untrained
 from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, DigitsPipeline, digits_pipeline, pipeline_of
 from tokenprune.evals.generation import evaluate_generation
@@ -83,7 +83,7 @@ def score(options: argparse.Namespace) -> int:
             raise TokenPruneError("--features is of a Fréchet distance to real pictures; name them with --real FOLDER")
         if options.features is not None:
             extractor = load_model(options.features, checkpoint=options.checkpoint)
-            extractor.model.to(options.device or "cpu")
+            extractor.model.to(checked_device(options.device or "cpu"))
             distance = frechet_of_folders(options.pictures, options.real, extractor, seed=options.seed)
             row |= interval_cells("frechet", distance)
         elif options.real is not None:
