@@ -50,9 +50,20 @@ def test_the_first_is_what_eval_says_of_it_and_a_worse_one_is_farther(folders: l
     assert table.environment["images"] == 6
 
 
-def test_a_folder_without_a_checkpoint_is_told(folders: list[Path], tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_is_told(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(TokenPruneError, match=r"no dit_digits.safetensors in"):
         compare_checkpoints(DIT, [tmp_path], samples=2)
+    monkeypatch.setattr(checkpoint_quality, "draw", None)  # nothing is drawn of the first one before
+    with pytest.raises(TokenPruneError, match=r"no dit_digits.safetensors in"):
+        compare_checkpoints(DIT, [folders[0], tmp_path], samples=2)
+
+
+@pytest.mark.parametrize(("name", "value"), [("samples", 0), ("samples", 1), ("batch_size", 0), ("steps", 0)])
+def test_counts_of_nothing_are_refused(folders: list[Path], name: str, value: int) -> None:
+    with pytest.raises(TokenPruneError, match=f"{name} must be a whole number of at least"):
+        compare_checkpoints(DIT, folders, **{"samples": 2, name: value})
 
 
 def test_the_command(folders: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

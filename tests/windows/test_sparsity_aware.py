@@ -9,6 +9,7 @@ from windows_zoo import SIZES, build, images
 
 import tokenprune
 from tokenprune.errors import BudgetError, UnsupportedModel
+from tokenprune.methods.sparsevit import drawn_ratios
 
 torch.set_num_threads(1)
 
@@ -51,6 +52,13 @@ def test_all_shares_are_drawn_and_rise_within_a_stage() -> None:
     assert len(later) > 6
 
 
+def test_no_step_leaves_out_more_than_was_asked_for() -> None:
+    torch.manual_seed(0)
+    for most, largest in ((0.96, 0.9), (0.3, 0.3), (0.7, 0.7), (0.15, 0.1)):
+        drawn = [ratio for _ in range(60) for ratio in drawn_ratios((2, 4), most)]
+        assert max(drawn) == pytest.approx(largest)
+
+
 def test_in_eval_mode_nothing_is_left_out() -> None:
     model, x = build(), images()
     with torch.no_grad():
@@ -66,7 +74,7 @@ def test_in_eval_mode_nothing_is_left_out() -> None:
 
 def test_refusals() -> None:
     model = build()
-    for options in ({"adapt": 0.04}, {"adapt": 1.0}, {"adapt": 0.8, "ratios": (0.5, 0.5)}):
+    for options in ({"adapt": 0.04}, {"adapt": 0.09}, {"adapt": 1.0}, {"adapt": 0.8, "ratios": (0.5, 0.5)}):
         with pytest.raises(BudgetError, match=r"adapt=0\.8"):
             tokenprune.patch(model, "sparsevit", **options)
     with pytest.raises(BudgetError, match="draws the shares"):

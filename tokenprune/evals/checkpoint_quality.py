@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from tokenprune.budget import checked_count
 from tokenprune.evals.digit_reader import digit_reader
 from tokenprune.evals.digits_denoisers import CHECKPOINTS
 from tokenprune.evals.digits_pipelines import GUIDANCE, STEPS, digits_pipeline
@@ -39,13 +40,18 @@ def compare_checkpoints(
     pictures stand for the unpatched model's, and `frechet_ratio`, the distance over that of the first, with a 95%
     bootstrap interval paired over noise.
 
-    Raises TokenPruneError for a folder without a checkpoint of the model and for fewer than two samples.
+    Raises TokenPruneError, before anything is drawn, for a folder without a checkpoint of the model, for fewer than two
+    samples and for a batch or a run without anything in it.
     """
+    checked_count("samples", samples, smallest=2, example=1000)
+    checked_count("batch_size", batch_size, smallest=1, example=50)
+    checked_count("steps", steps, smallest=1, example=STEPS)
+    pipes = [digits_pipeline(name, [folder]) for folder in folders]
     orders = drawing_orders(samples, seed)
     real, reader, rows = real_features(), digit_reader(), list[Row]()
     first = None
-    for folder in folders:
-        arm = unpatched_arm(digits_pipeline(name, [folder]), orders.first(2), steps=steps, guidance=guidance)
+    for folder, pipe in zip(folders, pipes, strict=True):
+        arm = unpatched_arm(pipe, orders.first(2), steps=steps, guidance=guidance)
         named = replace(arm, method=str(folder))
         pictures = together(draw(named, list(orders.batches(batch_size)), show_progress=show_progress))
         assert pictures is not None

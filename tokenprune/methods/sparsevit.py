@@ -86,9 +86,13 @@ def drawn_ratios(depths: Sequence[int], most: float) -> tuple[float, ...]:
     `most`, evenly drawn, in a stage from the smallest to the largest (section 3.3)."""
     in_pairs: list[float] = []
     for depth in depths:
-        drawn = torch.randint(round(most * 10) + 1, (-(-depth // 2),), device="cpu")
+        drawn = torch.randint(_tenths(most) + 1, (-(-depth // 2),), device="cpu")
         in_pairs += (drawn.sort().values / 10).tolist()
     return _in_blocks(in_pairs, depths)
+
+
+def _tenths(share: float) -> int:
+    return int(share * 10 + 1e-6)  # rounded down: 0.96 rounded to 1.0 would leave no window
 
 
 def _is_share(value: object) -> bool:
@@ -112,7 +116,7 @@ def sparsevit(*, ratios: Sequence[float] | None = None, adapt: float | None = No
     adaptation): weights that were trained on so are right for windows left out, at any shares. They are drawn from
     torch's own generator, as dropout is.
     """
-    if adapt is not None and (not _is_share(adapt) or round(adapt * 10) < 1 or ratios is not None):
+    if adapt is not None and (not _is_share(adapt) or _tenths(adapt) < 1 or ratios is not None):
         raise BudgetError(
             f"adapt={adapt!r} is the largest share of the windows that a training step leaves out, in tenths, in place"
             " of ratios=; use adapt=0.8"
