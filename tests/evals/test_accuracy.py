@@ -100,6 +100,12 @@ def test_a_model_without_classifier_is_judged_by_neighbours(labelled):
     assert rows["top_k"]["knn_kept"] == pytest.approx(rows["top_k"]["knn"] / rows["unpatched"]["knn"])
 
 
+def test_too_few_images_to_have_neighbours_are_told(labelled):
+    backbone, (images, labels) = strong_vit(num_classes=0), labelled
+    with pytest.raises(TokenPruneError, match="1 of tensors are too few to have neighbours"):
+        evaluate(backbone, (images, labels), ["top_k"], samples=1, seed=3)  # by which it is the one to be classified
+
+
 def test_saliency_and_groups(vit):
     images = torch.randn(12, 3, 96, 96, generator=torch.Generator().manual_seed(2))
     data = open_data(images)

@@ -49,6 +49,9 @@ def test_moments_are_those_of_numpy_and_weights_repeat():
     torch.testing.assert_close(weighted.covariance, repeated.covariance)
     with pytest.raises(TokenPruneError, match="at least two"):
         gaussian(features[:1])
+    features[3, 1], features[5] = float("nan"), float("inf")
+    with pytest.raises(TokenPruneError, match="features of 2 of 20 images are NaN"):
+        gaussian(features)
 
 
 def test_the_interval_holds_the_estimate_and_is_as_wide_as_repetitions_scatter():

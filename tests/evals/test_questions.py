@@ -37,6 +37,12 @@ def test_answers_that_are_the_same(one, other):
     assert exact_match(one, ["cat"]) == 0.0
 
 
+def test_nothing_is_not_the_choice_a():
+    for answer in ("", ".", "the"):
+        assert exact_match(answer, ["A"]) == vqa_accuracy(answer, ["A"] * 4) == 0.0
+    assert exact_match("a.", ["A"]) == exact_match("A cat", ["cat"]) == 1.0
+
+
 def test_vqa_accuracy_leaves_out_each_answer_in_turn():
     """With ten answers: 0, 0.3, 0.6, 0.9 and 1 for no, one, two, three and more people who say the same."""
     for equal, expected in ((0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)):

@@ -168,6 +168,10 @@ def compare(
         answers = [labels for _, labels in parts if labels is not None]
         if answers and not classifies(base):
             is_test = split(images, chosen, seed)
+            if bool(is_test.all()):
+                raise TokenPruneError(
+                    f"{len(is_test)} of {images.name} are too few to have neighbours; take more samples"
+                )
             for _, _, score in runnable(arms, scores):
                 score.classify_by_neighbours(torch.cat(answers), is_test)
         rows = [row_of(arm, score, scores[0], groups, seed) for arm, score in zip(arms, scores, strict=True)]

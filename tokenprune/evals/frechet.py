@@ -22,9 +22,14 @@ class Gaussian:
 def gaussian(features: Tensor, weights: Tensor | None = None) -> Gaussian:
     """Mean and unbiased covariance of `features` [N, D]; weights: [N], how often each counts.
 
-    Raises TokenPruneError for fewer than two features.
+    Raises TokenPruneError for fewer than two features, and for features that are NaN or infinite.
     """
     data = features.double()
+    lost = int((~data.isfinite()).any(-1).sum())
+    if lost:
+        raise TokenPruneError(
+            f"the features of {lost} of {len(data)} images are NaN or infinite, which have no distance"
+        )
     counts = torch.ones(len(data), dtype=torch.float64) if weights is None else weights.double()
     total = counts.sum()
     if total < 2:

@@ -18,11 +18,13 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 def normalised(answer: str) -> str:
     """An answer without what does not count: case, punctuation outside of numbers, articles, and how numbers are
     written, as in the evaluation of VQA (Antol et al., 2015), but for its table of contractions: apostrophes are left
-    out in all words."""
+    out in all words. An answer of articles alone, such as the choice A, stays: nothing is not it."""
     text = answer.lower().replace("'", "").replace("\u2019", "")
     text = re.sub(r"(?<=\d),(?=\d)", "", text)
     text = re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w\s.]|_", " ", text)
-    return " ".join(_DIGITS.get(word, word) for word in text.split() if word not in _ARTICLES)
+    words = text.split()
+    told = [word for word in words if word not in _ARTICLES] or words
+    return " ".join(_DIGITS.get(word, word) for word in told)
 
 
 def exact_match(answer: str, truths: Sequence[str]) -> float:
