@@ -221,10 +221,14 @@ def _recipe(method: str, options: dict[str, Any]) -> tuple[bool, Recipe]:
     raise UnsupportedMethod(f"{method} learns nothing: patch(model, {method!r}, flops=0.6) works as it is")
 
 
+def _head(model: nn.Module) -> object:
+    classifier = getattr(model, "get_classifier", None)
+    return None if classifier is None else classifier()
+
+
 def _labelled(source: object, model: nn.Module, transform: Transform | None, split: str | None) -> ImageData:
     classes = getattr(model, "num_classes", None)
-    head: Any = getattr(model, "get_classifier", lambda: None)()
-    if classes == 0 and isinstance(head, nn.Identity):
+    if classes == 0 and isinstance(_head(model), nn.Identity):
         raise UnsupportedModel(
             f"{type(model).__name__} has no classifier, and its features are no logits that labels are compared with;"
             " make it with num_classes="
