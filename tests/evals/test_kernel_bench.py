@@ -58,6 +58,23 @@ def test_what_takes_too_long_or_does_not_fit_has_a_note_and_no_numbers(monkeypat
     assert "a call takes" in next(row for row in table.rows if row["way"] == "naive")["note"]
 
 
+def test_what_is_far_too_slow_is_not_called_with_more_tokens(monkeypatch):
+    called = []
+
+    def timed(way, *_):
+        called.append(way)
+        return 40.0 if len(called) == 1 else 0.0
+
+    monkeypatch.setattr(kernel_bench, "sample", timed)
+    table = kernel_bench.bench_kernels(["class_attention"], [32, 16], sample_seconds=0, attempts=1, longest=3)
+    naive = [row for row in table.rows if row["way"] == "naive"]
+    assert [(row["tokens"], row["note"]) for row in naive] == [
+        (16, "a call takes 40 s"),
+        (32, "a call with 16 tokens takes 40 s"),
+    ]
+    assert len(called) == len(table.rows) - 1
+
+
 @pytest.mark.parametrize("slow", [("torch",), ("naive", "torch", "eager")])
 def test_where_torch_takes_too_long_the_others_are_timed_without_it(monkeypatch, slow):
     (case,) = CASES["class_attention"](16, torch.device("cpu"), torch.float32)
