@@ -73,7 +73,8 @@ def test_a_worker_that_dies_ends_it_with_an_error() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert found.returncode == 1
-    assert re.search(r"TokenPruneError: a process that reads images has died.*workers=0", found.stderr)
+    # Python's own print of it may be cut short by torch's handler for the same death, and is then the error's repr.
+    assert re.search(r"TokenPruneError\W+a process that reads images has died.*workers=0", found.stderr)
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
