@@ -63,7 +63,7 @@ def test_what_is_far_too_slow_is_not_called_with_more_tokens(monkeypatch):
 
     def timed(way, *_):
         called.append(way)
-        return 40.0 if len(called) == 1 else 0.0
+        return 40.0 if len(called) <= 2 else 0.0  # the second call tells a slow way from one that was loaded
 
     monkeypatch.setattr(kernel_bench, "sample", timed)
     table = kernel_bench.bench_kernels(["class_attention"], [32, 16], sample_seconds=0, attempts=1, longest=3)
@@ -72,7 +72,7 @@ def test_what_is_far_too_slow_is_not_called_with_more_tokens(monkeypatch):
         (16, "a call takes 40 s"),
         (32, "a call with 16 tokens takes 40 s"),
     ]
-    assert len(called) == len(table.rows) - 1
+    assert len(called) == len(table.rows)
 
 
 @pytest.mark.parametrize("slow", [("torch",), ("naive", "torch", "eager")])

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenprune import TokenPruneError
-from tokenprune.kernels.attention_mass import attention_mass, eager, mass_and_log_sums
+from tokenprune.kernels.attention_mass import attention_mass, choose, eager, mass_and_log_sums
 from tokenprune.kernels.attention_mass.reference import attention_mass as naive
 from tokenprune.kernels.attention_mass.tiles import tiles
 
@@ -333,3 +333,12 @@ def test_a_negative_scale_may_make_logits_large_too(monkeypatch: pytest.MonkeyPa
     got = attention_mass(20 * q, 20 * k, weights, scale=-1.0, backend="matrix_free")
     expected = naive((20 * q).double(), (20 * k).double(), weights.double(), scale=-1.0)
     torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "iterations", "path"),
+    [(64, 1, "tiled"), (1448, 1, "tiled"), (1449, 1, "matrix_free"), (1449, 2, "tiled"), (4097, 2, "matrix_free")],
+)
+def test_the_path_is_the_one_that_was_measured_to_be_faster(tokens: int, iterations: int, path: str) -> None:
+    q, k, _ = attention_inputs(1, 1, tokens, 8)
+    assert choose(q, k, iterations=iterations).backend == path
