@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -67,22 +68,54 @@ def calibrate(
         with evaluating(model):
             return fixed_counts(model, images, name, flops=aim, batch_size=batch_size, restore=restore, **options)
 
-    def tried(threshold: float) -> tuple[float, tuple[float, dict[int | str, float]]]:
-        own = {**options, "threshold": threshold, "restore": restore}
-        ratio, most = mean_flops(model, images, name, batch_size, own)
+    return threshold_at(Costs(model, images, name, batch_size, restore, options), aim)
+
+
+class Costs:
+    """What a method with a threshold costs on images in the mean, each threshold counted once.
+
+    model, images, batch_size, restore, options: as `calibrate` takes them. name: of the method.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        name: str,
+        batch_size: int,
+        restore: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name, self.images, self.options, self.restore = name, len(images), dict(options or {}), restore
+        self._counted = lru_cache(maxsize=None)(
+            lambda threshold: mean_flops(
+                model, images, name, batch_size, {**self.options, "threshold": threshold, "restore": restore}
+            )
+        )
+
+    def __call__(self, threshold: float) -> tuple[float, tuple[float, dict[int | str, float]]]:
+        """(share of the multiply-adds, (threshold, of each place the share that may leave at most))."""
+        ratio, most = self._counted(threshold)
         return ratio, (threshold, most)
 
+
+def threshold_at(costs: Costs, flops: float) -> StoredSchedule:
+    """The threshold at which `costs` come to a share `flops`.
+
+    Raises:
+        BudgetError: no threshold meets it within 1%.
+    """
     ratio, (threshold, most) = nearest_to(
-        aim, tried, -LARGEST, LARGEST, first=0.0, rising=True, near=NEAR, rounds=ROUNDS
+        flops, costs, -LARGEST, LARGEST, first=0.0, rising=True, near=NEAR, rounds=ROUNDS
     )
-    if abs(ratio - aim) > MET:
+    if abs(ratio - flops) > MET:
         raise BudgetError(
-            f"flops={flops:g} is met by no threshold of {name}: the nearest costs {ratio:.2f} in the mean over"
-            f" {len(images)} images; use flops={ratio:.2f}, another method or more images"
+            f"flops={flops:g} is met by no threshold of {costs.name}: the nearest costs {ratio:.2f} in the mean over"
+            f" {costs.images} images; use flops={ratio:.2f}, another method or more images"
         )
-    found = {"goal": {"flops": flops}, "flops_ratio": ratio, "images": len(images)}
-    kept = {key: value for key, value in options.items() if key not in ("places", own_budget(name))}
-    return StoredSchedule(name, most, {**kept, "threshold": threshold}, found, restore)
+    found = {"goal": {"flops": flops}, "flops_ratio": ratio, "images": costs.images}
+    kept = {key: value for key, value in costs.options.items() if key not in ("places", own_budget(costs.name))}
+    return StoredSchedule(costs.name, most, {**kept, "threshold": threshold}, found, costs.restore)
 
 
 def checked_images(images: object) -> Tensor:

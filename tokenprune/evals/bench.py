@@ -16,6 +16,9 @@ from tokenprune.evals.shared_copy import shared_copy
 from tokenprune.evals.table import Row, Table, environment, interval_cells
 from tokenprune.evals.throughput import Timing, measure, measure_together
 
+GROUP = 14
+"""How many arms share two unpatched ones, where many are timed."""
+
 
 def bench(
     model: nn.Module,
@@ -78,30 +81,36 @@ def bench_together(
     *,
     rounds: int = 20,
     seed: int = 0,
-    group: int = 8,
+    group: int = GROUP,
     show_progress: bool = False,
 ) -> Table:
     """The table of `bench` for arms that are built already, the unpatched one first, timed in groups of `group` arms
-    that share their two unpatched ones: a third of the time, in longer rounds, and a group is not tried again."""
+    that share their two unpatched ones: a third of the time, in longer rounds, and a group is not tried again. Arms of
+    a group that differ by the filter alone, which is not timed, have one time."""
     base, rows = arms[0].model, list[Row]()
     assert base is not None
     control = shared_copy(base)
     for start in progress(range(0, len(arms), group), f"bench, batch {len(inputs)}", show=show_progress):
         some = arms[start : start + group]
-        timed = [(arm, arm.model) for arm in some if arm.model is not None]
+        timed = {_forward(arm): (arm, arm.model) for arm in some if arm.model is not None}
         with torch.inference_mode():
-            calls = [partial(model, arm.prepare(inputs)) for arm, model in timed]
+            calls = [partial(model, arm.prepare(inputs)) for arm, model in timed.values()]
             found = measure_together(
                 [partial(base, inputs), *calls, partial(control, inputs)], rounds, seed=seed, device=inputs.device
             )
-        times = {id(arm): one for (arm, _), one in zip(timed, found[1:-1], strict=True)}
+        times = dict(zip(timed, found[1:-1], strict=True))
         for arm in some:
             cells: Row = {}
-            if id(arm) in times:
-                one = times[id(arm)]
+            one = times.get(_forward(arm))
+            if one is not None:
                 cells = {"images_per_s": len(inputs) / one.seconds, **one.cells()}
             rows.append({**arm_cells(arm, len(inputs)), **cells, "note": arm.note})
     return Table(rows, environment(inputs.device, inputs.dtype))
+
+
+def _forward(arm: Arm) -> tuple[int, tuple[int, int] | None]:
+    """What of an arm is timed."""
+    return id(arm.model), arm.size
 
 
 def time_arm(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 import tokenprune
+from tokenprune.calibration import Costs, threshold_at
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.arms import Arm, Budget, budget_label, method_arm
 from tokenprune.registry import has_threshold, make_method
@@ -25,7 +26,8 @@ class Calibrated:
     meet too, in the mean over images without labels.
 
     example: images [B, C, H, W] on which other budgets are solved. unlabelled: [N, C, H, W]. batch_size: of the
-    forwards over them. dense: patch tokens are read behind the last block.
+    forwards over them. dense: patch tokens are read behind the last block. What a setting costs is counted once for
+    all budgets.
     """
 
     base: nn.Module
@@ -33,6 +35,8 @@ class Calibrated:
     unlabelled: Tensor
     batch_size: int
     dense: bool
+    costs: dict[str, Costs] = field(default_factory=dict)
+    bounds: dict[tuple[str, float | None], tuple[float, Arm]] = field(default_factory=dict)
 
     def arm(self, name: str, budget: Budget, *, required: bool) -> Arm:
         """A method at a budget; required: raise where the method does not fit.
@@ -46,8 +50,10 @@ class Calibrated:
         return replace(brought(name, budget["flops"], required), budget=budget_label(budget))
 
     def _thresholded(self, name: str, flops: float, required: bool) -> Arm:
+        if name not in self.costs:
+            self.costs[name] = Costs(self.base, self.unlabelled, name, self.batch_size)
         try:
-            found = tokenprune.calibrate(self.base, self.unlabelled, name, flops=flops, batch_size=self.batch_size)
+            found = threshold_at(self.costs[name], flops)
         except TokenPruneError as error:
             return Arm(name, "", None, note=str(error))
         arm = self._patched(name, {"schedule": found}, required)
@@ -70,14 +76,21 @@ class Calibrated:
         low, high = 0.0, 1.0
         budget: Budget = {}
         for _ in range(HALVINGS):
-            arm = self._patched(name, budget, required)
-            cost = 0.0 if arm.model is None else self._mean_flops(arm.model)
+            cost, arm = self._bound(name, budget, required)
             yield abs(cost - flops), cost, budget, arm
             if abs(cost - flops) <= MET / 2 or (not budget and cost < flops):
                 return
             if budget:
                 low, high = (budget["keep"], high) if cost < flops else (low, budget["keep"])
             budget = {"keep": (low + high) / 2}
+
+    def _bound(self, name: str, budget: Budget, required: bool) -> tuple[float, Arm]:
+        """What a method costs with a bound on what is kept, and that arm; 0 where it does not fit."""
+        key = (name, budget.get("keep"))
+        if key not in self.bounds:
+            arm = self._patched(name, budget, required)
+            self.bounds[key] = (0.0 if arm.model is None else self._mean_flops(arm.model), arm)
+        return self.bounds[key]
 
     def _patched(self, name: str, budget: Budget, required: bool) -> Arm:
         return method_arm(self.base, self.example, name, budget, required=required, dense=self.dense)
