@@ -42,8 +42,8 @@ class AttentionRecord:
     a score that goes through whole rows of attention leaves the log-sum-exp of each row [B, H, N] in it, for what needs
     some of their entries again. peers: of a denoiser, the places that choose among as many tokens in the same forward,
     `place` among them; shared: see `once`. Both are empty elsewhere. alive: [B, n] one for a token and zero for what is
-    none (any more), None where all are tokens; only for a method with a `mask`. learned: what it has learned for the
-    place. first: of an image tower and of windows, the index of the first place of the patch.
+    none (any more), None where all are tokens; only for a method with a `mask` or one that is `padded`. learned: what
+    it has learned for the place. first: of an image tower and of windows, the index of the first place of the patch.
     """
 
     hidden: Tensor

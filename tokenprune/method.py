@@ -62,7 +62,9 @@ class Method:
     score: AttentionRecord -> importance [B, n] of the prunable tokens (None: the selection needs none).
     select: (scores, record, K) -> the Reduction to K tokens, or of an `adaptive` method the RaggedReduction to at most
     K, a number of its own for each image (a record then holds images of equal length). schedule: in which blocks, how
-    much at each.
+    much at each. padded: of an adaptive method, whether a record may hold images of several lengths, behind the last
+    token of which are some that are none (`AttentionRecord.alive`), so that all are decided on at once; what becomes of
+    those does not matter.
     position: "mid" reduces between attention and MLP, "post" after the block, "front" before it. merges: whether
     leaving tokens stand for several patches (sizes are tracked). drops: of a method that merges, (block, depth, tokens
     removed) -> how many of those it drops instead. proportional: whether log(size) is added to the attention logits of
@@ -99,9 +101,9 @@ class Method:
 
     learned: what it learns, None for a method that works on any model as it is. mask: (record, K) -> what becomes of
     each token, where some tokens are none any more (`AttentionRecord.alive`), with gradients: in training, in the place
-    of score and selection, and of an `adaptive` method everywhere, then with at most K alive in an image. A method that
-    learns without it is trained through its reduction. tuning: how the trainer trains the model's own weights under a
-    method that acts in training forwards alone and learns nothing itself; None where that is left to a loop.
+    of score and selection. A method that learns without it is trained through its reduction. tuning: how the trainer
+    trains the model's own weights under a method that acts in training forwards alone and learns nothing itself; None
+    where that is left to a loop.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Method:
     proportional: bool = False
     restore: Restore | None = None
     adaptive: bool = False
+    padded: bool = False
     needs: frozenset[str] = frozenset()
     training_only: bool = False
     stack_share: float = 0.5

@@ -60,7 +60,7 @@ def reduce_ragged(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor
     if torch._C._get_tracing_state() is not None:
         raise UnsupportedMethod(f"{method.name} keeps a different number of tokens in each image: it cannot be traced")
     pack = state.pack
-    at_once = method.mask is not None and pack is not None and pack.images and flow().groups is None
+    at_once = method.padded and pack is not None and len(pack.groups) > 1 and flow().groups is None
     with torch.no_grad():
         rows: Tensor | None = None
         reductions: list[RaggedReduction] = []
@@ -111,7 +111,6 @@ def _target_rows(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor:
     """The row of the pack that stands for each row, or -1: [T], by a method that decides on all images at once, in a
     batch of equally many tokens of which those behind an image's last are none."""
     method, prefix, pack = site.patch.method, site.patch.num_prefix_tokens, state.pack
-    assert method.mask is not None
     assert pack is not None
     rows, real = pack.table
     origin = torch.where(real, pack.origin[rows], 0)[:, prefix:]
@@ -127,7 +126,7 @@ def _target_rows(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor:
         bias=outside if now.bias is None else now.bias + outside,
         alive=real[:, prefix:].to(x.dtype),
     )
-    target = method.mask(record, keep).rows()
+    target = method.reduce_ragged(record, keep).target
     body = torch.where(target < 0, -1, target + rows[:, :1] + prefix)
     return torch.cat([rows[:, :prefix], body], 1)[real]
 

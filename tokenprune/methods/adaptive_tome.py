@@ -11,12 +11,11 @@ from torch import Tensor
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.budget import is_number
 from tokenprune.errors import UnsupportedMethod
-from tokenprune.kernels.matching import cosine_match
 from tokenprune.method import Method
 from tokenprune.ragged import RaggedReduction, keep_where
 from tokenprune.registry import register_method
 from tokenprune.schedule import HalfOfEveryBlock
-from tokenprune.selection.pairs import alternating, halves, merge_above
+from tokenprune.selection.pairs import alternating_match, merge_above, surplus
 
 
 def merge_similar_enough(
@@ -24,12 +23,11 @@ def merge_similar_enough(
 ) -> RaggedReduction:
     """Merge ToMe's pairs whose keys' cosine is at least `threshold`, and as many more that `keep` tokens stay."""
     first = record.num_prefix_tokens % 2
-    a, b = alternating(record, first)
-    if 0 in (a.shape[1], b.shape[1]):
+    if record.tokens == 1:
         return keep_where(torch.ones_like(record.origin, dtype=torch.bool))
-    similarity, match = cosine_match(*halves(record.metric, first))
+    a, b, similarity, match = alternating_match(record.metric, record, first)
     bound = similarity.new_full((len(similarity), 1), threshold)
-    return merge_above(similarity, match, a, b, bound, max(0, record.tokens - keep))
+    return merge_above(similarity, match, a, b, bound, surplus(record, keep))
 
 
 @register_method("adaptive_tome")
@@ -52,5 +50,6 @@ def adaptive_tome(
         merges=True,
         proportional=proportional,
         adaptive=True,
+        padded=True,
         needs=frozenset({"keys"}),
     )

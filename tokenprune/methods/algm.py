@@ -11,12 +11,11 @@ from torch import Tensor
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.budget import is_number
 from tokenprune.errors import UnsupportedMethod
-from tokenprune.kernels.matching import cosine_match
 from tokenprune.method import Method
 from tokenprune.ragged import RaggedReduction, keep_where
 from tokenprune.registry import register_method
 from tokenprune.schedule import Layout, Stages, alternate_tokens
-from tokenprune.selection.pairs import alternating, halves, merge_above
+from tokenprune.selection.pairs import alternating_match, merge_above, surplus
 from tokenprune.selection.windows import pool_similar_windows
 
 
@@ -43,16 +42,14 @@ class MergeAlike:
     threshold: float
 
     def __call__(self, scores: Tensor | None, record: AttentionRecord, keep: int) -> RaggedReduction:
-        least = max(0, record.tokens - keep)
         if record.place == record.first:
-            return pool_similar_windows(record, self.threshold, least)
+            return pool_similar_windows(record, self.threshold, max(0, record.tokens - keep))
         first, hidden = record.num_prefix_tokens % 2, record.hidden[:, record.num_prefix_tokens :]
-        a, b = alternating(record, first)
-        if 0 in (a.shape[1], b.shape[1]):
+        if record.tokens == 1:
             return keep_where(torch.ones_like(record.origin, dtype=torch.bool))
-        similarity, match = cosine_match(*halves(hidden, first))
+        a, b, similarity, match = alternating_match(hidden, record, first)
         threshold = similarity.mean(1, keepdim=True) + similarity.std(1, keepdim=True) / (record.place + 1)
-        return merge_above(similarity, match, a, b, threshold, least)
+        return merge_above(similarity, match, a, b, threshold, surplus(record, keep))
 
 
 @register_method("algm")

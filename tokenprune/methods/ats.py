@@ -31,9 +31,12 @@ def sample_inverse_cdf(scores: Tensor | None, record: AttentionRecord, keep: int
     token that is taken more than once counts once: the more the score is concentrated, the fewer tokens stay.
     """
     assert scores is not None
+    if record.alive is not None:  # what is no token lies in front of the others and adds nothing
+        scores = scores.masked_fill(record.alive == 0, -1.0)
     ranked, order = scores.sort(dim=1, stable=True)
-    cdf = ranked.cumsum(1)
-    cdf = (cdf - cdf[:, :1]) / (cdf[:, -1:] - cdf[:, :1])
+    least = torch.where(ranked < 0, float("inf"), ranked).amin(1, keepdim=True)
+    cdf = ranked.clamp_min(0.0).cumsum(1)
+    cdf = ((cdf - least) / (cdf[:, -1:] - least).clamp_min(torch.finfo(cdf.dtype).tiny)).clamp_min(0.0)
     first = torch.where(cdf > 0, cdf, 1.0).amin(1, keepdim=True)
     steps = torch.arange(keep - 1, -1, -1, device=scores.device) / max(keep - 1, 1)
     nearest = _nearest(cdf, 1 - (1 - first) * steps)
@@ -72,5 +75,6 @@ def ats(*, rate: float = 1.0, places: tuple[int, ...] | None = None) -> Method:
         score=significance,
         select=sample_inverse_cdf,
         adaptive=True,
+        padded=True,
         needs=frozenset({"queries", "keys", "values"}),
     )

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.attention_record import AttentionRecord
-from tokenprune.kernels.attention_mass import attention_mass
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
 from tokenprune.learning import Learned, Lesson, Recipe, Shape
@@ -19,6 +18,7 @@ from tokenprune.method import Method
 from tokenprune.ordering import order_of
 from tokenprune.registry import register_method
 from tokenprune.schedule import InEveryBlock
+from tokenprune.scores.attention import attention_received
 from tokenprune.selection.pairs import alternating
 from tokenprune.selection.top_k import first_of
 
@@ -50,17 +50,6 @@ class Thresholds(nn.Module):
         self.prunes = bool(self.prune > 0)
 
 
-def importance(record: AttentionRecord) -> Tensor:
-    """Mean over heads and tokens of the attention paid to each prunable token, [B, n] (section 3.2)."""
-    q, k = record.rotated()
-    weights = torch.ones(q.shape[0], q.shape[2], device=q.device)
-    if record.alive is not None:
-        weights[:, record.num_prefix_tokens :] = record.alive
-    weights = (weights / weights.sum(1, keepdim=True))[:, None].expand(q.shape[:3])
-    mass = attention_mass(q, k, weights, scale=record.scale, bias=record.bias)
-    return mass.mean(1)[:, record.num_prefix_tokens :]
-
-
 def every_second(record: AttentionRecord) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Positions [B, M] and [B, n - M] of ToMe's sets A and B among the tokens that are there, and which of these
     positions are really theirs."""
@@ -87,7 +76,7 @@ def merge_and_prune(record: AttentionRecord, keep: int) -> Masking:
     assert isinstance(thresholds, Thresholds)
     metric, learning = record.metric, thresholds.prune.requires_grad
     some = thresholds.prunes or learning or keep < record.tokens
-    scores = importance(record) if some else metric.new_ones(metric.shape[:2], dtype=torch.float32)
+    scores = attention_received(record) if some else metric.new_ones(metric.shape[:2], dtype=torch.float32)
     there = torch.ones_like(scores) if record.alive is None else record.alive.to(scores.dtype)
     own = torch.arange(record.tokens, device=scores.device).expand_as(record.origin)
     unmerged, target = torch.ones_like(scores), own
@@ -183,5 +172,6 @@ def ltmp(*, rate: float = 1.0, proportional: bool = True, places: tuple[int, ...
         merges=True,
         proportional=proportional,
         adaptive=True,
+        padded=True,
         needs=frozenset({"queries", "keys"}),
     )

@@ -14,10 +14,10 @@ from tokenprune.errors import UnsupportedMethod
 from tokenprune.kernels.matching import cosine_match
 from tokenprune.kernels.merge import gather
 from tokenprune.method import Method
-from tokenprune.methods.ltmp import importance
 from tokenprune.reduction import Reduction
 from tokenprune.registry import register_method
 from tokenprune.schedule import HalfOfEveryBlock
+from tokenprune.scores.attention import attention_received
 from tokenprune.selection.pairs import halves, merge_best
 from tokenprune.selection.top_k import ranked
 from tokenprune.tables import positions
@@ -45,7 +45,7 @@ def prune_and_merge(scores: Tensor | None, record: AttentionRecord, keep: int, *
     gone = dropped(record.place, record.depth, removed)
     rest = positions(record.tokens, record.origin).expand_as(record.origin)
     if gone:
-        rest = ranked(importance(record))[:, : record.tokens - gone].sort(dim=1).values
+        rest = ranked(attention_received(record))[:, : record.tokens - gone].sort(dim=1).values
     a, b = halves(rest, first)
     metric = gather(record.metric, rest) if gone else record.metric
     similarity, match = cosine_match(*halves(metric, first))

@@ -16,7 +16,7 @@ from tokenprune.method import Method
 from tokenprune.ragged import RaggedReduction, keep_where
 from tokenprune.registry import register_method
 from tokenprune.schedule import Layout, Stages
-from tokenprune.selection.pairs import alternating, halves
+from tokenprune.selection.pairs import alternating, halves, surplus
 from tokenprune.selection.top_k import first_of
 
 
@@ -43,11 +43,27 @@ class DropNear:
         if record.tokens == 1:
             return keep_where(torch.ones_like(record.origin, dtype=torch.bool))
         candidates, _ = alternating(record, 0)
-        count, near, every = near_neighbours(*halves(record.metric, 0), threshold=self.threshold)
+        count, near, every = self._near(record)
         score = torch.where(count > 0, count * (self.gamma * (near - self.threshold)).exp(), every)
-        enough = (count >= self.neighbours).sum(1, keepdim=True).clamp_min(record.tokens - keep)
+        if record.alive is not None:
+            there = record.alive[:, 0::2] > 0
+            count, score = count * there, score.masked_fill(~there, float("-inf"))
+        enough = (count >= self.neighbours).sum(1, keepdim=True).clamp_min(surplus(record, keep))
         kept = torch.ones_like(record.origin, dtype=torch.bool)
         return keep_where(kept.scatter(1, candidates, ~first_of(score, enough)))
+
+    def _near(self, record: AttentionRecord) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each candidate how many others are near, its mean cosine with those, and with all; three of [B, M]."""
+        candidates, others = halves(record.metric, 0)
+        if record.alive is None:
+            return near_neighbours(candidates, others, threshold=self.threshold)
+        there = record.alive[:, 1::2]
+        count, near, every = near_neighbours(candidates, others * there.unsqueeze(-1), threshold=self.threshold)
+        total, own = others.shape[1], there.sum(1, keepdim=True)
+        if self.threshold <= 0:  # what is no token has a cosine of zero, and is near
+            summed, count = near * count, count - (total - own)
+            near = summed / count.clamp_min(1)
+        return count, near, every * total / own.clamp_min(1)
 
 
 @register_method("saint")
@@ -80,5 +96,6 @@ def saint(
         schedule=FirstHalf(rate, places),
         select=DropNear(threshold, checked_count("neighbours", neighbours, smallest=1, example=5), gamma),
         adaptive=True,
+        padded=True,
         needs=frozenset({"keys"}),
     )

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.kernels.attention_mass import attention_mass
@@ -21,7 +22,9 @@ def attention_to_class(record: AttentionRecord) -> Tensor:
 def attention_received(record: AttentionRecord) -> Tensor:
     """Mean over heads and queries of the attention paid to each prunable token, [B, n]."""
     q, k = record.rotated()
-    tokens = q.shape[2]
-    uniform = torch.full(q.shape[:3], 1.0 / tokens, device=q.device)
+    uniform = torch.full(q.shape[:3], 1.0 / q.shape[2], device=q.device)
+    if record.alive is not None:  # queries that are none see nothing
+        there = F.pad(record.alive.float(), (record.num_prefix_tokens, 0), value=1.0)
+        uniform = (there / there.sum(1, keepdim=True))[:, None].expand(q.shape[:3])
     mass = attention_mass(q, k, uniform, scale=record.scale, bias=record.bias)
     return mass.mean(1)[:, record.num_prefix_tokens :]

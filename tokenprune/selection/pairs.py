@@ -37,13 +37,37 @@ def alternating(record: AttentionRecord, first: int) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+def alternating_match(x: Tensor, record: AttentionRecord, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positions a [B, M] and b [B, N] of every second token, from `first` (0 or 1) on, and of the others, N > 0; the
+    cosine [B, M] of each a with its most similar b, of x [B, n, D], and which of b that is [B, M].
+
+    Where images have fewer tokens than n (`record.alive`), a match is one of an image's own; the cosine is -inf of what
+    is no token or has no other to be compared with.
+    """
+    a, b = alternating(record, first)
+    left, right = halves(x, first)
+    if record.alive is None:
+        return a, b, *cosine_match(left, right)
+    there, others = halves(record.alive > 0, first)
+    similarity, match = cosine_match(left, torch.where(others.unsqueeze(-1), right, right[:, :1]))
+    match = torch.where(gather(others, match), match, 0)  # as alike as the first, which stands in their places
+    return a, b, similarity.masked_fill(~(there & others[:, :1]), float("-inf")), match
+
+
+def surplus(record: AttentionRecord, keep: int) -> int | Tensor:
+    """How many of an image's tokens are more than `keep`, [B, 1] where images have different numbers of them."""
+    if record.alive is None:
+        return max(0, record.tokens - keep)
+    return (record.alive.sum(1, keepdim=True).long() - keep).clamp_min(0)
+
+
 def halves(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """Every second of the tokens x [B, n, ...], from `first` (0 or 1) on, and the others."""
     return x[:, first::2], x[:, 1 - first :: 2]
 
 
 def merge_above(
-    similarity: Tensor, match: Tensor, a: Tensor, b: Tensor, threshold: Tensor, least: int
+    similarity: Tensor, match: Tensor, a: Tensor, b: Tensor, threshold: Tensor, least: int | Tensor
 ) -> RaggedReduction:
     """Merge the tokens of a [B, M] whose similarity [B, M] is at least the threshold [B, 1], and as many more of the
     next that `least` go, into their match, the place [B, M] of a token of b [B, N]; a and b are all tokens."""
