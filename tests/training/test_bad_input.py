@@ -108,11 +108,13 @@ def test_a_seed_of_numpy_is_one(model: nn.Module, data: Data, tmp_path: Path) ->
     assert type(train(model, data, seed=np.int64(3), output=tmp_path, **QUICK).found["seed"]) is int
 
 
-def test_images_that_are_none(model: nn.Module, data: Data, tmp_path: Path) -> None:
+def test_images_and_options_that_are_none(model: nn.Module, data: Data, tmp_path: Path) -> None:
     with pytest.raises(TokenPruneError, match=r"images must be one tensor \[N, C, H, W\], got a tensor \[24, 20, 28\]"):
         train(model, (data[0][:, 0], data[1]), **QUICK)
     with pytest.raises(TokenPruneError, match=r"images must be floating, .* got torch\.uint8"):
         train(model, (data[0].byte(), data[1]), **QUICK)
+    with pytest.raises(TokenPruneError, match=r"places=range\(1, 3\) cannot be written .* plain numbers"):
+        train(model, data, places=range(1, 3), **QUICK)
     with pytest.raises(TokenPruneError, match=r"transform=3 must be a function"):
         train(model, tmp_path, transform=3, **QUICK)
 

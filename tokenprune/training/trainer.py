@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from tokenprune.learning import Recipe
 from tokenprune.registry import make_method
 from tokenprune.training.budget import on_budget
 from tokenprune.training.distillation import Distillation, checked_weight, twin
+from tokenprune.training.identity import of_data, of_weights
 from tokenprune.training.sampling import ByTurn, Order, loader
 from tokenprune.training.session import (
     accelerator_of,
@@ -85,7 +87,10 @@ def train(
     where the model's own weights are all that learns.
 
     output: a folder for what is learned (`learned.safetensors` and `learned.json`) and for the state, every
-    `save_every` steps, from which a call with the same arguments goes on exactly where a killed one has stopped.
+    `save_every` steps, from which a call with the same arguments goes on exactly where a killed one has stopped. The
+    images are told by all labels (of maps some), the names of files and the sizes of 1,024, 16 tensors, and 8 images as
+    the first epoch sees them; one that is not finite may be mended in between. Which weights a model has is told by 64
+    values of each.
 
     epochs, batch_size, opt, sched: None takes the paper's; the last two are names of timm's. batch_size: images of a
     process at a time; a step of the optimiser takes `accumulate` such batches of every process. learning_rate: times
@@ -114,11 +119,13 @@ def train(
             batches, steps or workers, or the seed, is none or out of its range.
         UnsupportedMethod: the method learns nothing, or cannot be on the model. UnsupportedModel: no image tower with a
             classifier.
-        TokenPruneError: no images, fewer than a step takes, no labels, a state of another training, a loss that is not
-            finite (the state then stays the last one that was written).
+        TokenPruneError: no images, fewer than a step takes, no labels, a state of another training or of other images,
+            labels or weights, or one that not all processes find, a loss that is not finite (the state then stays the
+            last one that was written).
     """
     tuned, recipe = _recipe(method, options)
     _check_output(output)
+    _check_written(options)
     seed = checked_count("seed", seed, smallest=0, largest=LARGEST_SEED, example=0)
     workers = checked_count("workers", workers, smallest=0, largest=MOST_WORKERS, example=4)
     learning_rate = checked_weight("learning_rate", learning_rate, example=1.0)
@@ -180,6 +187,9 @@ def train(
         processes=processes,
     )
     seeded = seed + accelerator.process_index
+    identity = None
+    if output is not None:
+        identity = {"data": of_data(data, seed), "weights": of_weights(model.state_dict().values())}
     with ExitStack() as stack:
         taught: Taught | Tuned
         if flops is None:
@@ -202,10 +212,19 @@ def train(
                 across=partial(accelerator.reduce, reduction="mean"),
                 teacher=None if teacher is None else (teacher, last_block(teacher, patch)),
             )
-        work = Work(taught, accelerator, start, written, paper=recipe, steps=per_epoch * epochs, per_epoch=per_epoch)
+        work = Work(
+            taught,
+            accelerator,
+            start,
+            written,
+            paper=recipe,
+            steps=per_epoch * epochs,
+            per_epoch=per_epoch,
+            identity=identity,
+        )
         state = None if output is None else Path(output) / FILE
-        if state is not None and state.exists():
-            work.resume(state)
+        if state is not None:
+            work.resume(state, data)
         order.start = work.step * accumulate
         taken = loader(data.by_number(), order, workers=workers)
         work.run(taken, state, accumulate=accumulate, save_every=save_every, show=show_progress)
@@ -230,6 +249,18 @@ def _check_output(output: object) -> None:
         raise TokenPruneError(f"output must name a folder, got {output!r}; for example output='learned'")
     if Path(output).is_file() or Path(output).suffix == SUFFIX:
         raise TokenPruneError(f"output={str(output)!r} is the name of a file; name a folder, which holds several")
+
+
+def _check_written(options: dict[str, Any]) -> None:
+    """What is learned says its options in JSON: raise before the training, not after it."""
+    for name, value in options.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise TokenPruneError(
+                f"{name}={value!r} cannot be written beside what is learned: {error}; plain numbers, words, lists and"
+                " tuples can"
+            ) from error
 
 
 def _recipe(method: str, options: dict[str, Any]) -> tuple[bool, Recipe]:
