@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -78,6 +79,44 @@ def test_methods_and_models_that_learn_nothing(model: nn.Module, data: Data) -> 
             train(model, data, flops=0.6, **options)
     with pytest.raises(TokenPruneError, match="plateau"):
         train(model, data, sched="plateau", **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("seed", [1.5, "a", -1, True, None, float("nan"), 2**32, 2**70]),
+        ("workers", [-1, 1.5, "a", True, None, 10**6]),
+        ("epochs", [0, 1.5, "a", True, float("nan")]),
+        ("batch_size", [-1, 1.5, "a", True]),
+        ("accumulate", [-1, 1.5, "a", None]),
+        ("save_every", [-1, 1.5, "a", None]),
+        ("learning_rate", [-1, 0, "a", None, float("nan"), float("inf")]),
+        ("opt", ["", 3, "nothing"]),
+        ("sched", ["", 3, ["cosine"]]),
+        ("output", ["", 3]),
+        ("transform", [3, len]),
+        ("split", ["train"]),
+    ],
+)
+def test_an_argument_that_is_nonsense_is_named(model: nn.Module, data: Data, name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(TokenPruneError, match=name):
+            train(model, data, **{**QUICK, name: value})
+
+
+def test_a_seed_of_numpy_is_one(model: nn.Module, data: Data, tmp_path: Path) -> None:
+    assert type(train(model, data, seed=np.int64(3), output=tmp_path, **QUICK).found["seed"]) is int
+
+
+def test_images_and_options_that_are_none(model: nn.Module, data: Data, tmp_path: Path) -> None:
+    with pytest.raises(TokenPruneError, match=r"images must be one tensor \[N, C, H, W\], got a tensor \[24, 20, 28\]"):
+        train(model, (data[0][:, 0], data[1]), **QUICK)
+    with pytest.raises(TokenPruneError, match=r"images must be floating, .* got torch\.uint8"):
+        train(model, (data[0].byte(), data[1]), **QUICK)
+    with pytest.raises(TokenPruneError, match=r"places=range\(1, 3\) cannot be written .* plain numbers"):
+        train(model, data, places=range(1, 3), **QUICK)
+    with pytest.raises(TokenPruneError, match=r"transform=3 must be a function"):
+        train(model, tmp_path, transform=3, **QUICK)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_state(model: nn.Module, data: Data, tmp_path: Path) -> None:

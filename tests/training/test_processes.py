@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 from families import build, images
 from tokenprune.training import train
 model = build("class_token")
-data = images(model, 24), torch.arange(24) % 5
+data = images(model, 24), (torch.arange(24) + int(sys.argv[3])) % 5
 train(model, data, flops=0.6, batch_size=int(sys.argv[1]), epochs=2, output=sys.argv[2])
 """
 
@@ -41,15 +41,19 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for processes, batch in ((1, 8), (2, 4)):
-        command = [*launch, str(tmp_path / "script.py"), str(batch), str(tmp_path / str(processes))]
+    # The last two: a finished training is gone on from by both processes, and refused by both with other labels.
+    for processes, batch, shift in ((1, 8, 0), (2, 4, 0), (2, 4, 0), (2, 4, 1)):
+        command = [*launch, str(tmp_path / "script.py"), str(batch), str(tmp_path / str(processes)), str(shift)]
         running = []
         for rank in range(processes):
             told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             own = {**environment, **{name: str(value) for name, value in told.items()}}
-            running.append(subprocess.Popen(command, env=own if processes > 1 else environment))
-        assert [process.wait(timeout=300) for process in running] == [0] * processes
+            own = own if processes > 1 else environment
+            running.append(subprocess.Popen(command, env=own, stderr=subprocess.PIPE, text=True))
+        errors = [process.communicate(timeout=300)[1] for process in running]
+        assert [process.returncode == 0 for process in running] == [shift == 0] * processes, errors
+        assert all(("of a training on other labels" in error) == (shift > 0) for error in errors)
     one, two = (load_file(tmp_path / str(processes) / FILE) for processes in (1, 2))
     assert one[".history"].shape == (6, 3)
     torch.testing.assert_close(two[".history"], one[".history"], rtol=1e-5, atol=1e-6)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.hf_data import Rows, columns_of, is_saved, open_rows, reader_of, streamed
+from tokenprune.evals.identity import of_files, of_tensors
 from tokenprune.evals.mask_data import MaskedPictures, masked_files
 from tokenprune.evals.ranks import ALONE, Ranks
 from tokenprune.evals.reading import PICTURE_SUFFIXES, from_workers, pictures_in, read_picture, rgb
@@ -149,6 +150,10 @@ class _Tensors(Dataset[tuple[Tensor, Any]]):
         label = self.labels[index]
         return self.images[index], label.long() if label.ndim else int(label)
 
+    def identity(self) -> dict[str, Any]:
+        """What they are, for whoever goes on with them later."""
+        return of_tensors(self.images, self.labels)
+
 
 class Pictures(Dataset[tuple[Tensor, int]]):
     """Picture files without labels."""
@@ -167,6 +172,10 @@ class _Files(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
         return self.transform(read_picture(path)), label
+
+    def identity(self) -> dict[str, Any]:
+        """What they are, for whoever goes on with them later."""
+        return of_files([path for path, _ in self.files], [label for _, label in self.files])
 
 
 def _from_tensors(source: Any) -> ImageData:
@@ -242,4 +251,4 @@ def _from_hugging_face(source: Any, transform: Transform, split: str | None, num
     classes, dense = columns.classes if columns.mask is None else num_classes or 0, columns.mask is not None
     if isinstance(rows, datasets.IterableDataset):
         return ImageData(name, *streamed(rows, columns, read), classes, dense=dense, names=columns.names)
-    return ImageData(name, Rows(rows, read), len(rows), classes, dense=dense, names=columns.names)
+    return ImageData(name, Rows(rows, read, columns.label), len(rows), classes, dense=dense, names=columns.names)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.evals.identity import digest
 from tokenprune.evals.mask_data import COLUMNS as MASK_COLUMNS
 from tokenprune.evals.mask_data import MaskedTransform, Transform
 from tokenprune.evals.reading import rgb
@@ -101,10 +102,10 @@ def reader_of(columns: Columns, transform: Transform, num_classes: int | None) -
 
 
 class Rows(Dataset[tuple[Tensor, Any]]):
-    """rows: with random access. read: see `reader_of`."""
+    """rows: with random access. read: see `reader_of`. label: the column of class labels, if any."""
 
-    def __init__(self, rows: Any, read: Reader) -> None:
-        self.rows, self.read = rows, read
+    def __init__(self, rows: Any, read: Reader, label: str | None = None) -> None:
+        self.rows, self.read, self.label = rows, read, label
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         try:
@@ -113,6 +114,12 @@ class Rows(Dataset[tuple[Tensor, Any]]):
             raise TokenPruneError(f"row {index}: {error}") from error
         except Exception as error:  # of a broken row, anything that a decoder trips over
             raise TokenPruneError(f"row {index} holds no picture that can be read: {error}") from error
+
+    def identity(self) -> dict[str, Any]:
+        """What they are, for whoever goes on with them later: all labels."""
+        if self.label is None:
+            return {}
+        return {"labels": digest(self.rows.select_columns([self.label]).with_format(None)[:][self.label])}
 
 
 def streamed(rows: Any, columns: Columns, read: Reader) -> tuple[Stream, int]:

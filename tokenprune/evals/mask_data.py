@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.evals.identity import of_files
 from tokenprune.evals.reading import pictures_in, read_picture, rgb
 from tokenprune.evals.segmentation import IGNORED
 
@@ -98,6 +99,10 @@ class MaskedPictures(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         picture, mask = self.files[index]
         return self.pair(read_picture(picture), _opened(mask), str(mask))
+
+    def identity(self) -> dict[str, Any]:
+        """What they are, for whoever goes on with them later."""
+        return of_files([file for pair in self.files for file in pair])
 
 
 class MaskedTransform:

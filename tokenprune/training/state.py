@@ -83,7 +83,9 @@ def generators() -> list[Tensor]:
 
 
 def set_generators(states: list[Tensor]) -> None:
-    """The inverse of `generators`."""
+    """The inverse of `generators`. Without CUDA, the state of its generator is passed over: what is drawn comes from
+    the CPU's, whose state there is too. With CUDA and no state of it, its generator stays as it is."""
+    states = [one.clone() for one in states]  # of a row of a tensor, torch reads what lies beside it
     torch.set_rng_state(states[0])
-    if len(states) > 1:
+    if len(states) > 1 and torch.cuda.is_available():
         torch.cuda.set_rng_state(states[1])

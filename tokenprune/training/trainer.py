@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.budget import checked_count, checked_share
+from tokenprune.calibration import checked_images
 from tokenprune.errors import TokenPruneError, UnsupportedMethod, UnsupportedModel
 from tokenprune.evals.data import ImageData, Transform, open_data
 from tokenprune.evals.transforms import input_size
@@ -21,6 +23,7 @@ from tokenprune.learning import Recipe
 from tokenprune.registry import make_method
 from tokenprune.training.budget import on_budget
 from tokenprune.training.distillation import Distillation, checked_weight, twin
+from tokenprune.training.identity import of_data, of_weights
 from tokenprune.training.sampling import ByTurn, Order, loader
 from tokenprune.training.session import (
     accelerator_of,
@@ -39,6 +42,12 @@ from tokenprune.training.work import Work
 MEASURED = 256
 """Images of the training data on which the multiply-adds with the learned parts are counted in the end, and by which
 they are brought to the budget where they are not."""
+
+
+LARGEST_SEED = 2**32 - 1
+"""What every library takes that may draw in an augmentation."""
+
+MOST_WORKERS = 1024
 
 
 def train(
@@ -78,12 +87,15 @@ def train(
     where the model's own weights are all that learns.
 
     output: a folder for what is learned (`learned.safetensors` and `learned.json`) and for the state, every
-    `save_every` steps, from which a call with the same arguments goes on exactly where a killed one has stopped.
+    `save_every` steps, from which a call with the same arguments goes on exactly where a killed one has stopped. The
+    images are told by all labels (of maps some), the names of files and the sizes of 1,024, 16 tensors, and 8 images as
+    the first epoch sees them; one that is not finite may be mended in between. Which weights a model has is told by 64
+    values of each.
 
     epochs, batch_size, opt, sched: None takes the paper's; the last two are names of timm's. batch_size: images of a
     process at a time; a step of the optimiser takes `accumulate` such batches of every process. learning_rate: times
-    the paper's. seed: of the order and the augmentation of the images, which depend on nothing else. options: of the
-    method.
+    the paper's, above 0. seed: of the order and the augmentation of the images, which depend on nothing else, from 0 to
+    4,294,967,295. workers: processes that read images, 0 to 1,024; 0 is this one. options: of the method.
 
     distill_logits, distill_tokens: weights of two losses by which the unpatched model is a teacher, None for the
     paper's (DynamicViT, Rao et al., NeurIPS 2021, equations 9 and 10, has 0.5 of each): the divergence of its class
@@ -103,15 +115,22 @@ def train(
     says it then. But for its trained weights the model is left as it is.
 
     Raises:
-        BudgetError: `flops` is no share in (0, 1], or one that the method cannot meet.
+        BudgetError: `flops` is no share in (0, 1], or one that the method cannot meet; a number of epochs, images,
+            batches, steps or workers, or the seed, is none or out of its range.
         UnsupportedMethod: the method learns nothing, or cannot be on the model. UnsupportedModel: no image tower with a
             classifier.
-        TokenPruneError: no images, fewer than a step takes, no labels, a state of another training, a loss that is not
-            finite (the state then stays the last one that was written).
+        TokenPruneError: no images, fewer than a step takes, no labels, a state of another training or of other images,
+            labels or weights, or one that not all processes find, a loss that is not finite (the state then stays the
+            last one that was written).
     """
     tuned, recipe = _recipe(method, options)
-    if output is not None and (Path(output).is_file() or Path(output).suffix == SUFFIX):
-        raise TokenPruneError(f"output={str(output)!r} is the name of a file; name a folder, which holds several")
+    _check_output(output)
+    _check_written(options)
+    seed = checked_count("seed", seed, smallest=0, largest=LARGEST_SEED, example=0)
+    workers = checked_count("workers", workers, smallest=0, largest=MOST_WORKERS, example=4)
+    learning_rate = checked_weight("learning_rate", learning_rate, example=1.0)
+    if learning_rate == 0:
+        raise TokenPruneError("learning_rate=0: nothing would be learned; it is times the paper's, learning_rate=1")
     distill = Distillation(
         checked_weight("distill_logits", recipe.distill_logits if distill_logits is None else distill_logits),
         checked_weight("distill_tokens", recipe.distill_tokens if distill_tokens is None else distill_tokens),
@@ -145,12 +164,12 @@ def train(
         "batch_size": batch,
         "processes": processes,
         "accumulate": accumulate,
-        "learning_rate": checked_weight("learning_rate", learning_rate, example=1.0),
+        "learning_rate": learning_rate,
         "distill_logits": distill.logits,
         "distill_tokens": distill.tokens,
         "model_rate": own,
-        "opt": opt or recipe.opt,
-        "sched": sched or recipe.sched,
+        "opt": recipe.opt if opt is None else opt,
+        "sched": recipe.sched if sched is None else sched,
         "mixed_precision": accelerator.mixed_precision,
         "seed": seed,
         "data": data.name,
@@ -168,6 +187,9 @@ def train(
         processes=processes,
     )
     seeded = seed + accelerator.process_index
+    identity = None
+    if output is not None:
+        identity = {"data": of_data(data, seed), "weights": of_weights(model.state_dict().values())}
     with ExitStack() as stack:
         taught: Taught | Tuned
         if flops is None:
@@ -190,10 +212,19 @@ def train(
                 across=partial(accelerator.reduce, reduction="mean"),
                 teacher=None if teacher is None else (teacher, last_block(teacher, patch)),
             )
-        work = Work(taught, accelerator, start, written, paper=recipe, steps=per_epoch * epochs, per_epoch=per_epoch)
+        work = Work(
+            taught,
+            accelerator,
+            start,
+            written,
+            paper=recipe,
+            steps=per_epoch * epochs,
+            per_epoch=per_epoch,
+            identity=identity,
+        )
         state = None if output is None else Path(output) / FILE
-        if state is not None and state.exists():
-            work.resume(state)
+        if state is not None:
+            work.resume(state, data)
         order.start = work.step * accumulate
         taken = loader(data.by_number(), order, workers=workers)
         work.run(taken, state, accumulate=accumulate, save_every=save_every, show=show_progress)
@@ -209,6 +240,27 @@ def train(
         parts.save(output)
     accelerator.wait_for_everyone()
     return parts
+
+
+def _check_output(output: object) -> None:
+    if output is None:
+        return
+    if not isinstance(output, (str, PathLike)) or not str(output):
+        raise TokenPruneError(f"output must name a folder, got {output!r}; for example output='learned'")
+    if Path(output).is_file() or Path(output).suffix == SUFFIX:
+        raise TokenPruneError(f"output={str(output)!r} is the name of a file; name a folder, which holds several")
+
+
+def _check_written(options: dict[str, Any]) -> None:
+    """What is learned says its options in JSON: raise before the training, not after it."""
+    for name, value in options.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise TokenPruneError(
+                f"{name}={value!r} cannot be written beside what is learned: {error}; plain numbers, words, lists and"
+                " tuples can"
+            ) from error
 
 
 def _recipe(method: str, options: dict[str, Any]) -> tuple[bool, Recipe]:
@@ -233,12 +285,20 @@ def _labelled(source: object, model: nn.Module, transform: Transform | None, spl
             f"{type(model).__name__} has no classifier, and its features are no logits that labels are compared with;"
             " make it with num_classes="
         )
-    if transform is None and not isinstance(source, (ImageData, tuple, list, Tensor)):
+    ready = isinstance(source, (ImageData, tuple, list, Tensor))
+    if ready and (transform is not None or split is not None):
+        given = "transform=" if transform is not None else f"split={split!r}"
+        raise TokenPruneError(f"{given} is of pictures in files; images that are ready are taken as they are, without")
+    if transform is not None and not callable(transform):
+        raise TokenPruneError(f"transform={transform!r} must be a function from an RGB PIL image to a tensor [C, H, W]")
+    if transform is None and not ready:
         from timm.data import create_transform, resolve_model_data_config
 
         untyped: Any = resolve_model_data_config
         transform = create_transform(**untyped(model, args={"input_size": input_size(model)}), is_training=True)
     data = open_data(source, transform, split=split, num_classes=classes)
+    if isinstance(source, (tuple, list)) and not checked_images(source[0]).is_floating_point():
+        raise TokenPruneError(f"images must be floating, as the model takes them, got {source[0].dtype}")
     if data.classes is None:
         raise TokenPruneError(
             f"{data.name} has no labels, which a training needs: a pair (images, labels), or a folder with a subfolder"

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import MALFORMED, TokenPruneError
+from tokenprune.evals.data import ImageData
 from tokenprune.learned_parts import LearnedParts, safetensors, write_whole
 from tokenprune.learning import Recipe
+from tokenprune.training.identity import of_weights, other_data, same_weights
 from tokenprune.training.state import generators, read_state, set_generators, write_state
 from tokenprune.training.taught import Taught
 from tokenprune.training.tuning import Tuned, write_record
@@ -33,7 +35,8 @@ _MODEL = "the model's own weights"
 
 class Work:
     """model: that whose own weights are trained too, None where they stay. step: how many of `steps` are done. history:
-    of each what its loss consists of, means over all processes. saved: the step of the last state, if any."""
+    of each what its loss consists of, means over all processes. saved: the step of the last state, if any. identity: of
+    the data, and of the weights that the model began with, None where they are not known."""
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class Work:
         paper: Recipe,
         steps: int,
         per_epoch: int,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         from timm.optim import create_optimizer_v2, list_optimizers
         from timm.scheduler import create_scheduler_v2
@@ -53,6 +57,7 @@ class Work:
         self.declared = taught.patch.method.learned if isinstance(taught, Taught) else None
         self.accelerator, self.start, self.recipe, self.steps = accelerator, start, recipe, steps
         self.step, self.saved, self.history = 0, 0, list[list[float]]()
+        self.identity = {} if identity is None else identity
         if recipe["sched"] not in SCHEDULERS:
             raise TokenPruneError(
                 f"sched={recipe['sched']!r}: one that follows the steps alone, {', '.join(SCHEDULERS)}"
@@ -170,36 +175,88 @@ class Work:
                 "generators": states,
                 "step": self.step,
                 "norms": list(self.start.norms),
+                "identity": self.identity,
                 "history": torch.tensor(self.history, dtype=torch.float64),
             }
             write_state(path, state, self.recipe)
         self.saved = self.step
         self.accelerator.wait_for_everyone()
 
-    def resume(self, path: Path) -> None:
-        """The inverse of `save`.
+    def resume(self, path: Path, data: ImageData) -> None:
+        """The inverse of `save`, where there is a state at `path`. data: what the training reads.
 
         Raises:
-            TokenPruneError: it cannot be read, or is of weights, frozen or of a teacher, that it does not hold and that
-                are not those of the model.
+            TokenPruneError: it cannot be read, is of other images, labels or weights, or is not there for all
+                processes.
         """
-        state = read_state(path, self.recipe)
-        outside = self.model is None or (isinstance(self.inner, Taught) and self.inner.teacher is not None)
-        theirs, own = (torch.tensor(one, dtype=torch.float64) for one in (state.get("norms", ()), self.start.norms))
-        if outside and len(theirs) and not torch.allclose(theirs, own, rtol=SAME, atol=0):
+        if path.exists():
+            self._resume(path, data)
+        steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
             raise TokenPruneError(
-                f"{path} is of a model with other weights, which it does not hold; go on with those, or name an"
-                " --output of its own"
+                f"the state in {path.parent} is that of step {', '.join(map(str, steps))} for one process and another:"
+                " name an output= folder that all machines share"
             )
-        self.learned.load_state_dict(state["learned"])
-        if self.model is not None:
-            self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        set_generators([states[self.accelerator.process_index] for states in state["generators"]])
-        self.step = self.saved = state["step"]
-        self.history = state["history"].tolist()
+
+    def _resume(self, path: Path, data: ImageData) -> None:
+        state = read_state(path, self.recipe)
+        try:
+            self._check(path, state, data)
+            self.learned.load_state_dict(state["learned"])
+            if self.model is not None:
+                self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            set_generators([states[self.accelerator.process_index] for states in state["generators"]])
+            self.step = self.saved = state["step"]
+            self.history = state["history"].tolist()
+        except TokenPruneError:
+            raise
+        except (*MALFORMED, IndexError, RuntimeError) as error:
+            raise TokenPruneError(
+                f"{path} is no state that tokenprune train has written for this model: {error!r}; name an --output of"
+                " its own"
+            ) from error
+
+    def _check(self, path: Path, state: Mapping[str, Any], data: ImageData) -> None:
+        """Raises TokenPruneError where the state is of other data or weights, before anything of it is taken."""
+        otherwise = "go on with the same, or name an --output of its own"
+        for module, stored in ((self.learned, state["learned"]), (self.model, state["model"])):
+            if module is not None and _shapes(module.state_dict()) != _shapes(stored):
+                raise TokenPruneError(f"{path} is of a model of other shapes; {otherwise}")
+        theirs = state.get("identity")
+        if theirs is None:  # of a release that did not write it
+            norms, own = (torch.tensor(one, dtype=torch.float64) for one in (state.get("norms", ()), self.start.norms))
+            if self._outside and len(norms) and not torch.allclose(norms, own, rtol=SAME, atol=0):
+                raise TokenPruneError(f"{path} is of a model with other weights, which it does not hold; {otherwise}")
+            if not self._outside:
+                self.identity["weights"] = None  # those that it began with are not known
+            return
+        differs = other_data(theirs["data"], self.identity["data"], data, self.recipe["seed"])
+        if differs:
+            told = " and ".join(f"other {name}" for name in differs)
+            raise TokenPruneError(f"{path} is of a training on {told} than those of {data.name!r} are; {otherwise}")
+        began, own = theirs["weights"], self.identity["weights"]
+        if self._outside and not same_weights(began, own):
+            raise TokenPruneError(f"{path} is of a model with other weights, which it does not hold; {otherwise}")
+        if not self._outside and began is not None:
+            reached = of_weights(state["model"].values())
+            if not any(same_weights(one, own) for one in (began, reached)):
+                raise TokenPruneError(
+                    f"{path} is of a model with other weights: go on with those that it began with or those in"
+                    f" {path.parent / MODEL}, which it has reached, or name an --output of its own"
+                )
+        self.identity = theirs
+
+    @property
+    def _outside(self) -> bool:
+        """Whether there are weights, frozen or of a teacher, that the state does not hold."""
+        return self.model is None or (isinstance(self.inner, Taught) and self.inner.teacher is not None)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: one.shape for name, one in tensors.items()}
 
 
 class _NoBar:
