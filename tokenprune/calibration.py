@@ -99,14 +99,14 @@ class Costs:
         return ratio, (threshold, most)
 
 
-def threshold_at(costs: Costs, flops: float) -> StoredSchedule:
-    """The threshold at which `costs` come to a share `flops`.
+def threshold_at(costs: Costs, flops: float, near: float = NEAR) -> StoredSchedule:
+    """The threshold at which `costs` come to a share `flops`; an error of `near` is small enough.
 
     Raises:
         BudgetError: no threshold meets it within 1%.
     """
     ratio, (threshold, most) = nearest_to(
-        flops, costs, -LARGEST, LARGEST, first=0.0, rising=True, near=NEAR, rounds=ROUNDS
+        flops, costs, -LARGEST, LARGEST, first=0.0, rising=True, near=near, rounds=ROUNDS
     )
     if abs(ratio - flops) > MET:
         raise BudgetError(

@@ -53,7 +53,7 @@ class Calibrated:
         if name not in self.costs:
             self.costs[name] = Costs(self.base, self.unlabelled, name, self.batch_size)
         try:
-            found = threshold_at(self.costs[name], flops)
+            found = threshold_at(self.costs[name], flops, near=MET / 2)
         except TokenPruneError as error:
             return Arm(name, "", None, note=str(error))
         arm = self._patched(name, {"schedule": found}, required)

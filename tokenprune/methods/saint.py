@@ -53,17 +53,17 @@ class DropNear:
         return keep_where(kept.scatter(1, candidates, ~first_of(score, enough)))
 
     def _near(self, record: AttentionRecord) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each candidate how many others are near, its mean cosine with those, and with all; three of [B, M]."""
+        """Of each candidate how many others are near, its mean cosine with those, and with all or what is
+        proportional to it in an image; three of [B, M]."""
         candidates, others = halves(record.metric, 0)
         if record.alive is None:
             return near_neighbours(candidates, others, threshold=self.threshold)
         there = record.alive[:, 1::2]
         count, near, every = near_neighbours(candidates, others * there.unsqueeze(-1), threshold=self.threshold)
-        total, own = others.shape[1], there.sum(1, keepdim=True)
         if self.threshold <= 0:  # what is no token has a cosine of zero, and is near
-            summed, count = near * count, count - (total - own)
+            summed, count = near * count, count - (there == 0).sum(1, keepdim=True)
             near = summed / count.clamp_min(1)
-        return count, near, every * total / own.clamp_min(1)
+        return count, near, every
 
 
 @register_method("saint")

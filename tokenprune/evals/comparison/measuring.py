@@ -13,7 +13,7 @@ import tokenprune
 from tokenprune.errors import MALFORMED, TokenPruneError
 from tokenprune.evals.accuracy import compare, run_unpatched
 from tokenprune.evals.accuracy_rows import UnpatchedBatch
-from tokenprune.evals.arms import SMALLER_INPUT, Arm, Budget, budget_label, build_arms, filtered
+from tokenprune.evals.arms import SMALLER_INPUT, Arm, Budget, budget_label, build_arms, comparable, filtered
 from tokenprune.evals.bench import bench_together
 from tokenprune.evals.calibrated_arms import Calibrated
 from tokenprune.evals.commands import first_images
@@ -88,9 +88,14 @@ def measure_budgets(
     dense = saliency is not None or data.dense
     unlabelled = first_images(data, CALIBRATED_ON, seed + 1).to(images)
     base = tokenprune.unpatch(shared_copy(loaded.model)).eval()
-    make = Calibrated(base, images, unlabelled, batch_size, dense).arm
+    calibrated, required = Calibrated(base, images, unlabelled, batch_size, dense), methods is not None
+    names = comparable(base) if methods is None else methods
+
+    def make(name: str, budget: Budget, **_: bool) -> Arm:
+        return calibrated.arm(name, budget, required=required)
+
     for budget in budgets:
-        arms = build_arms(loaded.model, images, methods, [budget], dense=dense, make=make)
+        arms = build_arms(loaded.model, images, names, [budget], dense=dense, make=make)
         smaller = [arm for arm in arms if arm.method == SMALLER_INPUT and arm.model is not None]
         arms += [filtered(arm, by) for arm in smaller for by in FILTERS[1:]]
         yield arms, measured_once(measured_path(folder, loaded.name, budget), partial(measure, arms))
