@@ -19,7 +19,7 @@ from tokenprune.ordering import order_of
 from tokenprune.registry import register_method
 from tokenprune.schedule import InEveryBlock
 from tokenprune.scores.attention import attention_received
-from tokenprune.selection.pairs import alternating
+from tokenprune.selection.pairs import alternating, alternating_match
 from tokenprune.selection.top_k import first_of
 
 TEMPERATURE = 0.1
@@ -66,27 +66,39 @@ def every_second(record: AttentionRecord) -> tuple[Tensor, Tensor, Tensor, Tenso
     return sides[0][0], sides[1][0], sides[0][1], sides[1][1]
 
 
-def merge_and_prune(record: AttentionRecord, keep: int) -> Masking:
+def _match(record: AttentionRecord) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `alternating_match`, of the tokens that are there."""
+    a, b, real_a, real_b = every_second(record)
+    metric = record.metric
+    similarity, match = cosine_match(gather(metric, a) * real_a[..., None], gather(metric, b) * real_b[..., None])
+    return a, b, similarity.masked_fill(~real_a, float("-inf")), match
+
+
+def _packed_match(record: AttentionRecord) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return alternating_match(record.metric, record, record.num_prefix_tokens % 2)
+
+
+def merge_and_prune(record: AttentionRecord, keep: int, *, packed: bool = False) -> Masking:
     """Merge the pairs of ToMe whose cosine is above the block's merge threshold, then drop the groups whose largest
     importance is not above its prune threshold (section 3.3); of more than `keep` the least important go as well.
 
-    An image of which nothing would be left keeps its first token.
+    An image of which nothing would be left keeps its first token. packed: what is no token is behind an image's last,
+    and not among its tokens.
     """
     thresholds = record.learned
     assert isinstance(thresholds, Thresholds)
-    metric, learning = record.metric, thresholds.prune.requires_grad
-    some = thresholds.prunes or learning or keep < record.tokens
-    scores = attention_received(record) if some else metric.new_ones(metric.shape[:2], dtype=torch.float32)
-    there = torch.ones_like(scores) if record.alive is None else record.alive.to(scores.dtype)
-    own = torch.arange(record.tokens, device=scores.device).expand_as(record.origin)
-    unmerged, target = torch.ones_like(scores), own
-    a, b, real_a, real_b = every_second(record)
-    if b.shape[1]:
-        similarity, match = cosine_match(gather(metric, a) * real_a[..., None], gather(metric, b) * real_b[..., None])
-        goes = straight_through(similarity.clamp_min(0.0), thresholds.merge, TEMPERATURE) * real_a
-        unmerged = unmerged.scatter(1, a, 1 - goes)
-        partner = gather(b, match)
+    own = torch.arange(record.tokens, device=record.origin.device).expand_as(record.origin)
+    unmerged, target = record.hidden.new_ones(own.shape, dtype=torch.float32), own
+    if record.tokens > 1:
+        a, b, similarity, match = _packed_match(record) if packed else _match(record)
+        goes = straight_through(similarity.clamp_min(0.0), thresholds.merge, TEMPERATURE) * (similarity > float("-inf"))
+        unmerged, partner = unmerged.scatter(1, a, 1 - goes), gather(b, match)
         target = own.scatter(1, a, torch.where(goes > 0, partner, a))
+    if not (thresholds.prunes or thresholds.prune.requires_grad or keep < record.tokens):
+        return Masking(unmerged, target)
+    scores = attention_received(record)
+    there = torch.ones_like(scores) if record.alive is None else record.alive.to(scores.dtype)
+    if record.tokens > 1:
         shared = torch.where(goes > 0, gather(scores, a), 0.0)
         scores = scores.scatter_reduce(1, partner, shared, "amax")
     stays = unmerged * straight_through(scores, thresholds.prune, TEMPERATURE)
@@ -166,7 +178,7 @@ def ltmp(*, rate: float = 1.0, proportional: bool = True, places: tuple[int, ...
         name="ltmp",
         paper="Bonnaerens and Dambre, Learned Thresholds Token Merging and Pruning, TMLR 2023",
         schedule=InEveryBlock(rate, places),
-        select=partial(masked_away, mask=merge_and_prune),
+        select=partial(masked_away, mask=partial(merge_and_prune, packed=True)),
         mask=merge_and_prune,
         learned=LEARNED,
         merges=True,
