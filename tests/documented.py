@@ -56,6 +56,7 @@ CHEAPER: dict[str, dict[str, str | list[str]]] = {
     "python -m tokenprune.evals.kernel_bench": {"--tokens": "64", "--longest": "0.1"},
     "python -m tokenprune.evals.learned_quality": {"--samples": "8"},
     "python -m tokenprune.evals.lvlm_speed": {"--layers": "4", "--tower-layers": "3", "--method": "fopru"},
+    "python -m tokenprune.evals.mass_quality": {"--images": "2"},
     "python -m tokenprune.evals.quality_table": {"--samples": "4", "--method": "uniform", "--flops": "0.6"},
     "python -m tokenprune.evals.quality_table neighbours": {
         "--samples": "99",

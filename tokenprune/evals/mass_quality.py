@@ -87,12 +87,12 @@ def probes_table(shown: list[AttentionRecord]) -> Table:
     """Kept sets by pooled and sampled queries against all queries, by iterations and depth; columns as above."""
     rows: list[Row] = []
     for iterations in COUNTS:
+        whole = [_importance(record, weighted_pagerank(record, iterations)) for record in shown]
         for window in WINDOWS:
             for how in ("pool", "sample"):
                 for part, blocks in PARTS.items():
                     cells = []
-                    for record in (shown[block] for block in blocks):
-                        exact = _importance(record, weighted_pagerank(record, iterations))
+                    for record, exact in ((shown[block], whole[block]) for block in blocks):
                         mass = probed_mass(
                             record,
                             start_mass(record),
@@ -139,11 +139,12 @@ def _means(cells: Sequence[Mapping[str, float]]) -> Row:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what fewer iterations do to the importance, and what fewer queries do."""
     parser = argparse.ArgumentParser(prog="python -m tokenprune.evals.mass_quality", description=main.__doc__)
-    parser.parse_args(arguments)
+    parser.add_argument("--images", type=int, help="photographs (default: all of them)")
+    options = parser.parse_args(arguments)
     from tokenprune.evals.dinov2 import dinov2_small, normalize
     from tokenprune.evals.images import photographs
 
-    maps = records(dinov2_small(), normalize(photographs().images))
+    maps = records(dinov2_small(), normalize(photographs().images[: options.images]))
     print(iterations_table(maps).to_markdown())
     print(probes_table(maps).to_markdown())
     return 0
