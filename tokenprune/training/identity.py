@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenprune.evals.data import ImageData
-from tokenprune.evals.identity import evenly
+from tokenprune.evals.identity import Identified, evenly
 from tokenprune.training.sampling import ByTurn
 
 GLIMPSES = 8
@@ -18,6 +18,9 @@ GLIMPSES = 8
 
 CELLS = 4
 """Rows and columns of cells whose means are all that is kept of an image."""
+
+READ_AGAIN = 16
+"""How often at most they are read again, to tell a transform with a generator of its own, which may change few."""
 
 LIKE = 0.01
 """How far the mean of a cell may be off, as a share of the largest: releases and machines decode and resize a little
@@ -34,11 +37,18 @@ def of_data(data: ImageData, seed: int) -> dict[str, Any]:
     """facts: what the data set says of itself, by name. images: of `GLIMPSES` images, as a training with that seed sees
     them, the means of cells [k, C * CELLS ** 2]. labels: theirs [k, 1], or means of cells of their maps."""
     items = data.by_number()
-    tell = getattr(items, "identity", None)
-    seen = [ByTurn(items, seed)[0, i] for i in evenly(data.size, GLIMPSES)]
-    images, labels = ([torch.as_tensor(one) for one in column] for column in zip(*seen, strict=True))
-    facts = {"sizes of images": [list(one.shape) for one in images], **({} if tell is None else tell())}
+    images, labels = _read(data, seed)
+    told = items.identity() if isinstance(items, Identified) else {}
+    facts = {"sizes of images": [list(one.shape) for one in images], **told}
     return {"facts": facts, "images": _cells(images), "labels": _cells(labels)}
+
+
+def _read(data: ImageData, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Those images and their labels."""
+    items = ByTurn(data.by_number(), seed)
+    seen = [items[0, i] for i in evenly(data.size, GLIMPSES)]
+    images, labels = ([torch.as_tensor(one) for one in column] for column in zip(*seen, strict=True))
+    return images, labels
 
 
 def other_data(theirs: Mapping[str, Any], own: Mapping[str, Any], data: ImageData, seed: int) -> list[str]:
@@ -47,13 +57,20 @@ def other_data(theirs: Mapping[str, Any], own: Mapping[str, Any], data: ImageDat
     if facts:
         return facts
     differs = _glimpsed(theirs, own)
-    # Of a transform that draws from a generator of its own no two readings are alike, and nothing is told by one.
-    return [] if differs and _glimpsed(own, of_data(data, seed)) else differs
+    if not differs:
+        return []
+    # Of a transform that draws from a generator of its own readings are not alike, and nothing is told by one.
+    for _ in range(READ_AGAIN):
+        images, labels = _read(data, seed)
+        if _glimpsed(own, {"images": _cells(images), "labels": _cells(labels)}):
+            return []
+    return differs
 
 
 def of_weights(tensors: Iterable[Tensor]) -> Tensor:
     """`TAKEN` values, evenly spaced, of each of those that are floating: [tensors, TAKEN]."""
-    floating = [one.detach().flatten() for one in tensors if one.is_floating_point() and one.numel()]
+    held = [one.detach().flatten() for one in tensors if isinstance(one, Tensor)]  # not a module's extra state
+    floating = [one for one in held if one.is_floating_point() and one.numel()]
     spaced = [one[torch.arange(TAKEN, device=one.device) * len(one) // TAKEN].float().cpu() for one in floating]
     return torch.stack(spaced) if spaced else torch.empty(0, TAKEN)
 
@@ -62,8 +79,10 @@ def same_weights(theirs: Tensor, own: Tensor) -> bool:
     """Whether both are of the same weights, but for how machines round."""
     if theirs.shape != own.shape:
         return False
-    scale = theirs.abs() + theirs.square().mean(1, keepdim=True).sqrt()
-    return bool(((theirs - own).abs() <= SAME * scale).all())
+    finite = theirs.nan_to_num(0.0, 0.0, 0.0)
+    scale = finite.abs() + finite.square().mean(1, keepdim=True).sqrt()
+    equal = (theirs == own) | (theirs.isnan() & own.isnan())  # as of a mask in a buffer, of -inf
+    return bool((equal | ((theirs - own).abs() <= SAME * scale)).all())
 
 
 def _alike(theirs: Any, own: Any) -> bool:
