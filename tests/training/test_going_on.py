@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,25 @@ def test_a_data_set_that_says_nothing_is_looked_at(data: Data) -> None:
     first, same, other = (ImageData("own", Own(far), 24, 5) for far in (0.1, 0.1, 0.3))
     assert told(first, same, seed=5) == []
     assert told(first, other, seed=5) == ["images, or another transform"]
+
+
+def test_what_a_worker_opens_is_not_opened_in_front_of_it(model: nn.Module, data: Data, tmp_path: Path) -> None:
+    """A file of many images that a data set opens when it is first read from, and that processes cannot share; and a
+    transform with a generator of its own, which starts anew in every worker."""
+
+    class Opened(Dataset[tuple[Tensor, int]]):
+        def __init__(self) -> None:
+            self.opened_by, self.generator = 0, torch.Generator()
+            self.generator.seed()
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            self.opened_by = self.opened_by or os.getpid()
+            assert self.opened_by == os.getpid()
+            return data[0][index] + torch.randn(3, 1, 1, generator=self.generator), int(data[1][index])
+
+    for _ in range(2):
+        opened = ImageData("opened", Opened(), 24, model.num_classes)
+        train(model, opened, output=tmp_path, workers=1, **{**QUICK, "epochs": 1})
 
 
 def test_a_state_that_does_not_say_what_it_is_of_is_taken(model: nn.Module, data: Data, tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from tokenprune.evals.data import ImageData
 from tokenprune.evals.identity import Identified, evenly
+from tokenprune.evals.reading import from_workers
 from tokenprune.training.sampling import ByTurn
 
 GLIMPSES = 8
@@ -33,25 +36,36 @@ TAKEN = 64
 """Values of a tensor of the model's that are kept."""
 
 
-def of_data(data: ImageData, seed: int) -> dict[str, Any]:
+def of_data(data: ImageData, seed: int, workers: int = 0) -> dict[str, Any]:
     """facts: what the data set says of itself, by name. images: of `GLIMPSES` images, as a training with that seed sees
-    them, the means of cells [k, C * CELLS ** 2]. labels: theirs [k, 1], or means of cells of their maps."""
+    them, the means of cells [k, C * CELLS ** 2]. labels: theirs [k, 1], or means of cells of their maps. workers:
+    where there are some, one reads: a data set may open what no process behind it can share."""
     items = data.by_number()
-    images, labels = _read(data, seed)
+    ((images, labels),) = _readings(data, seed, workers)
     told = items.identity() if isinstance(items, Identified) else {}
     facts = {"sizes of images": [list(one.shape) for one in images], **told}
     return {"facts": facts, "images": _cells(images), "labels": _cells(labels)}
 
 
-def _read(data: ImageData, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Those images and their labels."""
-    items = ByTurn(data.by_number(), seed)
-    seen = [items[0, i] for i in evenly(data.size, GLIMPSES)]
-    images, labels = ([torch.as_tensor(one) for one in column] for column in zip(*seen, strict=True))
-    return images, labels
+def _readings(data: ImageData, seed: int, workers: int, times: int = 1) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Those images and their labels, read so often."""
+    turns, items = [(0, i) for i in evenly(data.size, GLIMPSES)], ByTurn(data.by_number(), seed)
+    every: Iterator[Any] = (items[turn] for _ in range(times) for turn in turns)
+    if workers:
+        generator = torch.Generator().manual_seed(seed)
+        by_one: DataLoader[Any] = DataLoader(
+            items, batch_size=None, sampler=turns * times, num_workers=1, generator=generator
+        )
+        every = from_workers(by_one)
+    for _ in range(times):
+        seen = list(islice(every, len(turns)))
+        images, labels = ([torch.as_tensor(one) for one in column] for column in zip(*seen, strict=True))
+        yield images, labels
 
 
-def other_data(theirs: Mapping[str, Any], own: Mapping[str, Any], data: ImageData, seed: int) -> list[str]:
+def other_data(
+    theirs: Mapping[str, Any], own: Mapping[str, Any], data: ImageData, seed: int, workers: int = 0
+) -> list[str]:
     """In words what of `theirs` is another than what `own`, `of_data` of that data and seed, has."""
     facts = [name for name, fact in theirs["facts"].items() if not _alike(fact, own["facts"].get(name, fact))]
     if facts:
@@ -60,8 +74,7 @@ def other_data(theirs: Mapping[str, Any], own: Mapping[str, Any], data: ImageDat
     if not differs:
         return []
     # Of a transform that draws from a generator of its own readings are not alike, and nothing is told by one.
-    for _ in range(READ_AGAIN):
-        images, labels = _read(data, seed)
+    for images, labels in _readings(data, seed, workers, READ_AGAIN):
         if _glimpsed(own, {"images": _cells(images), "labels": _cells(labels)}):
             return []
     return differs

@@ -202,15 +202,15 @@ class Work:
         self.saved = self.step
         self.accelerator.wait_for_everyone()
 
-    def resume(self, path: Path, data: ImageData) -> None:
-        """The inverse of `save`, where there is a state at `path`. data: what the training reads.
+    def resume(self, path: Path, data: ImageData, workers: int = 0) -> None:
+        """The inverse of `save`, where there is a state at `path`. data: what the training reads. workers: by how many.
 
         Raises:
             TokenPruneError: it cannot be read, is of other images, labels or weights, or is not there for all
                 processes.
         """
         if path.exists():
-            self._resume(path, data)
+            self._resume(path, data, workers)
         steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
         if len(set(steps)) > 1:
             raise TokenPruneError(
@@ -218,10 +218,10 @@ class Work:
                 " name an output= folder that all machines share"
             )
 
-    def _resume(self, path: Path, data: ImageData) -> None:
+    def _resume(self, path: Path, data: ImageData, workers: int) -> None:
         state = read_state(path, self.recipe)
         try:
-            self._check(path, state, data)
+            self._check(path, state, data, workers)
             self.learned.load_state_dict(state["learned"])
             if self.model is not None:
                 self.model.load_state_dict(state["model"])
@@ -239,7 +239,7 @@ class Work:
                 " its own"
             ) from error
 
-    def _check(self, path: Path, state: Mapping[str, Any], data: ImageData) -> None:
+    def _check(self, path: Path, state: Mapping[str, Any], data: ImageData, workers: int) -> None:
         """Raises TokenPruneError where the state is of other data or weights, before anything of it is taken."""
         otherwise = "go on with the same, or name an --output of its own"
         for module, stored in ((self.learned, state["learned"]), (self.model, state["model"])):
@@ -253,7 +253,7 @@ class Work:
             if not self._outside:
                 self.identity["weights"] = None  # those that it began with are not known
             return
-        differs = other_data(theirs["data"], self.identity["data"], data, self.recipe["seed"])
+        differs = other_data(theirs["data"], self.identity["data"], data, self.recipe["seed"], workers)
         if differs:
             told = " and ".join(f"other {name}" for name in differs)
             raise TokenPruneError(f"{path} is of a training on {told} than those of {data.name!r} are; {otherwise}")
