@@ -201,10 +201,15 @@ def repack_rows(before: Pack, target: Tensor, *, merges: bool) -> Repacking:
 
 def _target_rows(group: Group, every: Tensor, reduction: RaggedReduction) -> Tensor:
     """The reduction of one group in rows of the pack, prefix tokens included and kept: [g * length]."""
-    own, target = group.of(every), reduction.target
+    own, target = group.of(every), or_the_first(reduction.target)
     prefix = group.length - target.shape[1]
-    positions = torch.arange(target.shape[1], device=target.device)
-    none_left = (target != positions).all(1)
-    target = torch.cat([torch.where(none_left, 0, target[:, 0])[:, None], target[:, 1:]], 1)
     body = torch.where(target < 0, -1, target + own[:, prefix : prefix + 1])
     return torch.cat([own[:, :prefix], body], 1).reshape(-1)
+
+
+def or_the_first(target: Tensor, real: Tensor | None = None) -> Tensor:
+    """`target` [B, n] of a reduction, in which an image that would keep nothing keeps its first token. real: [B, n]
+    which are tokens, None for all."""
+    stays = target == torch.arange(target.shape[1], device=target.device)
+    none_left = ~(stays if real is None else stays & real).any(1)
+    return torch.cat([torch.where(none_left, 0, target[:, 0])[:, None], target[:, 1:]], 1)

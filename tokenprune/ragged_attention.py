@@ -97,7 +97,7 @@ def _per_length(site: Site, state: TokenState, pack: Pack, forward: Forward, x: 
         now.state = state_of(group, pack, state)
         now.queries = now.keys = now.bias = now.rope = None
         now.inputs, now.values = _part(group, inputs), _part(group, values)
-        own = reindexed(site, of_images(site, kwargs, group), now.state, x.dtype)
+        own = reindexed(site, of_images(site, kwargs, group.images), now.state, x.dtype)
         outputs.append(forward(group.of(x[0]), **own).flatten(0, 1))
         captured.append((site.taps.captured(), now.bias, now.rope) if site.reduces else None)
     now.state, now.groups = state, captured
@@ -134,13 +134,13 @@ def packed_rope(table: Tensor, pack: Pack, identity: Tensor) -> Tensor:
     return torch.where((origin < 0)[:, None], identity, rows)[None]
 
 
-def of_images(site: Site, kwargs: dict[str, Any], group: Group) -> dict[str, Any]:
-    """The block's arguments of the group's images, where they hold one entry for each image."""
+def of_images(site: Site, kwargs: dict[str, Any], images: tuple[int, ...]) -> dict[str, Any]:
+    """The block's arguments of those images, in that order, where they hold one entry for each image."""
     kwargs = dict(kwargs)
     for name in filter(None, (site.rope_argument, *site.bias_arguments)):
         value = kwargs.get(name)
         if isinstance(value, Tensor) and value.ndim == 4 and value.shape[0] > 1:
-            kwargs[name] = value[list(group.images)]
+            kwargs[name] = value[list(images)]
     return kwargs
 
 

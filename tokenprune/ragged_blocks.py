@@ -13,7 +13,7 @@ from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.kernels.merge import gather
 from tokenprune.method import Method
-from tokenprune.ragged import Group, Pack, RaggedReduction, Repacking, pack_batch, repack, repack_rows
+from tokenprune.ragged import Group, Pack, RaggedReduction, Repacking, or_the_first, pack_batch, repack, repack_rows
 from tokenprune.ragged_attention import of_images, state_of
 from tokenprune.recording import PlaceRecord
 from tokenprune.regression import estimate, stride
@@ -42,7 +42,7 @@ def _records(site: Site, x: Tensor, state: TokenState) -> Iterator[AttentionReco
         else:
             parts = tuple(part if part is None else _heads_of(group, part) for part in captured)
             now.bias = now.rope = None
-            reindexed(site, of_images(site, now.kwargs or {}, group), own, x.dtype)
+            reindexed(site, of_images(site, now.kwargs or {}, group.images), own, x.dtype)
         yield site.taps.record(group.of(x[0]), own, parts)
 
 
@@ -118,7 +118,7 @@ def _target_rows(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor:
     own = replace(state, pack=None, tokens=origin.shape[1], origin=origin, sizes=sizes)
     now = flow()
     now.bias = now.rope = None
-    reindexed(site, now.kwargs or {}, own, x.dtype)
+    reindexed(site, of_images(site, now.kwargs or {}, pack.images), own, x.dtype)
     parts = tuple(None if part is None else gather(part, rows, dim=2) for part in site.taps.captured())
     outside = torch.zeros(real.shape, dtype=x.dtype, device=x.device).masked_fill(~real, float("-inf"))[:, None, None]
     record = replace(
@@ -126,7 +126,7 @@ def _target_rows(site: Site, x: Tensor, state: TokenState, keep: int) -> Tensor:
         bias=outside if now.bias is None else now.bias + outside,
         alive=real[:, prefix:].to(x.dtype),
     )
-    target = method.reduce_ragged(record, keep).target
+    target = or_the_first(method.reduce_ragged(record, keep).target, real[:, prefix:])
     body = torch.where(target < 0, -1, target + rows[:, :1] + prefix)
     return torch.cat([rows[:, :prefix], body], 1)[real]
 

@@ -6,14 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import timm
 import torch
+import zoo
 from torch import Tensor
 
+import tokenprune
+from tokenprune import registry
 from tokenprune.attention_record import AttentionRecord
+from tokenprune.family import active_patches
 from tokenprune.learning import Shape
 from tokenprune.method import Method
 from tokenprune.methods.ltmp import Thresholds
+from tokenprune.ragged import RaggedReduction, keep_where
 from tokenprune.registry import make_method, method_names
+from tokenprune.schedule import Stages
+from tokenprune.selection.pairs import surplus
 
 LENGTHS = (1, 2, 3, 4, 7, 8, 12)
 HEADS, DIM = 2, 5
@@ -26,7 +34,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def image(length: int, prefix: int, class_token: bool, generator: torch.Generator) -> AttentionRecord:
+def image(length: int, prefix: int, class_token: bool, generator: torch.Generator, sharp: float) -> AttentionRecord:
+    """sharp: how large queries are."""
+
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
@@ -39,7 +49,7 @@ def image(length: int, prefix: int, class_token: bool, generator: torch.Generato
         depth=6,
         grid=None,
         has_class_token=class_token,
-        queries=parts[0],
+        queries=parts[0] * sharp,
         keys=parts[1],
         values=parts[2],
     )
@@ -88,8 +98,8 @@ def test_an_image_among_longer_ones_is_reduced_as_alone(
     method: Method = make_method(name, options)
     assert method.padded
     generator, numbers = torch.Generator().manual_seed(3), set[int]()
-    for _ in range(5):
-        records = [image(length, prefix, class_token, generator) for length in LENGTHS]
+    for sharp in (1.0, 1.0, 3.0, 9.0, 27.0):
+        records = [image(length, prefix, class_token, generator, sharp) for length in LENGTHS]
         if name == "ltmp":
             records = [replace(record, learned=thresholds(0.3, 0.12)) for record in records]
         targets = method.reduce_ragged(together(records), keep).target
@@ -103,3 +113,45 @@ def test_an_image_among_longer_ones_is_reduced_as_alone(
 def test_every_method_that_says_so_is_here() -> None:
     said = {name for name in method_names() if make_method(name, {}).padded}
     assert said == {name for name, _ in CASES}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_too_much_is_counted_whole_in_half_precision(dtype: torch.dtype) -> None:
+    """Of numbers so large these hold every second one at most."""
+    alive = torch.ones(2, 4097, dtype=dtype)
+    alive[1, 2051:] = 0
+    record = AttentionRecord(alive[..., None], torch.zeros(2, 4097).long(), 0, 0, 1, None, alive=alive)
+    assert surplus(record, 2048).tolist() == [[2049], [3]]
+
+
+@pytest.mark.parametrize("method", ["ats", "keeps_nothing"])
+def test_images_of_which_a_training_forward_has_dropped_others(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rotary table for each image, in the order of the batch, as patch dropout leaves it; and of an image of which a
+    method keeps nothing the first token stays."""
+    monkeypatch.setitem(registry._METHODS, "keeps_nothing", keeps_nothing)
+    shape = {"depth": 4, "embed_dim": 96, "num_heads": 4, "img_size": (20, 28), "patch_size": 4, "num_classes": 5}
+    model = timm.create_model("vit_small_patch16_dinov3", patch_drop_rate=0.3, **shape).train()
+    zoo.randomise(model, 0)
+    x = torch.randn(6, 3, 20, 28, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 7).view(6, 1, 1, 1)
+    found = []
+    for padded in (True, False):
+        tokenprune.patch(model, method, schedule={0: 1.0, 1: 1.0, 2: 1.0})
+        (patch,) = active_patches(model).values()
+        patch.method = replace(patch.method, padded=padded)
+        torch.manual_seed(0)
+        with tokenprune.record(model) as recording:
+            model(x)
+        found.append([place.kept.tolist() for place in recording.forwards[0].places])
+    assert found[0] == found[1]
+    assert len({sum(token >= 0 for token in row) for row in found[0][0]}) > 1
+
+
+def keeps_nothing() -> Method:
+    """Of an image behind the first place; there a number of its own."""
+
+    def select(scores: Tensor | None, record: AttentionRecord, keep: int) -> RaggedReduction:
+        channel = record.hidden[:, record.num_prefix_tokens :, 0]
+        kept = channel > channel.mean(1, keepdim=True)
+        return keep_where(kept if record.place == 0 else torch.zeros_like(kept))
+
+    return Method("keeps_nothing", "a test", Stages(1.0), select, adaptive=True, padded=True, needs=frozenset({"keys"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,12 @@ from torchvision.transforms import v2
 
 from tokenprune import TokenPruneError
 from tokenprune.evals.data import ImageData, open_data
+from tokenprune.evals.identity import of_files
 from tokenprune.evals.sources import digits_training
 from tokenprune.training import train
 from tokenprune.training.identity import of_data, of_weights, other_data, same_weights
 from tokenprune.training.state import FILE
+from tokenprune.training.work import Work
 
 Data = tuple[Tensor, Tensor]
 pytestmark = [pytest.mark.filterwarnings("ignore:what was learned costs"), pytest.mark.usefixtures("short")]
@@ -114,6 +117,30 @@ def test_other_files_are_told(folder: Path, tmp_path: Path) -> None:
     assert told(folder, moved, plain) == ["names of files", "labels", "sizes of files"]
 
 
+def test_a_folder_is_the_same_from_within(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = v2.Compose([v2.Resize((20, 28)), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
+    seen = open_data(folder, plain)
+    monkeypatch.chdir(folder)
+    assert told(".", folder, plain) == []
+    assert other_data(of_data(seen, 0), of_data(open_data(".", plain), 0), seen, 0) == []
+    for file in (folder / "class_0" / "1.png", folder / "class_0" / "2.png", folder / "class_1"):
+        file.rename(folder.parent / file.name)
+    monkeypatch.chdir(folder / "class_0")  # of one picture
+    assert of_files([Path("0.png")], [0]) == of_files([folder / "class_0" / "0.png"], [0])
+
+
+def test_a_transform_that_seldom_changes_anything_of_its_own_is_not_another(folder: Path) -> None:
+    """The images that a generator of its own blackens are few, and most readings have none of them."""
+    calls = iter(range(1000))
+    plain = v2.Compose([v2.Resize((20, 28)), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
+
+    def seldom(image: Any) -> Tensor:
+        return plain(image) * (next(calls) % 40 != 3)
+
+    assert told(folder, folder, seldom) == []
+    assert next(calls) > 18
+
+
 def test_other_masks_are_told(folder: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs"
     shutil.copytree(folder / "class_0", pairs / "images")
@@ -154,6 +181,8 @@ def test_drawn_images_of_another_seed_are_told() -> None:
 
 def test_a_data_set_that_says_nothing_is_looked_at(data: Data) -> None:
     class Own(Dataset[tuple[Tensor, int]]):
+        identity = torch.zeros(3)  # of persons, as torchvision's CelebA has it
+
         def __init__(self, far: float) -> None:
             self.far = far
 
@@ -163,6 +192,25 @@ def test_a_data_set_that_says_nothing_is_looked_at(data: Data) -> None:
     first, same, other = (ImageData("own", Own(far), 24, 5) for far in (0.1, 0.1, 0.3))
     assert told(first, same, seed=5) == []
     assert told(first, other, seed=5) == ["images, or another transform"]
+
+
+def test_what_a_worker_opens_is_not_opened_in_front_of_it(model: nn.Module, data: Data, tmp_path: Path) -> None:
+    """A file of many images that a data set opens when it is first read from, and that processes cannot share; and a
+    transform with a generator of its own, which starts anew in every worker."""
+
+    class Opened(Dataset[tuple[Tensor, int]]):
+        def __init__(self) -> None:
+            self.opened_by, self.generator = 0, torch.Generator()
+            self.generator.seed()
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            self.opened_by = self.opened_by or os.getpid()
+            assert self.opened_by == os.getpid()
+            return data[0][index] + torch.randn(3, 1, 1, generator=self.generator), int(data[1][index])
+
+    for _ in range(2):
+        opened = ImageData("opened", Opened(), 24, model.num_classes)
+        train(model, opened, output=tmp_path, workers=1, **{**QUICK, "epochs": 1})
 
 
 def test_a_state_that_does_not_say_what_it_is_of_is_taken(model: nn.Module, data: Data, tmp_path: Path) -> None:
@@ -209,6 +257,42 @@ def test_a_model_that_is_trained_goes_on_from_either_weights(data: Data, tmp_pat
     with pytest.raises(TokenPruneError, match=r"those that it began with or those in .*model\.safetensors"):
         train(other, data, "dynamicvit", output=tmp_path, **options)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_a_model_whose_training_was_interrupted_goes_on(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same process, with weights that are neither those it began with nor those of the state."""
+    options = {**QUICK, "epochs": 1, "model_rate": 1e-3, "distill_logits": 0.0, "distill_tokens": 0.0}
+    whole, model = build("class_token"), build("class_token")
+    train(whole, data, "dynamicvit", output=tmp_path / "whole", **options)
+    gradients = Work._gradients
+
+    def interrupted(self: Work, *args: Any) -> list[float]:
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return gradients(self, *args)
+
+    monkeypatch.setattr(Work, "_gradients", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data, "dynamicvit", output=tmp_path / "own", **options)
+    monkeypatch.undo()
+    shutil.copytree(tmp_path / "own", tmp_path / "another")
+    with pytest.raises(TokenPruneError, match="of a model with other weights"):
+        train(model, data, "dynamicvit", output=tmp_path / "another", **options)
+    train(model, data, "dynamicvit", output=tmp_path / "own", **options)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_are_no_numbers_are_themselves() -> None:
+    """A mask in a buffer, and what a module keeps beside its tensors."""
+    mask = torch.tensor([0.0, float("-inf"), float("nan"), 1.0])
+    taken = of_weights([mask, None])  # type: ignore[list-item]
+    assert same_weights(taken, of_weights([mask.clone()]))
+    for i, value in ((0, float("-inf")), (1, 0.0), (2, 0.0), (3, 1.1)):
+        other = mask.clone()
+        other[i] = value
+        assert not same_weights(taken, of_weights([other]))
 
 
 def test_weights_are_the_same_where_machines_round_otherwise() -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tokenprune.errors import TokenPruneError
 from tokenprune.evals.hf_data import Rows, columns_of, is_saved, open_rows, reader_of, streamed
-from tokenprune.evals.identity import of_files, of_tensors
+from tokenprune.evals.identity import Identified, of_files, of_tensors
 from tokenprune.evals.mask_data import MaskedPictures, masked_files
 from tokenprune.evals.ranks import ALONE, Ranks
 from tokenprune.evals.reading import PICTURE_SUFFIXES, from_workers, pictures_in, read_picture, rgb
@@ -140,7 +140,7 @@ def open_data(
     return data
 
 
-class _Tensors(Dataset[tuple[Tensor, Any]]):
+class _Tensors(Identified, Dataset[tuple[Tensor, Any]]):
     def __init__(self, images: Tensor, labels: Tensor | None) -> None:
         self.images, self.labels = images, labels
 
@@ -165,7 +165,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return self.transform(read_picture(self.files[index])), UNLABELLED
 
 
-class _Files(Dataset[tuple[Tensor, int]]):
+class _Files(Identified, Dataset[tuple[Tensor, int]]):
     def __init__(self, files: Sequence[tuple[Path, int]], transform: Transform) -> None:
         self.files, self.transform = files, transform
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.identity import digest
+from tokenprune.evals.identity import Identified, digest
 from tokenprune.evals.mask_data import COLUMNS as MASK_COLUMNS
 from tokenprune.evals.mask_data import MaskedTransform, Transform
 from tokenprune.evals.reading import rgb
@@ -101,7 +101,7 @@ def reader_of(columns: Columns, transform: Transform, num_classes: int | None) -
     return lambda row: (transform(rgb(row[columns.image])), UNLABELLED if label is None else int(row[label]))
 
 
-class Rows(Dataset[tuple[Tensor, Any]]):
+class Rows(Identified, Dataset[tuple[Tensor, Any]]):
     """rows: with random access. read: see `reader_of`. label: the column of class labels, if any."""
 
     def __init__(self, rows: Any, read: Reader, label: str | None = None) -> None:

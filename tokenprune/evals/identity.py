@@ -18,6 +18,14 @@ MEASURED = 1024
 """Files whose size is asked for: on a network file system each takes its time."""
 
 
+class Identified:
+    """A data set that tells what it is, for whoever goes on with it later."""
+
+    def identity(self) -> dict[str, Any]:
+        """Facts by name, each a text or a list of such as are known."""
+        raise NotImplementedError
+
+
 def digest(texts: Iterable[object]) -> str:
     """Of their representations, one after the other."""
     found = hashlib.sha256()
@@ -45,10 +53,10 @@ def of_tensors(images: Tensor, labels: Tensor | None) -> dict[str, Any]:
 def of_files(names: Sequence[Path], labels: Sequence[int] = ()) -> dict[str, Any]:
     """Of files: their names below the folder that they have in common, wherever that is, the labels, and the sizes in
     bytes of `MEASURED` of them."""
-    common = Path(os.path.commonpath(names)) if len(names) > 1 else names[0].parent
-    cut = len(common.as_posix())  # relative_to takes seconds for a million files
+    texts = [name.as_posix() for name in names]
+    cut = len(os.path.commonpath(texts) if len(texts) > 1 else os.path.dirname(texts[0]))  # relative_to takes seconds
     return {
-        "names of files": digest(name.as_posix()[cut:] for name in names),
+        "names of files": digest("/" + text[cut:].lstrip("/") for text in texts),
         "labels": digest(labels),
         "sizes of files": digest(_size(names[i]) for i in evenly(len(names), MEASURED)),
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenprune.errors import TokenPruneError
-from tokenprune.evals.identity import of_files
+from tokenprune.evals.identity import Identified, of_files
 from tokenprune.evals.reading import pictures_in, read_picture, rgb
 from tokenprune.evals.segmentation import IGNORED
 
@@ -87,7 +87,7 @@ def _paired(files: Sequence[tuple[Path, Path | None]], masks: Path) -> list[tupl
     return [(picture, mask) for picture, mask in files if mask is not None]
 
 
-class MaskedPictures(Dataset[tuple[Tensor, Tensor]]):
+class MaskedPictures(Identified, Dataset[tuple[Tensor, Tensor]]):
     """Files of pictures and masks as images [C, H, W] and maps of classes [H, W]."""
 
     def __init__(self, files: Sequence[tuple[Path, Path]], transform: Transform, num_classes: int | None) -> None:

@@ -36,7 +36,8 @@ def sample_inverse_cdf(scores: Tensor | None, record: AttentionRecord, keep: int
     ranked, order = scores.sort(dim=1, stable=True)
     least = torch.where(ranked < 0, float("inf"), ranked).amin(1, keepdim=True)
     cdf = ranked.clamp_min(0.0).cumsum(1)
-    cdf = ((cdf - least) / (cdf[:, -1:] - least).clamp_min(torch.finfo(cdf.dtype).tiny)).clamp_min(0.0)
+    cdf = (cdf - least) / (cdf[:, -1:] - least).clamp_min(torch.finfo(cdf.dtype).tiny)
+    cdf = cdf.masked_fill(ranked < 0, float("-inf"))  # nearest to no value, of which the lowest may be rounded to zero
     first = torch.where(cdf > 0, cdf, 1.0).amin(1, keepdim=True)
     steps = torch.arange(keep - 1, -1, -1, device=scores.device) / max(keep - 1, 1)
     nearest = _nearest(cdf, 1 - (1 - first) * steps)

@@ -58,7 +58,7 @@ def surplus(record: AttentionRecord, keep: int) -> int | Tensor:
     """How many of an image's tokens are more than `keep`, [B, 1] where images have different numbers of them."""
     if record.alive is None:
         return max(0, record.tokens - keep)
-    return (record.alive.sum(1, keepdim=True).long() - keep).clamp_min(0)
+    return ((record.alive > 0).sum(1, keepdim=True) - keep).clamp_min(0)
 
 
 def halves(x: Tensor, first: int) -> tuple[Tensor, Tensor]:

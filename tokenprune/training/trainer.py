@@ -189,7 +189,7 @@ def train(
     seeded = seed + accelerator.process_index
     identity = None
     if output is not None:
-        identity = {"data": of_data(data, seed), "weights": of_weights(model.state_dict().values())}
+        identity = {"data": of_data(data, seed, workers), "weights": of_weights(model.state_dict().values())}
     with ExitStack() as stack:
         taught: Taught | Tuned
         if flops is None:
@@ -224,7 +224,7 @@ def train(
         )
         state = None if output is None else Path(output) / FILE
         if state is not None:
-            work.resume(state, data)
+            work.resume(state, data, workers)
         order.start = work.step * accumulate
         taken = loader(data.by_number(), order, workers=workers)
         work.run(taken, state, accumulate=accumulate, save_every=save_every, show=show_progress)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ SAME = 1e-5
 """How much the norms of the blocks may differ, relatively, between the devices that a training runs on."""
 
 _MODEL = "the model's own weights"
+
+_STOPPED: WeakKeyDictionary[nn.Module, tuple[Path, Tensor]] = WeakKeyDictionary()
+"""Of models that are trained and whose training has been stopped, its state and `of_weights` of what they then were."""
 
 
 class Work:
@@ -97,6 +101,22 @@ class Work:
         show: bool,
     ) -> None:
         """The steps that are left, on the batches `taken`; writes what is learned and the state beside it."""
+        try:
+            self._run(taken, state, accumulate=accumulate, save_every=save_every, show=show)
+        except BaseException:
+            if self.model is not None and state is not None:
+                _STOPPED[self.model] = (state.resolve(), of_weights(self.model.state_dict().values()))
+            raise
+
+    def _run(
+        self,
+        taken: Iterator[tuple[Tensor, Tensor]],
+        state: Path | None,
+        *,
+        accumulate: int,
+        save_every: int,
+        show: bool,
+    ) -> None:
         with _bar(self.steps, self.step, show=show and self.accelerator.is_main_process) as bar:
             while self.step < self.steps:
                 self.scheduler.step_update(self.step)
@@ -182,15 +202,15 @@ class Work:
         self.saved = self.step
         self.accelerator.wait_for_everyone()
 
-    def resume(self, path: Path, data: ImageData) -> None:
-        """The inverse of `save`, where there is a state at `path`. data: what the training reads.
+    def resume(self, path: Path, data: ImageData, workers: int = 0) -> None:
+        """The inverse of `save`, where there is a state at `path`. data: what the training reads. workers: by how many.
 
         Raises:
             TokenPruneError: it cannot be read, is of other images, labels or weights, or is not there for all
                 processes.
         """
         if path.exists():
-            self._resume(path, data)
+            self._resume(path, data, workers)
         steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
         if len(set(steps)) > 1:
             raise TokenPruneError(
@@ -198,10 +218,10 @@ class Work:
                 " name an output= folder that all machines share"
             )
 
-    def _resume(self, path: Path, data: ImageData) -> None:
+    def _resume(self, path: Path, data: ImageData, workers: int) -> None:
         state = read_state(path, self.recipe)
         try:
-            self._check(path, state, data)
+            self._check(path, state, data, workers)
             self.learned.load_state_dict(state["learned"])
             if self.model is not None:
                 self.model.load_state_dict(state["model"])
@@ -219,7 +239,7 @@ class Work:
                 " its own"
             ) from error
 
-    def _check(self, path: Path, state: Mapping[str, Any], data: ImageData) -> None:
+    def _check(self, path: Path, state: Mapping[str, Any], data: ImageData, workers: int) -> None:
         """Raises TokenPruneError where the state is of other data or weights, before anything of it is taken."""
         otherwise = "go on with the same, or name an --output of its own"
         for module, stored in ((self.learned, state["learned"]), (self.model, state["model"])):
@@ -233,16 +253,18 @@ class Work:
             if not self._outside:
                 self.identity["weights"] = None  # those that it began with are not known
             return
-        differs = other_data(theirs["data"], self.identity["data"], data, self.recipe["seed"])
+        differs = other_data(theirs["data"], self.identity["data"], data, self.recipe["seed"], workers)
         if differs:
             told = " and ".join(f"other {name}" for name in differs)
             raise TokenPruneError(f"{path} is of a training on {told} than those of {data.name!r} are; {otherwise}")
         began, own = theirs["weights"], self.identity["weights"]
         if self._outside and not same_weights(began, own):
             raise TokenPruneError(f"{path} is of a model with other weights, which it does not hold; {otherwise}")
-        if not self._outside and began is not None:
-            reached = of_weights(state["model"].values())
-            if not any(same_weights(one, own) for one in (began, reached)):
+        if self.model is not None and not self._outside and began is not None:
+            known, stopped = [began, of_weights(state["model"].values())], _STOPPED.get(self.model)
+            if stopped is not None and stopped[0] == path.resolve():
+                known.append(stopped[1])
+            if not any(same_weights(one, own) for one in known):
                 raise TokenPruneError(
                     f"{path} is of a model with other weights: go on with those that it began with or those in"
                     f" {path.parent / MODEL}, which it has reached, or name an --output of its own"
