@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,6 +91,16 @@ class Work:
         self.inner = taught
         self.taught, self.optimizer = accelerator.prepare(taught, optimizer)
 
+    @contextmanager
+    def _remembered(self, state: Path | None) -> Iterator[None]:
+        """How far the model has come where training stops, for who goes on with it in this process."""
+        try:
+            yield
+        except BaseException:
+            if self.model is not None and state is not None:
+                _STOPPED[self.model] = (state.resolve(), of_weights(self.model.state_dict().values()))
+            raise
+
     def run(
         self,
         taken: Iterator[tuple[Tensor, Tensor]],
@@ -101,23 +111,10 @@ class Work:
         show: bool,
     ) -> None:
         """The steps that are left, on the batches `taken`; writes what is learned and the state beside it."""
-        try:
-            self._run(taken, state, accumulate=accumulate, save_every=save_every, show=show)
-        except BaseException:
-            if self.model is not None and state is not None:
-                _STOPPED[self.model] = (state.resolve(), of_weights(self.model.state_dict().values()))
-            raise
-
-    def _run(
-        self,
-        taken: Iterator[tuple[Tensor, Tensor]],
-        state: Path | None,
-        *,
-        accumulate: int,
-        save_every: int,
-        show: bool,
-    ) -> None:
-        with _bar(self.steps, self.step, show=show and self.accelerator.is_main_process) as bar:
+        with (
+            self._remembered(state),
+            _bar(self.steps, self.step, show=show and self.accelerator.is_main_process) as bar,
+        ):
             while self.step < self.steps:
                 self.scheduler.step_update(self.step)
                 self.inner.progress = self.step / self.steps
