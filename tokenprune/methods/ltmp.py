@@ -92,7 +92,7 @@ def merge_and_prune(record: AttentionRecord, keep: int, *, packed: bool = False)
     if record.tokens > 1:
         a, b, similarity, match = _packed_match(record) if packed else _match(record)
         goes = straight_through(similarity.clamp_min(0.0), thresholds.merge, TEMPERATURE) * (similarity > float("-inf"))
-        unmerged, partner = unmerged.scatter(1, a, 1 - goes), gather(b, match)
+        unmerged, partner = unmerged.to(goes.dtype).scatter(1, a, 1 - goes), gather(b, match)
         target = own.scatter(1, a, torch.where(goes > 0, partner, a))
     if not (thresholds.prunes or thresholds.prune.requires_grad or keep < record.tokens):
         return Masking(unmerged, target)
