@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import datasets
 import pytest
 import torch
 from families import build
@@ -158,7 +159,6 @@ def test_other_masks_are_told(folder: Path, tmp_path: Path) -> None:
 
 
 def test_other_rows_are_told(data: Data) -> None:
-    datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     pictures = [Image.effect_noise((28, 20), 30 * i) for i in range(20)]
 

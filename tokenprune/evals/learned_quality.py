@@ -31,7 +31,7 @@ from tokenprune.evals.models import DIGITS, MASKS, load_model, load_weights
 from tokenprune.evals.segmentation import mean_iou
 from tokenprune.evals.stats import Interval, bootstrap
 from tokenprune.evals.table import Row, Table, environment, interval_cells
-from tokenprune.training.work import MODEL
+from tokenprune.training.state import MODEL
 
 SEEDS = (101, 102, 103)
 BATCH = 100

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tokenprune.evals.models import MASKS, load_model
 from tokenprune.training.command import OWN_SAMPLES
 from tokenprune.training.sampling import Order, loader
-from tokenprune.training.work import MODEL
+from tokenprune.training.state import MODEL
 
 WEIGHT_DECAY = 0.05
 

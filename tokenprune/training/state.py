@@ -14,6 +14,7 @@ from tokenprune.errors import MALFORMED, TokenPruneError
 from tokenprune.learned_parts import require_safetensors, safetensors, write_whole
 
 FILE = "state.safetensors"
+MODEL = "model.safetensors"
 VERSION = 1
 
 

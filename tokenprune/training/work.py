@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +17,15 @@ from tokenprune.errors import MALFORMED, TokenPruneError
 from tokenprune.evals.data import ImageData
 from tokenprune.learned_parts import LearnedParts, safetensors, write_whole
 from tokenprune.learning import Recipe
-from tokenprune.training.identity import of_weights, other_data, same_weights
-from tokenprune.training.state import generators, read_state, set_generators, write_state
+from tokenprune.training.resuming import check_state, remembered
+from tokenprune.training.state import MODEL, generators, read_state, set_generators, write_state
 from tokenprune.training.taught import Taught
 from tokenprune.training.tuning import Tuned, write_record
 
-MODEL = "model.safetensors"
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly")
 """Those of timm that follow the number of steps alone."""
 
-
-SAME = 1e-5
-"""How much the norms of the blocks may differ, relatively, between the devices that a training runs on."""
-
 _MODEL = "the model's own weights"
-
-_STOPPED: WeakKeyDictionary[nn.Module, tuple[Path, Tensor]] = WeakKeyDictionary()
-"""Of models that are trained and whose training has been stopped, its state and `of_weights` of what they then were."""
 
 
 class Work:
@@ -91,16 +82,6 @@ class Work:
         self.inner = taught
         self.taught, self.optimizer = accelerator.prepare(taught, optimizer)
 
-    @contextmanager
-    def _remembered(self, state: Path | None) -> Iterator[None]:
-        """How far the model has come where training stops, for who goes on with it in this process."""
-        try:
-            yield
-        except BaseException:
-            if self.model is not None and state is not None:
-                _STOPPED[self.model] = (state.resolve(), of_weights(self.model.state_dict().values()))
-            raise
-
     def run(
         self,
         taken: Iterator[tuple[Tensor, Tensor]],
@@ -112,7 +93,7 @@ class Work:
     ) -> None:
         """The steps that are left, on the batches `taken`; writes what is learned and the state beside it."""
         with (
-            self._remembered(state),
+            remembered(self.model, state),
             _bar(self.steps, self.step, show=show and self.accelerator.is_main_process) as bar,
         ):
             while self.step < self.steps:
@@ -218,7 +199,7 @@ class Work:
     def _resume(self, path: Path, data: ImageData, workers: int) -> None:
         state = read_state(path, self.recipe)
         try:
-            self._check(path, state, data, workers)
+            self.identity = check_state(self, path, state, data, workers)
             self.learned.load_state_dict(state["learned"])
             if self.model is not None:
                 self.model.load_state_dict(state["model"])
@@ -235,47 +216,6 @@ class Work:
                 f"{path} is no state that tokenprune train has written for this model: {error!r}; name an --output of"
                 " its own"
             ) from error
-
-    def _check(self, path: Path, state: Mapping[str, Any], data: ImageData, workers: int) -> None:
-        """Raises TokenPruneError where the state is of other data or weights, before anything of it is taken."""
-        otherwise = "go on with the same, or name an --output of its own"
-        for module, stored in ((self.learned, state["learned"]), (self.model, state["model"])):
-            if module is not None and _shapes(module.state_dict()) != _shapes(stored):
-                raise TokenPruneError(f"{path} is of a model of other shapes; {otherwise}")
-        theirs = state.get("identity")
-        if theirs is None:  # of a release that did not write it
-            norms, own = (torch.tensor(one, dtype=torch.float64) for one in (state.get("norms", ()), self.start.norms))
-            if self._outside and len(norms) and not torch.allclose(norms, own, rtol=SAME, atol=0):
-                raise TokenPruneError(f"{path} is of a model with other weights, which it does not hold; {otherwise}")
-            if not self._outside:
-                self.identity["weights"] = None  # those that it began with are not known
-            return
-        differs = other_data(theirs["data"], self.identity["data"], data, self.recipe["seed"], workers)
-        if differs:
-            told = " and ".join(f"other {name}" for name in differs)
-            raise TokenPruneError(f"{path} is of a training on {told} than those of {data.name!r} are; {otherwise}")
-        began, own = theirs["weights"], self.identity["weights"]
-        if self._outside and not same_weights(began, own):
-            raise TokenPruneError(f"{path} is of a model with other weights, which it does not hold; {otherwise}")
-        if self.model is not None and not self._outside and began is not None:
-            known, stopped = [began, of_weights(state["model"].values())], _STOPPED.get(self.model)
-            if stopped is not None and stopped[0] == path.resolve():
-                known.append(stopped[1])
-            if not any(same_weights(one, own) for one in known):
-                raise TokenPruneError(
-                    f"{path} is of a model with other weights: go on with those that it began with or those in"
-                    f" {path.parent / MODEL}, which it has reached, or name an --output of its own"
-                )
-        self.identity = theirs
-
-    @property
-    def _outside(self) -> bool:
-        """Whether there are weights, frozen or of a teacher, that the state does not hold."""
-        return self.model is None or (isinstance(self.inner, Taught) and self.inner.teacher is not None)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: one.shape for name, one in tensors.items()}
 
 
 class _NoBar:
