@@ -22,7 +22,8 @@ def hashed_scores(record: AttentionRecord, seed: int, each_step: bool = False) -
     batch = record.origin.shape[0]
     # Where all images have one row of origins, as in a denoiser, its scores are worked out once.
     origin = record.origin[:1] if batch > 1 and record.origin.stride(0) == 0 else record.origin
-    h = origin * _TOKEN + _salt(seed, record.place)
+    # The mask changes nothing but the compiler's arithmetic: it counts an index times a number in 32 bits.
+    h = (origin & _MASK) * _TOKEN + _salt(seed, record.place)
     return _mixed(h, record.step if each_step else None).expand(batch, -1)
 
 
