@@ -12,6 +12,8 @@ from denoisers_zoo import build, run
 from torch.nn import functional
 
 import tokenprune
+from tokenprune.denoisers.over_steps import at_steps
+from tokenprune.methods.region import EARLY
 
 torch.set_num_threads(1)
 
@@ -24,7 +26,7 @@ def options(method, **more):
     mask = torch.zeros(16, 16)
     mask[5:9, 2:7] = 1
     each = {
-        "region": {"mask": mask},
+        "region": {"mask": mask, "dense_steps": (0,)},
         "ras": {"rate": 0.4, "dense_steps": (0, 3)},
         "toca": {"rate": 0.3, "interval": 3},
     }
@@ -336,6 +338,8 @@ def test_what_cannot_be_is_refused():
         ("region", options("region", dense_steps="01"), "whole numbers"),
         ("ras", {"dense_steps": (0, 1.5)}, "whole numbers"),
         ("ras", {"dense_steps": (0, -1)}, "whole numbers"),
+        ("region", options("region", dense_steps=(0, math.nan)), "shares of the run below 1"),
+        ("region", options("region", dense_steps=(0, 1.0)), "shares of the run below 1"),
         ("region", options("region", steps={(0.0, 0.5): 0.5}), "are 0 and 1"),
         ("ras", {"active": "middle"}, "'low' or 'high'"),
         ("toca", {"interval": 1}, "at least 2"),
@@ -387,3 +391,19 @@ def test_inpainting_leaves_the_original_latents_bit_for_bit():
     assert not torch.equal(patched[hole], plain[hole])
     assert torch.equal(paint(strength=0.6), paint(strength=0.6))
     assert {place["steps"] for place in tokenprune.report(pipe).to_dict()["places"]} == {"1 of 2 steps"}
+
+
+def test_dense_steps_are_numbers_or_shares_of_the_run():
+    def dense(named, steps):
+        return [step for step in range(steps) if at_steps(named)(step, steps)]
+
+    assert dense(EARLY, 50) == [0, 2, 4, 6, 9, 18]
+    assert dense(EARLY, 28) == [0, 1, 2, 3, 5, 10]
+    assert dense(EARLY, 20) == [0, 1, 2, 3, 7]
+    assert dense(EARLY, 10) == [0, 1, 3]
+    assert dense(EARLY, 4) == [0, 1]
+    assert dense(EARLY, 2) == [0]
+    assert dense(EARLY, 1) == [0]
+    assert dense((0, 3, 0.5, 0.999), 8) == [0, 3, 4, 7]
+    assert dense((1, 7), 4) == [1]
+    assert dense((), 3) == []

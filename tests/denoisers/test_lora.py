@@ -26,10 +26,10 @@ def load(model):
 EDM, MASK = {"method": "at_edm", "keep": 0.4, "steps": {}}, torch.eye(8, 6).bool()
 CASES = [("flux", EDM)]
 MORE = [
-    ("flux", {"method": "region", "mask": MASK}),
+    ("flux", {"method": "region", "mask": MASK, "dense_steps": (0,)}),
     ("unet_sdxl", EDM),
     ("unet_sd", {**EDM, "keep": 0.5}),
-    ("unet_sd", {"method": "region", "mask": MASK}),
+    ("unet_sd", {"method": "region", "mask": MASK, "dense_steps": (0,)}),
     ("flux", {"method": "ras", "dense_steps": (0,)}),
     ("sd3", {"method": "toca"}),
     ("unet_sd", {"method": "tomesd", "keep": 0.5}),

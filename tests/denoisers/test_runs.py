@@ -165,3 +165,29 @@ def test_windows_larger_than_the_grid_are_refused():
     tokenprune.patch(model, "tomesd", sx=100)
     with pytest.raises(tokenprune.BudgetError, match="does not fit into the grid of 8 x 8"):
         model(**inputs(2, 16, 16))
+
+
+def test_a_run_of_dense_steps_alone_says_so():
+    pipe, sample = PIPELINES["dit"]()
+    tokenprune.patch(pipe, "region", mask=torch.ones(8, 8).triu())
+    with pytest.raises(tokenprune.BudgetError, match=r"each of this run's steps \(1\) is a dense one"):
+        sample(num_inference_steps=1)
+
+
+def test_shares_of_a_run_are_of_the_steps_that_it_has_left():
+    pipe, sample = PIPELINES["text_to_image"]()
+    mask = torch.zeros(32, 24)
+    mask[8:16, 8:16] = 1
+    tokenprune.patch(pipe, "region", mask=mask, dense_steps=(0, 0.1, 0.5))
+    for steps, dense in ((5, {0, 2}), (10, {0, 1, 5}), (20, {0, 2, 10})):
+        counts = computed(pipe, sample, num_inference_steps=steps)
+        assert {step for step, count in enumerate(counts) if count is None} == dense
+        assert tokenprune.report(pipe).to_dict()["places"][0]["steps"] == f"{steps - len(dense)} of {steps} steps"
+    other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    words = torch.randn((1, 5, 8), generator=torch.Generator().manual_seed(14))
+    image = torch.rand(1, 3, 32, 24, generator=torch.Generator().manual_seed(1))
+    given = {"image": image, "prompt_embeds": words, "negative_prompt_embeds": -words, "output_type": "latent"}
+    counts = computed(pipe, other, strength=0.5, num_inference_steps=20, **given)
+    assert [step for step, count in enumerate(counts) if count is None] == [0, 1, 5]
+    assert len(counts) == 10

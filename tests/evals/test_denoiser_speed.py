@@ -86,7 +86,7 @@ def test_a_step_under_a_mask_is_less_than_one_that_computes_all() -> None:
     latents = torch.randn(4, 3, 36, 36, generator=torch.Generator().manual_seed(0))
     model = untrained("dit-digits")
     counts = []
-    for one, step in ((model, 0), (copy := region_speed.masked(model, latents, 0.1), 1), (copy, 0), (copy, 2)):
+    for one, step in ((model, 0), (copy := region_speed.masked(model, latents, 0.1, (0,)), 1), (copy, 0), (copy, 2)):
         with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             region_speed.digits(one, latents, step)
         counts.append(counter.get_total_flops())
@@ -95,3 +95,4 @@ def test_a_step_under_a_mask_is_less_than_one_that_computes_all() -> None:
     (row,) = region_speed.step_table(model, region_speed.digits, latents, 0.1, rounds=6).rows
     assert row["step"] < row["dense step"]
     assert row["time"] == pytest.approx((row["dense step"] + 19 * row["step"]) / 20)
+    assert row["early"] == pytest.approx((6 * row["dense step"] + 44 * row["step"]) / 50)

@@ -47,6 +47,12 @@ class StepPlan(Plan):
     def mean(self, positions: Sequence[float]) -> float:
         return super().mean(positions) + self.observing * fmean(position in self.dense for position in positions)
 
+    def skipped(self, positions: Sequence[float]) -> dict[str, str]:
+        if not self.dense.issuperset(positions):
+            return super().skipped(positions)
+        why = f"left alone: each of this run's steps ({len(positions)}) is a dense one"
+        return dict.fromkeys(self.costs.stacks, why)
+
     def partial(self, position: float) -> dict[str, int]:
         """{stack: tokens computed} at a step that is not dense."""
         if self.count is None:
@@ -84,7 +90,8 @@ class CachingPatch(DenoiserPatch):
     def computed(self, run: Run, plan: Plan, position: float) -> dict[str, int]:
         """See `DenoiserPatch.computed`."""
         assert isinstance(plan, StepPlan)
-        dense = run.index == 0 or self.over.dense(run.index) or (run.call, "filled") not in run.kept
+        due = run.index == 0 or self.over.dense(run.index, len(run.positions))
+        dense = due or (run.call, "filled") not in run.kept
         return {} if dense else plan.partial(position)
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -136,7 +143,7 @@ class CachingPatch(DenoiserPatch):
         if self.over.observe is not None:
             tokens = next(iter(costs.stacks.values())).tokens
             observing = sum(_observing(self.over.observe, tokens, heads, scale) for heads, scale in self.attentions)
-        dense = frozenset(p for step, p in enumerate(positions) if step == 0 or self.over.dense(step))
+        dense = frozenset(p for i, p in enumerate(positions) if i == 0 or self.over.dense(i, len(positions)))
 
         def plan(share: float) -> Plan:
             return StepPlan(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
-from typing import Literal
+from functools import partial
+from numbers import Integral, Real
+from typing import Any, Literal
 
 from torch import Tensor
 
 from tokenprune.attention_record import AttentionRecord
 from tokenprune.errors import UnsupportedMethod
+
+_ROUNDING = 1e-6
+"""A share of steps may fall so far short of the number that it is written for."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,16 @@ class OverSteps:
 
     reuses: "tokens": a token that is not computed is out of all blocks; its keys and values stay those of the last step
     at which it was, and so does its prediction. "mlp": the attention's output is the last dense step's for all tokens,
-    the MLP's of the tokens that are not computed is an earlier one. dense: whether all is computed at a step (0 is the
-    first of a run, which always is). score: (record, memory) -> importance [B, N]. count: how many tokens a stack
+    the MLP's of the tokens that are not computed is an earlier one. dense: (step, steps) -> whether all is computed at
+    that step of a run of `steps` (0 is the first, which always is; a run whose scheduler is not known is taken to have
+    `denoisers.run.UNKNOWN_STEPS`). score: (record, memory) -> importance [B, N]. count: how many tokens a stack
     computes where the method's own rule says it; None: the share of the budget. fixed: whether it is the same tokens at
     every step. observe: (record of a block's attention with queries and keys) -> [B, N], at dense steps. lacks: what
     must be given before it can be used, as an error says it.
     """
 
     reuses: Literal["tokens", "mlp"]
-    dense: Callable[[int], bool]
+    dense: Callable[[int, int], bool]
     score: Callable[[AttentionRecord, Memory], Tensor]
     count: Callable[[Level], int] | None = None
     fixed: bool = False
@@ -66,15 +71,25 @@ class OverSteps:
     lacks: str | None = None
 
 
-def at_steps(numbers: Sequence[int]) -> Callable[[int], bool]:
-    """`OverSteps.dense` for steps that are named by their numbers in a run.
+def at_steps(named: Sequence[float]) -> Callable[[int, int], bool]:
+    """`OverSteps.dense` for steps that are named by their numbers in a run, or by shares of it below 1: 0.1 is number 5
+    of 50 and number 2 of 28.
 
     Raises:
-        UnsupportedMethod: they are no whole numbers of at least 0.
+        UnsupportedMethod: they are neither.
     """
-    steps = list(numbers) if isinstance(numbers, Iterable) else [None]
-    if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in steps):
+    steps: list[Any] = list(named) if isinstance(named, Iterable) else [None]
+    if not all(isinstance(n, Real) and not isinstance(n, bool) and (_whole(n) or 0 <= float(n) < 1) for n in steps):
         raise UnsupportedMethod(
-            f"dense_steps are whole numbers of at least 0, got {numbers!r}; for example dense_steps=(0, 1)"
+            f"dense_steps are whole numbers of at least 0, or shares of the run below 1, got {named!r}; for example"
+            " dense_steps=(0, 1) or (0, 0.1)"
         )
-    return frozenset(steps).__contains__
+    return partial(_among, numbers=frozenset(filter(_whole, steps)), shares=[n for n in steps if not _whole(n)])
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, Integral) and int(number) >= 0
+
+
+def _among(step: int, steps: int, numbers: frozenset[Any], shares: Sequence[float]) -> bool:
+    return step in numbers or any(step == int(share * steps + _ROUNDING) for share in shares)

@@ -58,7 +58,7 @@ def at_budget(flops: float) -> tuple[Way, ...]:
     return way("uniform", flops=flops, steps={}), way("at_edm", flops=flops, steps={}), REGION
 
 
-MASKED = {"mask": square(64, MASK), "ring": 1}
+MASKED = {"mask": square(64, MASK), "ring": 1, "dense_steps": (0,)}
 REGION = Way("region", MASKED, f"mask={MASK}")
 FIRST_OF_REGION = Way("region", MASKED, f"mask={MASK}", first=True)
 MERGING = (way("tomesd", ratio=0.5), way("tomesd", ratio=0.5, merge_crossattn=True, merge_mlp=True))

@@ -34,7 +34,7 @@ class Way:
 
     name: str
     steps: int = STEPS
-    dense: tuple[int, ...] | None = None
+    dense: tuple[float, ...] | None = None
 
 
 class Originals(NamedTuple):

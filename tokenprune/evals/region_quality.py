@@ -26,6 +26,7 @@ from tokenprune.evals.inpainting import BATCH, MASKS, STEPS, Originals, Way, bat
 from tokenprune.evals.kept_pictures import draw_missing, kept
 from tokenprune.evals.stats import Interval, bootstrap_mean
 from tokenprune.evals.table import Row, Table, environment, interval_cells
+from tokenprune.methods.region import EARLY
 
 EDGE = 2
 """Pixels on each side of a mask's edge in which the boundary error is taken."""
@@ -39,6 +40,10 @@ def _region(*dense: int, steps: int = STEPS) -> Way:
     return Way(f"region, dense_steps={dense}" if dense != (0,) else "region, stale context", steps, dense)
 
 
+def _early(steps: int = STEPS) -> Way:
+    return Way("region", steps, EARLY)
+
+
 def _whole(steps: int, of: int = STEPS) -> Way:
     return Way("full" if steps == of else f"{steps} steps", steps)
 
@@ -47,16 +52,16 @@ WAYS: Mapping[str, tuple[str, Sequence[Way]]] = {
     "part": (
         "part",
         (
-            *(_whole(10), _region(0, 1), _region(0), _whole(4)),
+            *(_whole(10), _early(), _region(0, 1), _region(0), _whole(4)),
             *(_region(0, 1, 2), _region(0, 1, 2, 3), _region(0, 1, 2, 4), _region(0, 1, 2, 3, 4)),
             *(_whole(5), _whole(6), _whole(7)),
         ),
     ),
-    "digit": ("digit", (_whole(10), _region(0, 1), _region(0), _whole(6), _region(0, 1, 2, 3), _whole(7))),
+    "digit": ("digit", (_whole(10), _early(), _region(0, 1), _region(0), _whole(6), _region(0, 1, 2, 3), _whole(7))),
     "part-20": (
         "part",
         (
-            *(_whole(20, 20), _region(0, 1, steps=20), _region(0, steps=20), _region(0, 2, 4, steps=20)),
+            *(_whole(20, 20), _early(20), _region(0, 1, steps=20), _region(0, steps=20), _region(0, 2, 4, steps=20)),
             *(_region(0, 1, 2, 3, steps=20), _region(0, 1, 2, 3, 4, 6, steps=20)),
             *(_whole(7, 20), _whole(8, 20), _whole(9, 20)),
         ),
@@ -64,7 +69,8 @@ WAYS: Mapping[str, tuple[str, Sequence[Way]]] = {
     "part-50": (
         "part",
         (
-            *(_whole(50, 50), _region(0, 2, 5, 8, 12, 17, steps=50), _region(0, 2, 4, 6, 8, 10, steps=50)),
+            *(_whole(50, 50), _early(50)),
+            *(_region(0, 2, 5, 8, 12, 17, steps=50), _region(0, 2, 4, 6, 8, 10, steps=50)),
             *(_region(0, steps=50), _whole(15, 50)),
         ),
     ),

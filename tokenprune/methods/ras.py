@@ -23,7 +23,7 @@ from tokenprune.selection.top_k import keep_top_k
 def ras(
     *,
     rate: float = 0.5,
-    dense_steps: tuple[int, ...] = (0, 1, 2, 3, 12, 22),
+    dense_steps: tuple[float, ...] = (0, 1, 2, 3, 12, 22),
     active: Literal["low", "high"] = "low",
     starvation: float = 0.1,
 ) -> Method:
@@ -34,9 +34,9 @@ def ras(
     the published code selects) or most ("high", as one may also read it); the longer a token has not been, the sooner
     it is again.
 
-    rate: share of active tokens. dense_steps: numbers of a run's steps (the paper's has 30) at which all are active.
-    starvation: how strongly a token is favoured for each step at which it was left out (the published code, read
-    literally, makes it less likely to come back).
+    rate: share of active tokens. dense_steps: numbers of a run's steps (the paper's has 30), or shares of it, at which
+    all are active. starvation: how strongly a token is favoured for each step at which it was left out (the published
+    code, read literally, makes it less likely to come back).
     """
     if active not in ("low", "high"):
         raise UnsupportedMethod(f"active is 'low' or 'high', got {active!r}")

@@ -53,7 +53,7 @@ def toca(*, rate: float = 0.175, interval: int = 3, staleness: float = 0.25, bon
     )
 
 
-def _dense(step: int, interval: int) -> bool:
+def _dense(step: int, steps: int, interval: int) -> bool:
     return step % interval == 0
 
 
