@@ -162,3 +162,14 @@ class Method:
     def _selected(self, record: AttentionRecord, keep: int) -> Reduction | RaggedReduction:
         scores = self.score(record) if self.score is not None else None
         return self.select(scores, record, keep)
+
+
+def checked_recover(recover: Recover | None) -> Recover | None:
+    """The option, which is one of those of `Method.recover`.
+
+    Raises:
+        UnsupportedMethod: it is another.
+    """
+    if recover not in (None, "similar", "gain", "residual"):
+        raise UnsupportedMethod(f"recover={recover!r}: use 'similar', 'gain' or 'residual'")
+    return recover

@@ -174,8 +174,17 @@ def test_the_recovered_tokens_copy_what_the_first_block_attends_to(monkeypatch):
                 assert torch.equal(output[token], output[copied])
 
 
-@pytest.mark.parametrize("similar_by", ["attention", "hidden"])
-def test_a_token_left_out_gains_what_the_one_most_like_it_gained(similar_by):
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("at_edm", {"similar_by": "attention"}),
+        ("at_edm", {"similar_by": "hidden"}),
+        ("at_edm", {"similar_by": "hidden", "attention": "cross", "iterations": 3}),
+        ("random", {}),
+        ("uniform", {}),
+    ],
+)
+def test_a_token_left_out_gains_what_the_one_most_like_it_gained(method, options):
     """Held to the same stack with copies, whose kept tokens and stand-ins it shares."""
     model, inputs = build("unet_sdxl")
     x = inputs(2, 16, 12)
@@ -183,7 +192,7 @@ def test_a_token_left_out_gains_what_the_one_most_like_it_gained(similar_by):
     blocks = model.get_submodule(block).transformer_blocks
     seen = {}
     for recover in ("similar", "gain", "residual"):
-        tokenprune.patch(model, "at_edm", schedule={block: 4 / 12}, steps={}, recover=recover, similar_by=similar_by)
+        tokenprune.patch(model, method, schedule={block: 4 / 12}, steps={}, recover=recover, **options)
         outputs = seen[recover] = []
         keep = partial(lambda into, *args: into.append(args[2]), outputs)
         hooks = [at.register_forward_hook(keep) for at in (blocks[0], blocks[-1])]

@@ -27,6 +27,8 @@ WHOLE_BLOCK: Budget = {"merge_crossattn": True, "merge_mlp": True}
 CROSS: Budget = {"attention": "cross", "similar_by": "hidden"}
 GAIN: Budget = {"recover": "gain", "similar_by": "hidden"}
 CROSS_GAIN: Budget = {**CROSS, **GAIN}
+THREE_ROUNDS: Budget = {**CROSS_GAIN, "iterations": 3}
+BASELINE_GAIN: Budget = {"recover": "gain"}
 EVERY_STEP: Budget = {"steps": {}}
 # What `at_edm` does by default: on the small DiT, both of whose stacks are at its edges, it is the whole model.
 PRUNE_LESS: Budget = {"steps": {(0.0, 0.3): {"edges": 0.0}}}
@@ -35,6 +37,7 @@ VARIANTS = {
     "cross-attention": CROSS,
     "gain": GAIN,
     "cross-attention, gain": CROSS_GAIN,
+    "cross-attention, gain, three rounds": THREE_ROUNDS,
     "all steps alike": EVERY_STEP,
     "every second step dense": {"interval": 2},
     "schedule of at_edm": PRUNE_LESS,
@@ -73,6 +76,8 @@ ROWS: Mapping[str, Sequence[Kind]] = {
         *_at((0.8, 0.69, 0.65, 0.9, 0.5), "at_edm"),
         *_at((0.8, 0.69, 0.65, 0.61, 0.9), "at_edm", **CROSS),
         *_at((0.65, 0.8), "at_edm", **CROSS_GAIN),
+        *_at((0.8, 0.69, 0.65), "at_edm", **THREE_ROUNDS),
+        *(row for method in ("random", "uniform") for row in _at((0.8, 0.69, 0.65), method, **BASELINE_GAIN)),
         *_at((0.8, 0.65), "at_edm", **GAIN),
         *_at((0.8, 0.69, 0.9, 0.65, 0.5), "tomesd"),
         *_at((0.8, 0.69, 0.65, 0.54, 0.45, 0.9), "tomesd", **WHOLE_BLOCK),

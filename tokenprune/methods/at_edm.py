@@ -13,7 +13,7 @@ from tokenprune.budget import checked_count
 from tokenprune.denoisers.steps import PRUNE_LESS
 from tokenprune.errors import UnsupportedMethod
 from tokenprune.kernels.attention_mass import MAX_ITERATIONS
-from tokenprune.method import Method, Recover
+from tokenprune.method import Method, Recover, checked_recover
 from tokenprune.registry import register_method
 from tokenprune.schedule import Stages
 from tokenprune.scores.cross_pagerank import cross_pagerank
@@ -61,8 +61,6 @@ def at_edm(
     """
     if attention not in ("self", "cross"):
         raise UnsupportedMethod(f"attention={attention!r}: use 'self' or 'cross'")
-    if recover not in (None, "similar", "gain", "residual"):
-        raise UnsupportedMethod(f"recover={recover!r}: use 'similar', 'gain' or 'residual'")
     if similar_by not in ("attention", "hidden"):
         raise UnsupportedMethod(f"similar_by={similar_by!r}: use 'attention' or 'hidden'")
     counted = checked_count("iterations", iterations, smallest=1, example=1, largest=MAX_ITERATIONS)
@@ -78,6 +76,6 @@ def at_edm(
         needs=frozenset(needs),
         stack_share=rate,
         steps=PRUNE_LESS,
-        recover=recover,
+        recover=checked_recover(recover),
         similar_by=similar_by,
     )
