@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +67,24 @@ def test_the_patch_acts_in_the_timed_stack(method: str, options: dict[str, float
     assert timing.seconds > 0
     assert set(seen) == {32 if method == "uniform" else 24}
     assert len({float(step) for step in steps}) == len(steps)  # on the same step again no tokens are chosen
+
+
+def test_the_tomesd_package_sees_its_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for it, which as the package takes the size from the model's first argument."""
+    sizes: list[tuple[int, int]] = []
+
+    def apply_patch(model: nn.Module, *, ratio: float, max_downsample: int) -> nn.Module:
+        assert (ratio, max_downsample) == (0.5, 1)
+        model.register_forward_pre_hook(lambda module, args: sizes.append((args[0].shape[2], args[0].shape[3])))
+        return model
+
+    monkeypatch.setitem(sys.modules, "tomesd", SimpleNamespace(apply_patch=apply_patch))
+    inputs = {"sample": torch.randn(1, 4, 8, 8), "encoder_hidden_states": torch.randn(1, 77, 16)}
+    row = denoiser_speed.against_package("tiny", denoiser_speed.unet(SMALL), inputs, 1, 20, 1)
+    assert row["what"] == "tiny"
+    assert row["speedup"] > 0
+    assert set(sizes) == {(8, 8)}
+    assert len(sizes) >= 2 * 20
 
 
 @pytest.mark.parametrize("share", region_speed.SHARES)

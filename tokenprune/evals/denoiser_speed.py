@@ -168,13 +168,13 @@ def unet_table(*, rounds: int = 20, attempts: int = 1) -> Table:
     large = UNet2DConditionModel(cross_attention_dim=768).eval()
     small = trained(UNET)
     inputs = {"sample": torch.randn(1, 4, 64, 64), "encoder_hidden_states": torch.randn(1, 77, 768)}
-    rows = [_against_package("SD 1.5 U-Net", large, inputs, 1, rounds, attempts)]
+    rows = [against_package("SD 1.5 U-Net", large, inputs, 1, rounds, attempts)]
     inputs = {"sample": torch.randn(4, 3, 36, 36), "encoder_hidden_states": prompts(torch.arange(4))}
-    rows.append(_against_package(f"{UNET}, batch 4", small, inputs, 2, rounds, attempts))
+    rows.append(against_package(f"{UNET}, batch 4", small, inputs, 2, rounds, attempts))
     return Table(rows, environment())
 
 
-def _against_package(
+def against_package(
     what: str, base: nn.Module, inputs: Mapping[str, Tensor], max_downsample: int, rounds: int, attempts: int
 ) -> Row:
     """Half of the tokens merged where the stacks are at most `max_downsample` times smaller than the latents."""

@@ -130,7 +130,8 @@ def later_steps(model: nn.Module, inputs: Mapping[str, Any], noisiest: float = 1
     first, last = (share * noisiest for share in NOISE)
     steps = torch.linspace(first, last, STEPS, dtype=torch.float32, device=latents.device)
     turns = itertools.cycle(steps[:, None].expand(-1, len(latents)).unbind())
-    return lambda: model(**inputs, timestep=next(turns))
+    others = {name: given for name, given in inputs.items() if given is not latents}
+    return lambda: model(latents, timestep=next(turns), **others)  # the first, as pipelines give them
 
 
 def first_steps(model: nn.Module, inputs: Mapping[str, Any], noisiest: float = 1000.0) -> Callable[[], object]:

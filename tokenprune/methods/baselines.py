@@ -33,9 +33,7 @@ def random(
 
 
 @register_method("uniform")
-def uniform(
-    *, rate: float = 0.7, places: tuple[int, ...] | None = None, recover: Recover | None = None
-) -> Method:
+def uniform(*, rate: float = 0.7, places: tuple[int, ...] | None = None, recover: Recover | None = None) -> Method:
     """Keep evenly spaced tokens. rate: share kept at each of `places`. recover: what a dropped token is behind a
     denoiser's stack, see `Method`."""
     return Method(
