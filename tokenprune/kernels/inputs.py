@@ -1,5 +1,6 @@
 """What the attention operations do to their inputs alike."""
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -12,6 +13,10 @@ exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 # Bytes of a map that a thread works on at a time, so that they stay in its cache.
 CACHED = 2 * 2**20
+
+BINARY = math.log2(math.e)
+"""What to multiply a logit by for the power of two that is its exponential, which torch computes in a third to a half
+of the time on a CPU."""
 
 EPSILON = 1e-12  # the smallest norm to divide by, as in torch's normalize
 

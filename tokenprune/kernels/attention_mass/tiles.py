@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenprune.kernels.inputs import additive
+from tokenprune.kernels.inputs import BINARY, additive
 
 LARGEST = 62.0
 """Of a logit that may be exponentiated as it is: a weight of 1e-5 over the sum of those of a million keys is not yet a
@@ -62,14 +62,16 @@ class Tile:
         if not bool((longest[0] * longest[1] * abs(self.scale) <= LARGEST).all()):
             return None
         return Exponentials(
-            self.q, self.k.transpose(1, 2).clone(memory_format=torch.contiguous_format).mul_(self.scale), self.keys
+            self.q,
+            self.k.transpose(1, 2).clone(memory_format=torch.contiguous_format).mul_(self.scale * BINARY),
+            self.keys,
         )
 
 
 @dataclass(frozen=True)
 class Exponentials:
     """A tile whose logits may be exponentiated as they are, without a pass for each row's largest and one to divide:
-    q [n, M, D], scaled k [n, D, columns] of which the first `keys` are keys."""
+    q [n, M, D], k [n, D, columns] scaled to powers of two, of which the first `keys` are keys."""
 
     q: Tensor
     k: Tensor
@@ -77,7 +79,7 @@ class Exponentials:
 
     def of(self, rows: slice, out: Tensor) -> Tensor:
         """Those of these rows of logits into `out` [n, rows, columns], zero behind the keys; their sums [n, rows]."""
-        torch.bmm(self.q[:, rows], self.k, out=out).exp_()
+        torch.bmm(self.q[:, rows], self.k, out=out).exp2_()
         out[..., self.keys :] = 0.0
         return out.sum(-1)
 

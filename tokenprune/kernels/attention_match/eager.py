@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenprune.kernels.inputs import precision, product, some_rows
+from tokenprune.kernels.inputs import BINARY, precision, product, some_rows
 from tokenprune.kernels.merge.eager import gather
 
 
@@ -36,13 +36,13 @@ def attention_match(
             of_heads = list(k[some].to(dtype).unbind(1))
             if log_sums is not None:
                 of_heads = [functional.pad(gather(head, columns[some], 1), (0, 1), value=1.0) for head in of_heads]
-        queries = q[some, :, part].to(dtype) * scale
+        queries = q[some, :, part].to(dtype) * (scale if log_sums is None else scale * BINARY)
         if log_sums is not None:  # taken off in the product, which costs less than a pass over the map
-            queries = torch.cat([queries, -log_sums[some, :, part, None].to(dtype)], -1)
+            queries = torch.cat([queries, log_sums[some, :, part, None].to(dtype) * -BINARY], -1)
         total = queries.new_zeros(queries.shape[0], queries.shape[2], keys)
         for head, others in enumerate(of_heads):
             attention = torch.bmm(queries[:, head], others.transpose(1, 2))
-            total += attention.softmax(-1) if log_sums is None else attention.exp_()
+            total += attention.softmax(-1) if log_sums is None else attention.exp2_()
         if log_sums is None:
             total = total.gather(2, columns[some, None].expand(-1, total.shape[1], -1))
         found[some, part] = total.argmax(-1)
