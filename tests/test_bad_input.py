@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import lvlm_zoo
 import pytest
 import timm
 import torch
@@ -329,3 +330,18 @@ def test_a_block_that_stands_at_two_places_is_refused(works: nn.Module) -> None:
     with pytest.raises(UnsupportedModel, match="one and the same module"):
         tokenprune.patch(works, "top_k", keep=0.5)
     works.blocks = nn.Sequential(*blocks)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "lvlm"])
+@pytest.mark.parametrize("method", ["random", "uniform"])
+def test_what_a_token_is_behind_a_denoisers_stack_is_refused_elsewhere(name: str, method: str) -> None:
+    kinds = {
+        "vit": lambda: timm.create_model("vit_tiny_patch16_224", depth=2),
+        "swin": lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)),
+        "lvlm": lambda: lvlm_zoo.build("llava"),
+    }
+    model = kinds[name]()
+    with pytest.raises(UnsupportedMethod, match="behind a denoiser's stack"):
+        tokenprune.patch(model.eval(), method, keep=0.5, recover="gain")
+    with pytest.raises(UnsupportedMethod, match="'similar', 'gain' or 'residual'"):
+        tokenprune.patch(model, method, keep=0.5, recover="least")

@@ -336,6 +336,7 @@ def test_what_cannot_be_is_refused():
         ("region", options("region", ring="1"), "ring"),
         ("region", options("region", dense_steps=3), r"dense_steps=\(0, 1\)"),
         ("region", options("region", dense_steps="01"), "whole numbers"),
+        ("region", options("region", dense_steps=torch.tensor(0.1)), "whole numbers"),
         ("ras", {"dense_steps": (0, 1.5)}, "whole numbers"),
         ("ras", {"dense_steps": (0, -1)}, "whole numbers"),
         ("region", options("region", dense_steps=(0, math.nan)), "shares of the run below 1"),

@@ -164,6 +164,15 @@ class Method:
         return self.select(scores, record, keep)
 
 
+def refuse_recover(method: Method, name: str) -> None:
+    """Raise UnsupportedMethod where the option was given for a model that is no denoiser. name: of its class."""
+    if method.recover is not None and not method.needs & {"stacks", "steps", "mixer"}:
+        raise UnsupportedMethod(
+            f"recover= says what a token is behind a denoiser's stack, and {name} has none; leave it out (what stands"
+            " for a token that left an image tower is restore=)"
+        )
+
+
 def checked_recover(recover: Recover | None) -> Recover | None:
     """The option, which is one of those of `Method.recover`.
 

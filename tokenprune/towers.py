@@ -14,7 +14,7 @@ from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.host import Adapter, BlockHost, Host
 from tokenprune.learned_parts import LearnedParts, architecture, block_norms
-from tokenprune.method import Method, Restore
+from tokenprune.method import Method, Restore, refuse_recover
 from tokenprune.patch import Patch, attach
 from tokenprune.placed_parts import Untrained, chosen, loaded, of_any_size, shipped_options
 from tokenprune.schedule import BeforeLast
@@ -36,6 +36,7 @@ class Towers:
 
     def prepare(self, model: nn.Module, method: Method, request: Request) -> Patch:
         """The patch of an image tower."""
+        refuse_recover(method, type(model).__name__)
         if request.steps is not None:
             raise UnsupportedMethod(
                 f"steps= is for denoising runs, and {type(model).__name__} has none; use schedule={{block: share}}"

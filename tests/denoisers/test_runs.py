@@ -5,8 +5,10 @@ import copy
 import diffusers
 import pytest
 import torch
-from denoisers_zoo import build
+from denoisers_zoo import build, run
 from pipelines_zoo import PIPELINES
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import tokenprune
 
@@ -172,6 +174,104 @@ def test_a_run_of_dense_steps_alone_says_so():
     tokenprune.patch(pipe, "region", mask=torch.ones(8, 8).triu())
     with pytest.raises(tokenprune.BudgetError, match=r"each of this run's steps \(1\) is a dense one"):
         sample(num_inference_steps=1)
+
+
+def counted(model, sample, **arguments):
+    """Multiply-adds of the denoiser over a whole run, by torch's own count."""
+    total, forward = 0, model.forward
+
+    def watched(*args, **kwargs):
+        nonlocal total
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:
+            output = forward(*args, **kwargs)
+        total += count.get_total_flops()
+        return output
+
+    model.forward = watched
+    sample(**arguments)
+    del model.forward
+    return total
+
+
+@pytest.mark.parametrize(("method", "options"), [("region", {"dense_steps": (0,)}), ("region", {}), ("toca", {})])
+def test_a_run_goes_on_where_guidance_ends(method, options):
+    pipe, sample = PIPELINES["text_to_image"]()
+    mask = torch.zeros(32, 24)
+    mask[8:16, 8:16] = 1
+    tokenprune.patch(pipe, method, **options, **({"mask": mask} if method == "region" else {}))
+
+    def end(pipe, step, timestep, tensors):
+        if step == 4:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    given = {"callback_on_step_end": end, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    counts = computed(pipe, sample, num_inference_steps=8, **given)
+    assert len(counts) == 8
+    if method == "region":  # at step 5 nothing is kept of latents of that batch
+        assert [step for step, count in enumerate(counts) if count is None] == ([0, 5] if options else [0, 1, 2, 5])
+    assert tokenprune.report(pipe).to_dict()["places"][0]["steps"].endswith(" of 8 steps")
+
+
+def test_a_step_with_a_second_call_on_a_part_of_the_batch_is_one_step():
+    """SD3's skip-layer guidance: a forward of both halves, then one of the text's half alone, at each step."""
+    pipe, sample = PIPELINES["sd3"]()
+    mask = torch.zeros(32, 24)
+    mask[8:16, 8:16] = 1
+    tokenprune.patch(pipe, "region", mask=mask, dense_steps=(0, 2))
+    skipping = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.01, "skip_layer_guidance_stop": 0.6}
+    with tokenprune.record(pipe) as recording:
+        sample(num_inference_steps=6, **skipping)
+    steps = {}
+    for forward in recording.forwards:
+        steps.setdefault(forward.timestep, []).append(bool(forward.places))
+    calls = list(steps.values())
+    assert max(map(len, calls)) == 2
+    first = next(i for i, call in enumerate(calls) if len(call) == 2)
+    for i, call in enumerate(calls):
+        assert call[0] == (i not in (0, 2))
+        if len(call) == 2:
+            assert call[1] == (i not in (0, 2, first))
+    assert tokenprune.report(pipe).to_dict()["places"][0]["steps"] == "4 of 6 steps"
+
+
+@pytest.mark.parametrize("name", ["text_to_image", "sdxl"])
+def test_what_toca_observes_is_counted_at_the_tokens_of_each_level(name):
+    pipe, sample = PIPELINES[name]()
+    plain = counted(pipe.unet, sample, num_inference_steps=4)
+    tokenprune.patch(pipe, "toca")
+    sample(num_inference_steps=4)  # counts what the patch costs
+    found = counted(pipe.unet, sample, num_inference_steps=4) / plain
+    assert tokenprune.report(pipe).to_dict()["flops_ratio"] == pytest.approx(found, abs=0.005)
+
+
+def test_the_report_says_where_no_scheduler_is_known_and_where_the_mask_is_everything():
+    model, inputs = build("dit")
+    x = inputs(1, 16, 16)
+    tokenprune.patch(model, "region", mask=torch.ones(16, 16).triu(10))
+    for timestep in (900, 500):
+        run(model, {**x, "timestep": torch.tensor([timestep])})
+    assert any("no scheduler is known" in note for note in tokenprune.report(model).to_dict()["notes"])
+    pipe, sample = PIPELINES["dit"]()
+    tokenprune.patch(pipe, "region", mask=torch.ones(16, 16))
+    sample(num_inference_steps=3)
+    notes = tokenprune.report(pipe).to_dict()["notes"]
+    assert any("cover every token" in note for note in notes)
+    assert not any("no scheduler" in note for note in notes)
+
+
+class Own:
+    timesteps = torch.tensor([900, 500, 100])
+
+
+def test_a_scheduler_of_the_users_own_needs_no_config():
+    pipe = PIPELINES["dit"]()[0]
+    tokenprune.patch(pipe, "at_edm", keep=0.5, steps={})
+    pipe.scheduler = Own()
+    with tokenprune.record(pipe) as recording:
+        run(pipe.transformer, build("dit")[1](1, 16, 16))  # goes by the noise
+    assert recording.forwards[0].places
 
 
 def test_shares_of_a_run_are_of_the_steps_that_it_has_left():

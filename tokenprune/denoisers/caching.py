@@ -21,7 +21,7 @@ from tokenprune.denoisers.over_steps import Level
 from tokenprune.denoisers.patch import DenoiserPatch, Describe
 from tokenprune.denoisers.plan import Plan, solve
 from tokenprune.denoisers.records import grid_of
-from tokenprune.denoisers.run import Run, forget, running
+from tokenprune.denoisers.run import UNKNOWN_STEPS, Run, forget, last_run, running
 from tokenprune.denoisers.stacks import divided
 from tokenprune.errors import BudgetError, UnsupportedMethod
 from tokenprune.family import Request
@@ -53,6 +53,11 @@ class StepPlan(Plan):
         why = f"left alone: each of this run's steps ({len(positions)}) is a dense one"
         return dict.fromkeys(self.costs.stacks, why)
 
+    def remedy(self, positions: Sequence[float]) -> str:
+        if not self.dense.issuperset(positions):
+            return super().remedy(positions)
+        return "take more steps, or dense ones farther apart"
+
     def partial(self, position: float) -> dict[str, int]:
         """{stack: tokens computed} at a step that is not dense."""
         if self.count is None:
@@ -80,8 +85,9 @@ class CachingPatch(DenoiserPatch):
                 f"{method.name} computes the same tokens at every step that is not dense: its strengths in steps= are 0"
                 " and 1"
             )
-        self.stacks = [stack.name for stack in divided(host, method)]
-        self.attentions = [(block.heads, block.scale) for stack in host.stacks for block in stack.blocks]
+        stacks = divided(host, method)
+        self.stacks = [stack.name for stack in stacks]
+        self.attentions = {stack.name: [(block.heads, block.scale) for block in stack.blocks] for stack in stacks}
         self._forget_with()
 
     def _watched(self, model: nn.Module, blocks: list[BlockFacts]) -> Watched:
@@ -119,9 +125,19 @@ class CachingPatch(DenoiserPatch):
     def summary(self) -> dict[str, Any]:
         """See `DenoiserPatch.summary`."""
         data = super().summary()
-        if not data["places"] or self.latest is None:
+        if self.latest is None:
             return data
         plan, positions = self.latest
+        run = last_run(self.key)
+        if run is not None and run.place is None:
+            data["notes"].append(
+                f"no scheduler is known here: steps are counted as those of a run of {UNKNOWN_STEPS}, and so is the"
+                " cost; patch the pipeline"
+            )
+        if not data["places"]:
+            if self.over.fixed:
+                data["notes"].append("the mask and its ring cover every token: nothing is left out")
+            return data
         partial = [kept for kept in map(plan.keep, positions) if kept]
         for place in data["places"]:
             counts = [kept.get(place["name"], place["tokens_in"]) for kept in partial]
@@ -141,8 +157,11 @@ class CachingPatch(DenoiserPatch):
             count = partial(_counted, self.over.count, self.stacks, grid)
         observing = 0.0
         if self.over.observe is not None:
-            tokens = next(iter(costs.stacks.values())).tokens
-            observing = sum(_observing(self.over.observe, tokens, heads, scale) for heads, scale in self.attentions)
+            observing = sum(
+                _observing(self.over.observe, cost.tokens, heads, scale)
+                for stack, cost in costs.stacks.items()
+                for heads, scale in self.attentions[stack]
+            )
         dense = frozenset(p for i, p in enumerate(positions) if i == 0 or self.over.dense(i, len(positions)))
 
         def plan(share: float) -> Plan:

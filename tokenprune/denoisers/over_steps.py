@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral, Real
@@ -78,7 +78,10 @@ def at_steps(named: Sequence[float]) -> Callable[[int, int], bool]:
     Raises:
         UnsupportedMethod: they are neither.
     """
-    steps: list[Any] = list(named) if isinstance(named, Iterable) else [None]
+    try:
+        steps = list[Any](named)
+    except TypeError:  # no row, or an array without dimensions, which says so only here
+        steps = [None]
     if not all(isinstance(n, Real) and not isinstance(n, bool) and (_whole(n) or 0 <= float(n) < 1) for n in steps):
         raise UnsupportedMethod(
             f"dense_steps are whole numbers of at least 0, or shares of the run below 1, got {named!r}; for example"

@@ -206,10 +206,11 @@ class DenoiserPatch(Portable):
         pipeline = self.pipeline() if self.pipeline is not None else None
         scheduler = getattr(pipeline, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
-        if not isinstance(timesteps, Tensor) or getattr(scheduler, "num_inference_steps", 1) is None:
+        trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+        if not isinstance(timesteps, Tensor) or trained is None or getattr(scheduler, "num_inference_steps", 1) is None:
             return None
         if self.whole is None or self.whole[0] is not timesteps:
-            scale = self.last_timestep / scheduler.config.num_train_timesteps  # type: ignore[union-attr]
+            scale = self.last_timestep / trained
             self.whole = timesteps, [scale * t for t in timesteps.tolist()]
         return self.whole[1]
 

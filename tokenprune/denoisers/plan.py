@@ -61,6 +61,10 @@ class Plan:
                 why[stack] = f"left alone: of {cost.tokens} tokens, scoring there costs more than it saves"
         return why
 
+    def remedy(self, positions: Sequence[float]) -> str:
+        """What to do where every stack is whole."""
+        return "use a smaller budget"
+
 
 def solve(budget: Budget, plan: Callable[[float], Plan], positions: Sequence[float], default: float) -> Plan:
     """The plan that meets a budget. plan: from a share; default: the method's own share.
@@ -72,7 +76,7 @@ def solve(budget: Budget, plan: Callable[[float], Plan], positions: Sequence[flo
         return _by_cost(budget, plan, positions)
     found = plan(budget.value if budget.kind == "keep" else default)
     if not any(found.keep(position) for position in positions):
-        raise BudgetError(f"{budget} leaves every stack whole: {_reasons(found, positions)}; use a smaller budget")
+        raise BudgetError(f"{budget} leaves every stack whole: {_reasons(found, positions)}; {found.remedy(positions)}")
     return found
 
 
@@ -95,7 +99,7 @@ def _by_cost(budget: Budget, plan: Callable[[float], Plan], positions: Sequence[
             high = middle
     found = min((plan(low), plan(high)), key=lambda one: abs(one.mean(positions) - aim))
     if not any(found.keep(position) for position in positions):
-        raise BudgetError(f"{budget} leaves every stack whole: {_reasons(found, positions)}; use a smaller budget")
+        raise BudgetError(f"{budget} leaves every stack whole: {_reasons(found, positions)}; {found.remedy(positions)}")
     reached = found.mean(positions) / total
     if abs(reached - budget.value) > MET:
         raise BudgetError(f"{budget} falls between whole tokens of its stacks; flops={reached:.3f} can be met")

@@ -3,8 +3,9 @@
 A run is a row of forwards that go forward in the scheduler's list of timesteps, in which one may stand twice (Heun),
 and where no scheduler is known, a row of falling timesteps. What belongs to it (which tokens its last step computes) is
 kept by thread and patch; it is dropped when the timestep changes, and a new run begins when the scheduler's timesteps
-are set anew, when a forward goes back in them, or when the latents' kind changes: img2img's partial runs, repeated and
-interrupted calls, a scheduler of any kind and another pipeline on the same model need nothing else.
+are set anew, when a forward goes back in them, or, where no scheduler is known, when the latents' kind changes:
+img2img's partial runs, repeated and interrupted calls, a scheduler of any kind and another pipeline on the same model
+need nothing else.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Run:
     step. index: of the step, counted from 0. call: of the step's calls. held: what a method chose for some steps, by
     stack and call. kept: what a method takes from earlier steps. kind: dtype and device of the latents. whole: the
     scheduler's timesteps, a list of its own for each time that they are set. place: of this step in it, None where it
-    is not known. position: of this step. channels: see `DenoiserHost`.
+    is not known. position: of this step. channels: see `DenoiserHost`. others: the same run of latents of each shape
+    and kind, as each keeps its own.
     """
 
     timestep: float
@@ -91,6 +93,7 @@ class Run:
     place: int | None = None
     position: float = 0.0
     channels: int | None = None
+    others: dict[Any, Run] = field(default_factory=dict)
 
     @property
     def copies(self) -> int:
@@ -165,25 +168,52 @@ def run_of(
     anew. last: the timestep of pure noise. rounding: how far the timestep may be from the scheduler's.
     channels: see `DenoiserHost`.
     """
-    run = _THREAD.runs.get(key)
+    before = run = _THREAD.runs.get(key)
     shape, kind = tuple(latents.shape), (latents.dtype, latents.device)
-    if run is not None and (run.shape != shape or run.kind != kind or run.whole is not whole):
-        run = None
+    if before is not None and before.whole is not whole:
+        before = run = None
+    if run is not None and (run.shape, run.kind) != (shape, kind):
+        run = run.others.get((shape, kind))
     if run is not None and run.timestep == timestep and _same(run, latents):
         run.call += 1
+        _THREAD.runs[key] = run
         return run, True
     place = _place(timestep, whole, rounding) if run is None else _next_place(run, timestep, rounding)
     if run is None or not _follows(run, timestep, place):
         place = _place(timestep, whole, rounding)
         run = Run(timestep, shape, _positions(timestep, whole, place, last), None, kind=kind, whole=whole)
-        _THREAD.runs[key] = run
+        if before is not None and _goes_on(before, place):
+            run.positions, run.index, run.others = before.positions, before.index + _later(before, place), before.others
     else:
-        run.index += 1
+        assert before is not None
+        run.index = before.index + _later(before, place)
+    _THREAD.runs[key] = run
+    _keep_beside(run, place)
     run.timestep, run.sets, run.shared, run.call = timestep, {}, {}, 0
     run.place, run.position = place, _position(timestep, whole, place, last)
     run.guidance, run.channels = None, channels  # images that begin with the same noise are no copies later
     run.latents, run.version = weakref.ref(latents), _version(latents)
     return run, False
+
+
+def _goes_on(run: Run, place: int | None) -> bool:
+    """Whether a forward of latents of another kind, at this place of the scheduler's timesteps, is of the same run:
+    where guidance ends, or a step has a second call on a part of the batch."""
+    return run.place is not None and place is not None and place >= run.place
+
+
+def _later(run: Run, place: int | None) -> int:
+    """1 where a forward at this place is of a later step than the run's last one, 0 where it is of the same."""
+    return int(place is None or run.place is None or place > run.place)
+
+
+def _keep_beside(run: Run, place: int | None) -> None:
+    """Note the run among those of the other kinds of its latents, and drop what has not gone on with the last step."""
+    assert run.kind is not None
+    run.others[run.shape, run.kind] = run
+    for kind, other in list(run.others.items()):
+        if other is not run and (place is None or other.place is None or place - other.place > 1):
+            del run.others[kind]
 
 
 def fresh(key: str, latents: Tensor) -> Run:

@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mask, ways = WAYS[name]
         side, drawn = MASKS[mask], dict[str, Tensor]()
         for way in ways:
-            folder = pictures / f"{name}-{way.name}"
+            folder = pictures / f"{name}-{way.name}-{way.steps}-{way.dense}"
             draw_missing(folder, len(parts), partial(_draw, pipe, way, parts, side))
             found = kept(folder, len(parts))
             assert found is not None

@@ -11,7 +11,7 @@ from tokenprune.lvlm.host import LvlmHost, Scored
 from tokenprune.lvlm.inside import LayerSite
 from tokenprune.lvlm.patch import Describe, LvlmPatch
 from tokenprune.lvlm.text import TextSite
-from tokenprune.method import Method
+from tokenprune.method import Method, refuse_recover
 
 
 def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, request: Request) -> LvlmPatch:
@@ -22,6 +22,7 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
         BudgetError: the budget cannot be met.
     """
     host = describe(model)
+    refuse_recover(method, type(host.outer).__name__)
     if request.steps is not None:
         raise UnsupportedMethod(f"steps= is for denoising runs, and {type(host.outer).__name__} has none")
     if request.restore is not None:

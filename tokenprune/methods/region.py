@@ -25,10 +25,10 @@ def region(*, mask: Tensor | None = None, ring: int = 1, dense_steps: tuple[floa
     """Compute only the tokens under an inpainting mask and a ring around them; the others keep their keys and values.
 
     Everything is computed at `dense_steps`, numbers of a run's steps or shares of it (0.1: number 5 of 50), of which
-    the first is always one; the default are early ones, (0,) is the fastest. At the others the tokens under the mask
-    attend to fresh keys and values of their own and to those that the rest had at the last dense step. The prediction
-    outside is the one of that step (in a U-Net what its convolutions make of it): meant for inpainting, where the
-    pipeline overwrites the latents outside the mask.
+    the first is always one; the default are early ones, (0,) is the fastest. Where no pipeline is patched, a run counts
+    as one of 50 steps. At the other steps the tokens under the mask attend to fresh keys and values of their own and to
+    those that the rest had at the last dense step. The prediction outside is the one of that step (in a U-Net what its
+    convolutions make of it): meant for inpainting, where the pipeline overwrites the latents outside the mask.
 
     mask: [H, W] (or [1, H, W], [1, 1, H, W]) of the image or its latents, above 0.5 what is to be computed. ring:
     tokens around it that are computed too, of each stack's own grid.

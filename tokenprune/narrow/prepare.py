@@ -53,7 +53,7 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
 
 
 def _check_request(method: Method, request: Request, name: str) -> None:
-    refuse_runs(request, name)
+    refuse_runs(method, request, name)
     if method.learned is not None:
         raise UnsupportedMethod(f"{method.name} learns for the blocks of an image tower, not within windows of {name}")
     missing = method.needs - _ATTENTION

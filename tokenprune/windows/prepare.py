@@ -12,7 +12,7 @@ from tokenprune.errors import BudgetError, UnsupportedMethod, UnsupportedModel
 from tokenprune.family import Request
 from tokenprune.flop_count import FlopCount
 from tokenprune.ghost import ghost
-from tokenprune.method import Method
+from tokenprune.method import Method, refuse_recover
 from tokenprune.windows.costs import Probe, WindowCosts, window_costs
 from tokenprune.windows.here import here
 from tokenprune.windows.host import Block, WindowsHost
@@ -60,8 +60,9 @@ def prepare(describe: Describe, model: nn.Module, adapter: str, method: Method, 
     return patch
 
 
-def refuse_runs(request: Request, name: str) -> None:
-    """Raise UnsupportedMethod for what a model of windows has not: steps and a prompt."""
+def refuse_runs(method: Method, request: Request, name: str) -> None:
+    """Raise UnsupportedMethod for what a model of windows has not: steps, stacks and a prompt."""
+    refuse_recover(method, name)
     if request.steps is not None:
         raise UnsupportedMethod(f"steps= is for denoising runs, and {name} has none; use schedule={{block: share}}")
     if request.positions is not None:
@@ -72,7 +73,7 @@ def refuse_runs(request: Request, name: str) -> None:
 
 def _check_request(method: Method, request: Request, model: nn.Module) -> None:
     name = type(model).__name__
-    refuse_runs(request, name)
+    refuse_runs(method, request, name)
     budget = request.budget
     if budget.kind == "tokens":
         raise BudgetError(f"{budget}: behind each block all tokens are there again; use keep= or flops=")
