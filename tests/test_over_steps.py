@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import pickle
+import weakref
 
 import diffusers
 import pytest
@@ -291,6 +292,22 @@ def test_two_models_and_a_broken_forward_do_not_disturb_a_run(method):
     handle.remove()
     for one in (model, *twins):
         assert all(torch.equal(a, b) for a, b in zip(sequence(one, inputs), alone, strict=True))
+
+
+def test_what_a_run_keeps_goes_with_the_next_without_a_collection():
+    from tokenprune.denoisers import run as runs
+
+    model, inputs = build("dit")
+    tokenprune.patch(model, "region", **options("region"))
+    gc.disable()
+    try:
+        sequence(model, inputs)
+        first = weakref.ref(next(reversed(runs._THREAD.runs.values())))
+        assert first().kept
+        sequence(model, inputs)
+        assert first() is None
+    finally:
+        gc.enable()
 
 
 def test_what_a_run_keeps_goes_with_the_patch():

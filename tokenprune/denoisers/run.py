@@ -72,8 +72,7 @@ class Run:
     step. index: of the step, counted from 0. call: of the step's calls. held: what a method chose for some steps, by
     stack and call. kept: what a method takes from earlier steps. kind: dtype and device of the latents. whole: the
     scheduler's timesteps, a list of its own for each time that they are set. place: of this step in it, None where it
-    is not known. position: of this step. channels: see `DenoiserHost`. others: the same run of latents of each shape
-    and kind, as each keeps its own.
+    is not known. position: of this step. channels: see `DenoiserHost`.
     """
 
     timestep: float
@@ -93,7 +92,6 @@ class Run:
     place: int | None = None
     position: float = 0.0
     channels: int | None = None
-    others: dict[Any, Run] = field(default_factory=dict)
 
     @property
     def copies(self) -> int:
@@ -130,6 +128,8 @@ class _OfThread(threading.local):
     def __init__(self) -> None:
         self.passes: list[Pass] = []
         self.runs: dict[str, Run] = {}
+        # The same run, once for each shape and kind of its latents, as each keeps its own.
+        self.beside: dict[str, dict[Any, Run]] = {}
 
 
 _THREAD = _OfThread()
@@ -168,12 +168,13 @@ def run_of(
     anew. last: the timestep of pure noise. rounding: how far the timestep may be from the scheduler's.
     channels: see `DenoiserHost`.
     """
+    beside = _THREAD.beside.setdefault(key, {})
     before = run = _THREAD.runs.get(key)
     shape, kind = tuple(latents.shape), (latents.dtype, latents.device)
     if before is not None and before.whole is not whole:
         before = run = None
     if run is not None and (run.shape, run.kind) != (shape, kind):
-        run = run.others.get((shape, kind))
+        run = beside.get((shape, kind))
     if run is not None and run.timestep == timestep and _same(run, latents):
         run.call += 1
         _THREAD.runs[key] = run
@@ -182,13 +183,18 @@ def run_of(
     if run is None or not _follows(run, timestep, place):
         place = _place(timestep, whole, rounding)
         run = Run(timestep, shape, _positions(timestep, whole, place, last), None, kind=kind, whole=whole)
-        if before is not None and _goes_on(before, place):
-            run.positions, run.index, run.others = before.positions, before.index + _later(before, place), before.others
+        if before is not None and (before.shape, before.kind) != (shape, kind) and _goes_on(before, place):
+            run.positions, run.index = before.positions, before.index + _later(before, place)
+        else:
+            beside.clear()
     else:
         assert before is not None
         run.index = before.index + _later(before, place)
     _THREAD.runs[key] = run
-    _keep_beside(run, place)
+    beside[shape, kind] = run
+    for of, other in list(beside.items()):
+        if other is not run and not _goes_on_soon(other, place):
+            del beside[of]
     run.timestep, run.sets, run.shared, run.call = timestep, {}, {}, 0
     run.place, run.position = place, _position(timestep, whole, place, last)
     run.guidance, run.channels = None, channels  # images that begin with the same noise are no copies later
@@ -207,17 +213,14 @@ def _later(run: Run, place: int | None) -> int:
     return int(place is None or run.place is None or place > run.place)
 
 
-def _keep_beside(run: Run, place: int | None) -> None:
-    """Note the run among those of the other kinds of its latents, and drop what has not gone on with the last step."""
-    assert run.kind is not None
-    run.others[run.shape, run.kind] = run
-    for kind, other in list(run.others.items()):
-        if other is not run and (place is None or other.place is None or place - other.place > 1):
-            del run.others[kind]
+def _goes_on_soon(run: Run, place: int | None) -> bool:
+    """Whether what a run keeps of latents of another kind than those at this place may be wanted yet."""
+    return run.place is not None and place is not None and place - run.place <= 1
 
 
 def fresh(key: str, latents: Tensor) -> Run:
     """A run of one forward alone, of a training, whose forwards are at steps that have nothing to do with another."""
+    forget(key)
     run = _THREAD.runs[key] = Run(0.0, tuple(latents.shape), (0.0,), 1)
     return run
 
@@ -230,6 +233,7 @@ def last_run(key: str) -> Run | None:
 def forget(key: str) -> None:
     """Drop what is kept of a patch's run in this thread."""
     _THREAD.runs.pop(key, None)
+    _THREAD.beside.pop(key, None)
 
 
 def positions_from(timestep: float, whole: Sequence[float] | None, last: float) -> tuple[float, ...]:
